@@ -1,0 +1,171 @@
+"""One loader for every data set: the whole split as uint8 tensors, read through torchvision, downloaded by it where it is not there.
+
+A folder is used when it is complete, whatever its checksums (one warning says so); a folder that is half there is never used.
+"""
+
+import contextlib
+import gzip
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
+from torchvision.datasets.utils import check_integrity
+
+from errors import NeuronMergingError
+
+HERE = Path(__file__).resolve().parent
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What the networks have to know of a data set; pixels are scaled to [0, 1], then normalised with `mean` and `std`."""
+
+    shape: tuple[int, int, int]  # channels, height, width
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool  # training crops (padding 4) and flips
+
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10; the paper uses them on both sets
+DATASETS = {
+    "FashionMNIST": Dataset((1, 28, 28), 10, (0.5,), (0.5,), augment=False),
+    "cifar10": Dataset((3, 32, 32), 10, CIFAR_MEAN, CIFAR_STD, augment=True),
+    "cifar100": Dataset((3, 32, 32), 100, CIFAR_MEAN, CIFAR_STD, augment=True),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split in memory. pixels: uint8 [N, C, H, W] in 0…255; labels: int64 [N]."""
+
+    pixels: Tensor
+    labels: Tensor
+    dataset: Dataset
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "Images":
+        return Images(self.pixels.to(device), self.labels.to(device), self.dataset)
+
+    def normalised(self, batch: Tensor) -> Tensor:
+        """uint8 pixels [B, C, H, W] → float32 network input of the same shape, on the batch's device."""
+        mean = torch.tensor(self.dataset.mean, device=batch.device).view(-1, 1, 1)
+        std = torch.tensor(self.dataset.std, device=batch.device).view(-1, 1, 1)
+        return (batch.float() / 255 - mean) / std
+
+
+def load(name: str, split: str, root: str | Path = HERE) -> Images:
+    """The `split` ("train" or "test") of data set `name`, from `root` in torchvision's layout or downloaded into it.
+
+    Raises NeuronMergingError for an unknown name, a folder that is half there, or a download that does not work.
+    """
+    if name not in DATASETS:
+        raise NeuronMergingError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    if split not in SPLITS:
+        raise NeuronMergingError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    read = _fashion_mnist if name == "FashionMNIST" else _cifar
+    pixels, labels = read(name, split, Path(root))
+    dataset = DATASETS[name]
+    if pixels.shape[1:] != dataset.shape or len(pixels) != len(labels):
+        raise NeuronMergingError(
+            f"{name} in {root} is not what it should be: images {list(pixels.shape)}, {len(labels)} labels;"
+            " delete it to download it again"
+        )
+    return Images(pixels, labels, dataset)
+
+
+def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
+    prefix = "train" if split == "train" else "t10k"
+    names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
+    for raw in (root / name / "raw", HERE / name / "raw"):  # the test split is part of the repository
+        found = [next((f for f in (raw / n, raw / f"{n}.gz") if f.is_file()), None) for n in names]
+        if all(found):
+            images = _idx(found[0], read_image_file)
+            return images[:, None], _idx(found[1], read_label_file)
+        if any(found):
+            missing = names[found.index(None)]
+            raise NeuronMergingError(f"{raw} is half there: {missing} is missing; delete the folder to download it again")
+    _download(FashionMNIST, root, f"{name}/raw")
+    return _fashion_mnist(name, split, root)
+
+
+def _idx(path: Path, read) -> Tensor:
+    """An IDX file, gzipped or not, by torchvision's reader (which wants an unpacked file)."""
+    try:
+        if path.suffix != ".gz":
+            return read(path)
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Path(folder) / path.stem
+            plain.write_bytes(gzip.decompress(path.read_bytes()))
+            return read(plain)
+    except Exception as error:  # torchvision asserts, indexes and reshapes its way through a damaged file
+        raise NeuronMergingError(f"{path} is cut short or damaged; delete it to download it again") from error
+
+
+def _cifar(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
+    source = CIFAR10 if name == "cifar10" else CIFAR100
+    folder = root / source.base_folder
+    if not folder.exists():
+        _download(source, root, source.base_folder)
+    files = [file for file, _ in source.train_list + source.test_list] + [source.meta["filename"]]
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise NeuronMergingError(
+            f"{folder} is half there: {', '.join(missing)} missing; complete it, or delete the folder to download it again"
+        )
+    of_split = source.train_list if split == "train" else source.test_list
+    if not all(check_integrity(folder / file, md5) for file, md5 in of_split):
+        warnings.warn(f"{folder} is complete, but its checksums are not those of the official archive", stacklevel=2)
+    try:
+        images = _without_checksums(source)(root, train=split == "train")
+    except (OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise NeuronMergingError(
+            f"{folder} is cut short or damaged ({type(error).__name__}); delete the folder to download it again"
+        ) from error
+    return torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)
+
+
+def _without_checksums(source: type) -> type:
+    """torchvision's data set, satisfied when its files are there."""
+    return type(
+        source.__name__,
+        (source,),
+        {
+            "train_list": [(file, None) for file, _ in source.train_list],
+            "test_list": [(file, None) for file, _ in source.test_list],
+            "meta": {**source.meta, "md5": None},
+        },
+    )
+
+
+def _download(source: type, root: Path, folder: str) -> None:
+    """Let torchvision fetch a data set into a folder of its own, then move it into place: nobody sees half of it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as fresh, contextlib.redirect_stdout(sys.stderr):
+            source(fresh, download=True)
+            target = root / folder
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_dir():  # some of FashionMNIST's files are there already
+                for file in (Path(fresh) / folder).iterdir():
+                    os.replace(file, target / file.name)
+            else:
+                os.rename(Path(fresh) / folder, target)
+    except (OSError, RuntimeError) as error:
+        if (root / folder).is_dir() and source is not FashionMNIST:
+            return  # another process was faster and put the folder there
+        raise NeuronMergingError(
+            f"{source.__name__} is not in {root} and could not be downloaded ({str(error).splitlines()[0]});"
+            " say where it is with --data or NEURON_MERGING_DATA"
+        ) from error

@@ -1,0 +1,279 @@
+"""Neuron Merging (Kim, Kim, Park, Jeon, NeurIPS 2020): drop neurons, and let the most similar kept ones stand in for them.
+
+    W [N, D] ≈ Zᵀ Y with Y = W[keep] [P, D];  if every column of the scaling matrix Z [P, N] has at most one entry and
+    that is positive, ReLU(Zᵀ v) = Zᵀ ReLU(v), so Z moves into the next layer: W_next ← W_next ×₂ Z.
+
+The letters are the paper's: N neurons of D weights, P kept ones, Z, threshold t, λ. Matrices over pairs are [P, N]: row m
+is a kept neuron, column n the neuron it may stand in for. All is computed in float64 and cast back.
+
+To add a criterion or a compensation, write its function and name it in `CRITERIA` or `COMPENSATIONS`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from errors import NeuronMergingError
+from trace import Unit
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """γ, β and the running statistics μ, v behind a layer, each [N]; z = γ (u − μ) / √(v + ε) + β."""
+
+    gamma: Tensor
+    beta: Tensor
+    mu: Tensor
+    var: Tensor
+    eps: float
+
+    @property
+    def sigma(self) -> Tensor:
+        """√(v + ε) [N]"""
+        return (self.var + self.eps).sqrt()
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """A layer as the method sees it.
+
+    W: [N, D] float64, a neuron or flattened filter a row; without BatchNorm the bias is appended as the last column.
+    bn: the BatchNorm behind the layer (a bias of the layer is part of its μ), or None. relu: a ReLU follows.
+    """
+
+    W: Tensor
+    bn: BatchNorm | None
+    relu: bool
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What becomes of a layer's neurons: activations a [N] ≈ Zᵀ a[keep] + shift."""
+
+    keep: Tensor  # [P] int64, ascending
+    Z: Tensor  # [P, N] float64
+    shift: Tensor | None = None  # [N] float64: a constant per neuron that the next layer absorbs
+
+
+# ---------------------------------------------------------------- selection: keep the P neurons with the largest score [N]
+
+
+def l1_norm(W: Tensor) -> Tensor:
+    """‖w_n‖₁"""
+    return W.abs().sum(1)
+
+
+def l2_norm(W: Tensor) -> Tensor:
+    """‖w_n‖₂"""
+    return W.norm(dim=1)
+
+
+def l2_gm(W: Tensor) -> Tensor:
+    """Σ_m ‖w_n − w_m‖₂: small near the geometric median, whose neurons the others can replace (He et al. 2019)."""
+    return torch.cdist(W, W).sum(1)
+
+
+CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"l1-norm": l1_norm, "l2-norm": l2_norm, "l2-GM": l2_gm}
+
+
+def select(W: Tensor, P: int, criterion: str) -> Tensor:
+    """Indices [P], ascending, of the neurons of W [N, D] with the largest score; of equal ones the first stay."""
+    scores = CRITERIA[criterion](W)
+    return scores.argsort(descending=True, stable=True)[:P].sort().values
+
+
+# ---------------------------------------------------------------- compensation: the scaling matrix Z
+
+
+def prune(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposition:
+    """Nobody stands in for a dropped neuron: the columns of Z are one-hot or zero. t and λ have no part in it."""
+    N = len(neurons.W)
+    return Decomposition(keep, torch.eye(N, dtype=torch.float64, device=neurons.W.device)[keep])
+
+
+def merge(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposition:
+    """Merging as it was published (Algorithm 1 and what its implementation computes); reproduces the published tables.
+
+    Without BatchNorm the partner of n is the kept m of largest cosine, its scale s = ‖w_n‖ / ‖w_m‖. With BatchNorm
+        S = s (γ_m / γ_n) (v_n / v_m),  B = |(γ_m / v_m) (s (μ_n − v_n β_n / γ_n) − μ_m) + β_m| / S,
+    and the partner has the least λ (1 − cos) + (1 − λ) minmax(B). Two things differ from what follows from the formula
+    of BatchNorm (see `merge_derived`) and are kept, since the published numbers were made with them: the variance v
+    stands where the standard deviation is meant, and n and m have changed places against s.
+    """
+    cos, s = _similarity(neurons.W, keep)
+    usable = (s > 0).expand_as(cos)  # a filter of zeros can neither be scaled up nor be replaced
+    scale = s
+    distance = 1 - cos
+    if neurons.bn is not None:
+        bn = neurons.bn
+        gamma, beta, mu, v = bn.gamma, bn.beta, bn.mu, bn.var  # of n: [N]
+        gamma_m, beta_m, mu_m, v_m = (x[keep][:, None] for x in (gamma, beta, mu, v))  # [P, 1]
+        scale = s * (gamma_m / gamma) * (v / v_m)
+        B = ((gamma_m / v_m) * (s * (mu - v * beta / gamma) - mu_m) + beta_m).abs() / scale
+        usable = usable & (gamma_m != 0) & (gamma != 0)
+        distance = lam * distance + (1 - lam) * _minmax(B, usable)
+    return Decomposition(keep, _scaling_matrix(keep, scale, distance, cos, usable, t))
+
+
+def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposition:
+    """Merging with the form that follows from u_n = s u_m in front of the BatchNorm: z_n = S z_m + B with σ = √(v + ε) and
+        S = s (γ_n / γ_m) (σ_m / σ_n),  B = (γ_n / σ_n) (s (μ_m − σ_m β_m / γ_m) − μ_n) + β_n.
+    The partner has the least λ (1 − cos) + (1 − λ) minmax(|B| / S) among those with S > 0, which ReLU lets pass. Lossless
+    for filters that are positive multiples of each other (B = 0). A neuron with γ = 0 is the constant β: it becomes shift.
+    """
+    if neurons.bn is None:
+        return merge(neurons, keep, t=t, lam=lam)
+    cos, s = _similarity(neurons.W, keep)
+    bn = neurons.bn
+    gamma, beta, mu, sigma = bn.gamma, bn.beta, bn.mu, bn.sigma  # of n: [N]
+    gamma_m, beta_m, mu_m, sigma_m = (x[keep][:, None] for x in (gamma, beta, mu, sigma))  # [P, 1]
+    S = s * (gamma / gamma_m) * (sigma_m / sigma)
+    B = (gamma / sigma) * (s * (mu_m - sigma_m * beta_m / gamma_m) - mu) + beta
+    usable = (S > 0) & torch.isfinite(S)
+    distance = lam * (1 - cos) + (1 - lam) * _minmax(B.abs() / S, usable)
+    Z = _scaling_matrix(keep, S, distance, cos, usable, t)
+    constant = torch.where(gamma == 0, beta.relu() if neurons.relu else beta, 0)
+    constant[keep] = 0
+    return Decomposition(keep, Z, constant if constant.any() else None)
+
+
+def _similarity(W: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """cos(w_n, w_m) and s = ‖w_n‖ / ‖w_m‖, both [P, N]; both 0 where either is a filter of zeros."""
+    norm = W.norm(dim=1)
+    direction = W / norm.where(norm > 0, 1)[:, None]
+    scale = norm / norm[keep].where(norm[keep] > 0, torch.inf)[:, None]
+    return direction[keep] @ direction.T, scale
+
+
+def _minmax(B: Tensor, usable: Tensor) -> Tensor:
+    """B [P, N] scaled to 0…1 over the usable partners m of every n; 0 where they are all equal."""
+    low = B.where(usable, torch.inf).amin(0)
+    spread = B.where(usable, -torch.inf).amax(0) - low
+    return ((B - low) / spread.where(spread > 0, 1)).where(usable & (spread > 0), 0)
+
+
+def _scaling_matrix(keep: Tensor, scale: Tensor, distance: Tensor, cos: Tensor, usable: Tensor, t: float) -> Tensor:
+    """Z [P, N]: one-hot for kept neurons; for the others the scale of the nearest usable one, unless its cosine is below t."""
+    N = cos.shape[1]
+    column = torch.arange(N, device=cos.device)
+    partner = distance.where(usable, torch.inf).argmin(0)  # [N]
+    accepted = usable[partner, column] & ((cos[partner, column] >= t) | (t == 0))
+    Z = torch.zeros_like(cos)
+    Z[partner, column] = scale[partner, column].where(accepted, 0)
+    Z[:, keep] = torch.eye(len(keep), dtype=Z.dtype, device=Z.device)
+    return Z
+
+
+COMPENSATIONS: dict[str, Callable[..., Decomposition]] = {
+    "prune": prune,
+    "merge": merge,
+    "merge-derived": merge_derived,
+}
+
+
+# ---------------------------------------------------------------- a whole network
+
+
+def decompose(
+    model: nn.Module,
+    units: Sequence[Unit],
+    widths: Sequence[int],
+    criterion: str,
+    compensation: str,
+    *,
+    t: float = 0.0,
+    lam: float = 1.0,
+) -> list[Decomposition]:
+    """Select `widths[i]` neurons of every unit and decompose the rest; reads `model`'s original weights, changes nothing.
+
+    Raises NeuronMergingError for an unknown criterion or compensation and for widths that are not between 1 and N.
+    """
+    for what, name, known in (("criterion", criterion, CRITERIA), ("compensation", compensation, COMPENSATIONS)):
+        if name not in known:
+            raise NeuronMergingError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+    if len(widths) != len(units):
+        raise NeuronMergingError(f"{len(widths)} widths for {len(units)} units")
+    parts = []
+    for unit, P in zip(units, widths):
+        neurons = read(model, unit)
+        N = len(neurons.W)
+        if not 1 <= P <= N:
+            raise NeuronMergingError(f"{P} of {N} neurons cannot be kept in {unit.layer}: give 1 to {N}")
+        parts.append(COMPENSATIONS[compensation](neurons, select(neurons.W, P, criterion), t=t, lam=lam))
+    return parts
+
+
+def read(model: nn.Module, unit: Unit) -> Neurons:
+    """The neurons of a unit in float64."""
+    layer = model.get_submodule(unit.layer)
+    W = layer.weight.detach().double().flatten(1)
+    bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
+    if unit.bn is None:
+        return Neurons(W if layer.bias is None else torch.cat([W, bias[:, None]], 1), None, unit.relu)
+    bn = model.get_submodule(unit.bn)
+    mu, var = bn.running_mean.double(), bn.running_var.double()
+    gamma = torch.ones_like(mu) if bn.weight is None else bn.weight.detach().double()
+    beta = torch.zeros_like(mu) if bn.bias is None else bn.bias.detach().double()
+    return Neurons(W, BatchNorm(gamma, beta, mu - bias, var, bn.eps), unit.relu)
+
+
+def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decomposition]) -> nn.Module:
+    """A new, smaller network: every unit keeps its neurons, its next layer absorbs Z and the shift. `model` is left as it is."""
+    small = copy.deepcopy(model)
+    for unit, part in zip(units, parts):
+        _absorb(small, unit, part)
+    for unit, part in zip(units, parts):
+        _keep_rows(small, unit, part.keep)
+    return small
+
+
+def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
+    """W_next ← W_next ×₂ Z; behind a flatten each neuron owns k consecutive inputs. The shift goes into what adds a constant."""
+    layer = model.get_submodule(unit.next)
+    P, N = part.Z.shape
+    M = layer.weight.shape[0]
+    W = layer.weight.detach().double().reshape(M, N, -1)  # [M, N, k]: kernel positions, or inputs per neuron
+    rest = layer.weight.shape[2:]
+    absorbed = torch.einsum("mnk,pn->mpk", W, part.Z)
+    _set(layer, "weight", absorbed.reshape(M, P, *rest) if rest else absorbed.reshape(M, -1))
+    if isinstance(layer, nn.Linear):
+        layer.in_features = layer.weight.shape[1]
+    else:
+        layer.in_channels = P
+    if part.shift is None:
+        return
+    constant = W.sum(2) @ part.shift  # [M]; at the borders of a zero-padded convolution an approximation
+    if unit.next_bn is not None:
+        bn = model.get_submodule(unit.next_bn)
+        bn.running_mean -= constant.to(bn.running_mean)
+    else:
+        bias = constant if layer.bias is None else layer.bias.detach().double() + constant
+        _set(layer, "bias", bias)
+
+
+def _keep_rows(model: nn.Module, unit: Unit, keep: Tensor) -> None:
+    """Cut a layer and its BatchNorm down to the kept neurons."""
+    layer = model.get_submodule(unit.layer)
+    for name in ("weight", "bias"):
+        if getattr(layer, name) is not None:
+            _set(layer, name, getattr(layer, name).detach()[keep])
+    if isinstance(layer, nn.Linear):
+        layer.out_features = len(keep)
+    else:
+        layer.out_channels = len(keep)
+    if unit.bn is not None:
+        bn = model.get_submodule(unit.bn)
+        bn.num_features = len(keep)
+        for name in ("weight", "bias"):
+            if getattr(bn, name) is not None:
+                _set(bn, name, getattr(bn, name).detach()[keep])
+        bn.running_mean, bn.running_var = bn.running_mean[keep], bn.running_var[keep]
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` in the place of a parameter, in the dtype of the module's weight."""
+    weight = module.weight
+    setattr(module, name, nn.Parameter(value.to(weight.dtype), requires_grad=weight.requires_grad))

@@ -1,0 +1,209 @@
+"""One experiment, from a checkpoint to a row: load, find the units, decompose, rebuild, evaluate."""
+
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import settings
+from data import DATASETS, Images
+from decompose import COMPENSATIONS, CRITERIA, decompose, rebuild
+from errors import NeuronMergingError
+from evaluate import accuracy, count_macs, count_parameters
+from models import Checkpoint, build, load_checkpoint, load_weights
+from trace import Unit, units
+
+MODEL_TYPES = ("original", *COMPENSATIONS)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is measured. `widths`: "published", "uniform", or the kept width of every unit; None elsewhere: the published setting."""
+
+    arch: str
+    dataset: str
+    pretrained: Path
+    depth_wide: tuple[int, ...] | None = None
+    model_type: str = "original"
+    criterion: str = "l1-norm"
+    ratio: float = 0.5
+    widths: str | tuple[int, ...] = "published"
+    threshold: float | None = None
+    lamda: float | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in the published settings; raises NeuronMergingError for what does not exist or does not fit together."""
+        _one_of("network", self.arch, settings.NETWORKS)
+        _one_of("data set", self.dataset, DATASETS)
+        _one_of("--model-type", self.model_type, MODEL_TYPES)
+        _one_of("--criterion", self.criterion, CRITERIA)
+        network, dataset = settings.NETWORKS[self.arch], DATASETS[self.dataset]
+        if network.shape != dataset.shape:
+            fitting = ", ".join(name for name, d in DATASETS.items() if d.shape == network.shape)
+            raise NeuronMergingError(
+                f"{self.arch} takes images of {_times(network.shape)}, {self.dataset} has {_times(dataset.shape)}:"
+                f" use --dataset {fitting}"
+            )
+        if not 0 <= self.ratio < 1:
+            raise NeuronMergingError(f"--pruning-ratio {self.ratio} is outside [0, 1)")
+        method = settings.METHODS.get((self.arch, self.dataset), settings.DEFAULT_METHOD)
+        for name, default in (("depth_wide", network.depth_wide), ("threshold", method.threshold), ("lamda", method.lamda)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if not 0 <= self.lamda <= 1:
+            raise NeuronMergingError(f"--lamda {self.lamda} is outside [0, 1]")
+        if not -1 <= self.threshold <= 1:
+            raise NeuronMergingError(f"--threshold {self.threshold} is no cosine: choose one in [-1, 1]")
+
+    def network(self, widths: list[int] | None = None) -> nn.Module:
+        """The network of this experiment, freshly initialised."""
+        return build(self.arch, self.depth_wide, DATASETS[self.dataset].classes, widths)
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A network after an experiment's compression. `widths`: kept width of every unit; None where nothing was to be done."""
+
+    model: nn.Module
+    widths: list[int] | None
+    ratio: float | None  # None where the widths do not come from a ratio
+    seconds: float
+
+
+def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
+    """The checkpoint in the network it belongs to. Raises NeuronMergingError where there is none, or it does not fit."""
+    path = experiment.pretrained
+    if not path.exists():
+        raise NeuronMergingError(f"{path} is not there; train it with: {_training_command(experiment)}")
+    checkpoint = load_checkpoint(path)
+    for name, wanted in (("arch", experiment.arch), ("dataset", experiment.dataset)):
+        found = checkpoint.about.get(name, wanted)
+        if found != wanted:
+            raise NeuronMergingError(f"{path} is a checkpoint of {found}, not of {wanted}: check --{name}")
+    widths = checkpoint.widths
+    if widths is not None and not _are_widths(widths, len(units(experiment.network()))):
+        raise NeuronMergingError(f"{path} does not fit {experiment.arch}: its kept widths are {widths}")
+    return load_weights(experiment.network(widths), checkpoint), checkpoint
+
+
+def shrink(model: nn.Module, experiment: Experiment) -> Shrunk:
+    """`model` compressed as the experiment says; the model itself is left as it is."""
+    if experiment.model_type == "original":
+        return Shrunk(model, None, None, 0.0)
+    start = time.perf_counter()
+    found = units(model)
+    widths, ratio = kept_widths(model, found, experiment)
+    parts = decompose(
+        model, found, widths, experiment.criterion, experiment.model_type, t=experiment.threshold, lam=experiment.lamda
+    )
+    small = rebuild(model, found, parts)
+    return Shrunk(small, widths, ratio, time.perf_counter() - start)
+
+
+def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> tuple[list[int], float | None]:
+    """Kept width of every unit, and the ratio they come from (None where they were given or chosen by hand)."""
+    full = [model.get_submodule(unit.layer).weight.shape[0] for unit in found]
+    widths = experiment.widths
+    if widths == "published":
+        widths = settings.PUBLISHED_WIDTHS.get((experiment.arch, experiment.depth_wide, experiment.dataset), "uniform")
+    if widths == "uniform":
+        return settings.uniform_widths(experiment.arch, experiment.depth_wide, full, experiment.ratio), experiment.ratio
+    if isinstance(widths, str):
+        raise NeuronMergingError(f"--widths {widths!r}: give published, uniform, or {len(full)} numbers with commas between")
+    if len(widths) != len(full):
+        raise NeuronMergingError(f"--widths has {len(widths)} numbers, {experiment.arch} has {len(full)} units")
+    for unit, kept, width in zip(found, widths, full):
+        if not 1 <= kept <= width:
+            raise NeuronMergingError(f"--widths: {kept} of {width} neurons cannot be kept in {unit.layer}: give 1 to {width}")
+    return list(widths), None
+
+
+def measure(
+    experiment: Experiment, images: Images, device: torch.device, batch_size: int = 1000
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load, compress, evaluate: the compressed network and its result row."""
+    model, checkpoint = load(experiment)
+    shrunk = shrink(_on(model, device), experiment)
+    return shrunk.model, row(experiment, checkpoint, shrunk, images, device, batch_size)
+
+
+def row(
+    experiment: Experiment, checkpoint: Checkpoint, shrunk: Shrunk, images: Images, device: torch.device, batch_size: int
+) -> dict[str, Any]:
+    """Evaluate a compressed network on `images` and put down all that is known of it, as plain JSON values."""
+    model, images = shrunk.model.to(device), images.to(device)
+    start = time.perf_counter()
+    correct, total = accuracy(model, images, batch_size)
+    seconds_evaluate = time.perf_counter() - start
+    original, shape = experiment.network(), DATASETS[experiment.dataset].shape
+    compressed = experiment.model_type != "original"
+    return {
+        "arch": experiment.arch,
+        "depth_wide": list(experiment.depth_wide),
+        "dataset": experiment.dataset,
+        "type": experiment.model_type,
+        "criterion": experiment.criterion if compressed else None,
+        "ratio": shrunk.ratio,
+        "widths": shrunk.widths or checkpoint.widths,
+        "threshold": experiment.threshold if compressed else None,
+        "lamda": experiment.lamda if compressed else None,
+        "accuracy": round(100 * correct / total, 2),
+        "accuracy_checkpoint": checkpoint.about.get("acc"),
+        "correct": correct,
+        "total": total,
+        "params": count_parameters(model),
+        "params_original": count_parameters(original),
+        "macs": count_macs(model, shape),
+        "macs_original": count_macs(original, shape),
+        "seconds_decompose": round(shrunk.seconds, 4),
+        "seconds_evaluate": round(seconds_evaluate, 4),
+        "checkpoint": checkpoint.path.name,
+        "checkpoint_sha256": checkpoint.sha256,
+        "device": str(device),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a number can depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision", "numpy")}}
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU. Raises NeuronMergingError for a device this machine does not have."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
+    _one_of("--device", name, there)
+    if not there[name]:
+        raise NeuronMergingError(f"--device {name}: PyTorch sees no such device on this machine; use --device cpu")
+    return torch.device(name)
+
+
+def _on(model: nn.Module, device: torch.device) -> nn.Module:
+    """Where a model is decomposed: on its device, or on the CPU where that has no float64 (MPS)."""
+    return model if device.type == "mps" else model.to(device)
+
+
+def _one_of(what: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise NeuronMergingError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _are_widths(widths: Any, count: int) -> bool:
+    return isinstance(widths, list) and len(widths) == count and all(isinstance(w, int) and w >= 1 for w in widths)
+
+
+def _training_command(experiment: Experiment) -> str:
+    depth = ",".join(map(str, experiment.depth_wide))
+    depth_wide = f" --depth-wide {depth}" if depth else ""
+    return f"python main.py --arch {experiment.arch}{depth_wide} --dataset {experiment.dataset} --save {experiment.pretrained}"

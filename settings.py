@@ -1,0 +1,108 @@
+"""The published settings of every network and data set, in one place. Imports nothing heavy: `main.py --help` reads it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import floor
+
+from errors import NeuronMergingError
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the experiments use a network family with."""
+
+    depth_wide: tuple[int, ...]  # the published one
+    shape: tuple[int, int, int]  # of its input: channels, height, width
+
+
+NETWORKS = {
+    "LeNet_300_100": Network((), (1, 28, 28)),
+    "VGG": Network((16,), (3, 32, 32)),
+    "ResNet": Network((56,), (3, 32, 32)),
+    "WideResNet": Network((40, 4), (3, 32, 32)),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Parameters of merging: t (`--threshold`) and λ (`--lamda`)."""
+
+    threshold: float
+    lamda: float
+
+
+METHODS = {
+    ("LeNet_300_100", "FashionMNIST"): Method(0.45, 0.85),  # λ has no part in layers without BatchNorm
+    ("VGG", "cifar10"): Method(0.1, 0.85),
+    ("VGG", "cifar100"): Method(0.1, 0.7),
+    ("ResNet", "cifar10"): Method(0.1, 0.85),
+    ("WideResNet", "cifar10"): Method(0.1, 0.8),
+}
+DEFAULT_METHOD = Method(0.1, 0.85)  # where the paper has no experiment
+
+PUBLISHED_WIDTHS = {  # chosen by hand, whatever the ratio
+    ("VGG", (16,), "cifar10"): (32, 64, 128, 128, 256, 256, 256, 256, 256, 256, 256, 256, 256),
+    ("VGG", (16,), "cifar100"): (32, 64, 128, 128, 256, 256, 256, 512, 512, 256, 256, 256, 256),
+}
+
+
+def uniform_widths(arch: str, depth_wide: Sequence[int], full: Sequence[int], ratio: float) -> list[int]:
+    """The paper's rounding of (1 − ratio) of every unit's width: LeNet to the nearest, WideResNet in steps of its widening.
+
+    `full`: width of every unit. Raises NeuronMergingError where a unit would lose its last neuron.
+    """
+    if arch == "LeNet_300_100":
+        widths = [round(n * (1 - ratio)) for n in full]
+    else:
+        step = depth_wide[1] if arch == "WideResNet" else 1
+        widths = [step * floor(n // step * (1 - ratio)) for n in full]
+    if min(widths) < 1:
+        raise NeuronMergingError(
+            f"--pruning-ratio {ratio} leaves no neuron in a layer of {min(full)}: choose a smaller one"
+        )
+    return widths
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: SGD, and either steps (`schedule`: epochs at which the rate is multiplied by `gammas`) or one cycle."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    schedule: tuple[int, ...] = ()
+    gammas: tuple[float, ...] = ()
+    batch_size: int = 128
+    momentum: float = 0.9
+    nesterov: bool = False
+    label_smoothing: float = 0.0
+    decay_all: bool = True  # weight decay on BatchNorm and biases too
+    one_cycle: bool = False
+
+
+LENET = Recipe(epochs=60, lr=0.1, weight_decay=1e-4, schedule=(15, 30, 45), gammas=(0.1, 0.1, 0.1))
+CIFAR = Recipe(epochs=200, lr=0.1, weight_decay=5e-4, schedule=(100, 150), gammas=(0.1, 0.1))
+RECIPES = ("published", "fast")
+
+
+def recipe(arch: str, name: str = "published") -> Recipe:
+    """The published recipe of a network, or the `fast` one: one cycle, Nesterov, label smoothing, decay of weights only."""
+    published = LENET if arch == "LeNet_300_100" else CIFAR
+    if name == "published":
+        return published
+    if name == "fast":
+        return replace(
+            published, epochs=30, lr=0.2, schedule=(), gammas=(), nesterov=True, label_smoothing=0.1,
+            decay_all=False, one_cycle=True,
+        )  # fmt: skip
+    raise NeuronMergingError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")
+
+
+def checkpoint_name(arch: str, depth_wide: Sequence[int], dataset: str) -> str:
+    """The published file name of an original network's checkpoint."""
+    if arch == "LeNet_300_100":
+        return "LeNet_300_100.original.300_100.bias.pth.tar"
+    if arch == "VGG":
+        depth = "" if tuple(depth_wide) == NETWORKS["VGG"].depth_wide else f".{depth_wide[0]}"
+        return f"VGG.{dataset}.original{depth}.pth.tar"
+    return f"{arch}.{dataset}.original.{'_'.join(map(str, depth_wide))}.pth.tar"

@@ -1,0 +1,258 @@
+"""The trainer: the paper's recipe and a short one, resumable to the same result, on one process or many (torchrun).
+
+The whole data set lies on the device as uint8; crops and flips are one gather a batch. What is saved is the last
+epoch: the paper's published code kept the epoch that was best on the *test* set, which we do not.
+"""
+
+import contextlib
+import csv
+import io
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import Images
+from errors import NeuronMergingError, write_atomically
+from evaluate import accuracy
+from settings import Recipe
+
+SAVE_SECONDS = 300  # within an epoch, the state is written this often
+
+
+def learning_rate(recipe: Recipe, epoch: int, progress: float) -> float:
+    """The learning rate in `epoch` (from 0) when `progress` (0…1) of the whole training is done.
+
+    published: lr times gammas[i] from epoch schedule[i] on, constant within an epoch.
+    fast: one cycle: linear from 0.1 lr to lr over the first fifth, then linear to 0.
+    """
+    if recipe.one_cycle:
+        return recipe.lr * (0.1 + 0.9 * progress / 0.2 if progress < 0.2 else (1 - progress) / 0.8)
+    return recipe.lr * math.prod(g for start, g in zip(recipe.schedule, recipe.gammas) if epoch >= start)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the hardware computes in it, None (float32) elsewhere: emulated, it is many times slower."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    if device.type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return torch.bfloat16 if any(getattr(torch.cpu, p, bool)() for p in probes) else None
+    return None
+
+
+def batches(images: Images, batch_size: int, seed: int, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """One epoch of (network input, labels, size of the global batch) in a random order, augmented where the data set says so.
+
+    The order and the crops are those of `seed` alone: the same for one process and for the shares of many. `part` =
+    (rank, world size) picks every world-th image of each global batch. A last batch too small for BatchNorm is left out.
+    """
+    rank, world = part
+    device, count = images.labels.device, len(images)
+    channels, height, width = images.dataset.shape
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=random).to(device)
+    pad = 4 if images.dataset.augment else 0
+    shift = torch.randint(0, 2 * pad + 1, (2, count), generator=random).to(device)
+    flip = (torch.rand(count, generator=random) < 0.5).to(device) & images.dataset.augment
+    padded = F.pad(images.pixels, (pad, pad, pad, pad))  # black, as RandomCrop(padding=4) pads
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    for start in range(0, count, batch_size):
+        size = min(batch_size, count - start)
+        if size < 2 * world:
+            return
+        i = order[start : start + batch_size][rank::world]
+        y = rows + shift[0, i, None]  # [B, H]
+        x = torch.where(flip[i, None], columns.flip(0), columns) + shift[1, i, None]  # [B, W]
+        crops = padded[i[:, None, None], :, y[:, :, None], x[:, None, :]]  # [B, H, W, C]
+        yield images.normalised(crops.permute(0, 3, 1, 2)), images.labels[i], size
+
+
+def train(
+    model: nn.Module,
+    images: Images,
+    test: Images,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    seed: int = 1,
+    state: Path | None = None,
+    resume: bool = False,
+    curve: Path | None = None,
+    log_interval: int = 0,
+    compiled: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train `model` in place and return the last epoch's row: epoch, lr, loss, train and test accuracy in %, seconds.
+
+    `state`: file that holds all that `resume` needs to go on as if nothing had happened (model, optimiser, RNG, place
+    in the epoch); written by rename after every epoch, every five minutes and at Ctrl-C. `curve`: a CSV, a row an epoch.
+    Raises NeuronMergingError where the loss is no longer finite or the state does not belong to this run.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    torch.manual_seed(seed + rank)  # dropout; the batches have a generator of their own
+    model.to(device, memory_format=torch.channels_last)
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = _optimizer(model, recipe)
+    epoch, step, rows = 0, 0, []
+    seen = torch.zeros(3, device=device)  # summed loss, correct, images: read rarely, since reading waits for the device
+    identity = {"recipe": _plain(recipe), "seed": seed, "network": str(model)}
+    if resume:
+        saved = _read_state(state, identity)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        epoch, step, rows, seen = saved["epoch"], saved["step"], saved["rows"], saved["seen"].to(device)
+        torch.set_rng_state(saved["rng"])
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    forward = torch.compile(parallel) if compiled else parallel
+    images, test = images.to(device), test.to(device)
+    steps = math.ceil(len(images) / recipe.batch_size)
+    dtype = autocast_dtype(device)
+    saved_at = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved_at
+        if state is not None and rank == 0:
+            content = {**identity, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            content |= {"epoch": epoch, "step": step, "seen": seen, "rows": rows, "rng": torch.get_rng_state()}
+            write_atomically(state, lambda file: torch.save(content, file))
+        saved_at = time.monotonic()
+
+    try:
+        with _terminate_as_interrupt():
+            while epoch < recipe.epochs:
+                started, skipped = time.monotonic(), step
+                forward.train()
+                bar = tqdm(
+                    batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world)),
+                    f"epoch {epoch + 1}/{recipe.epochs}", steps, unit="batch", leave=False, disable=None if rank == 0 else True,
+                )  # fmt: skip
+                for number, (x, labels, size) in enumerate(bar):
+                    if number < skipped:
+                        continue
+                    lr = learning_rate(recipe, epoch, (epoch + number / steps) / recipe.epochs)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                        logits = forward(x)
+                    losses = F.cross_entropy(
+                        logits.float(), labels, reduction="sum", label_smoothing=recipe.label_smoothing
+                    )
+                    optimizer.zero_grad(set_to_none=True)
+                    (losses * world / size).backward()  # DistributedDataParallel averages over the processes
+                    optimizer.step()
+                    step = number + 1
+                    seen[0] += losses.detach()
+                    seen[1] += (logits.argmax(1) == labels).sum()
+                    seen[2] += len(labels)
+                    if log_interval and step % log_interval == 0 and rank == 0:
+                        say(f"epoch {epoch + 1} batch {step}/{steps} loss {float(seen[0] / seen[2]):.4f}")
+                    if time.monotonic() - saved_at > SAVE_SECONDS and world == 1:
+                        save()
+                loss, hits, shown = _summed(seen)
+                if not math.isfinite(loss):
+                    raise NeuronMergingError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr")
+                correct, total = _summed(torch.tensor(accuracy(model, test, part=(rank, world)), device=device))
+                epoch, step, seen = epoch + 1, 0, torch.zeros_like(seen)
+                rows.append(
+                    {
+                        "epoch": epoch, "lr": round(lr, 6), "loss": round(loss / shown, 4),
+                        "train_accuracy": round(100 * hits / shown, 2), "test_accuracy": round(100 * correct / total, 2),
+                        "seconds": round(time.monotonic() - started, 1),
+                    }
+                )  # fmt: skip
+                save()
+                if rank == 0:
+                    _write_curve(curve, rows)
+                    say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    except KeyboardInterrupt:
+        save()
+        where = f"; go on with --resume ({state})" if state is not None else ""
+        raise KeyboardInterrupt(f"stopped in epoch {epoch + 1} of {recipe.epochs}{where}") from None
+    return rows[-1]
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    decayed = [p for p in model.parameters() if recipe.decay_all or p.ndim > 1]
+    others = [p for p in model.parameters() if not (recipe.decay_all or p.ndim > 1)]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        [g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov
+    )
+
+
+def _read_state(state: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
+    try:
+        saved = torch.load(state, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise NeuronMergingError(f"there is nothing to resume: cannot read {state}; run it without --resume") from error
+    except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
+        raise NeuronMergingError(f"{state} is not a training state that can be read; run it without --resume") from error
+    for key, value in identity.items():
+        if saved.get(key) != value:
+            raise NeuronMergingError(f"{state} belongs to a run with another {key}: repeat that run's options to resume it")
+    return saved
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(recipe).items()}
+
+
+def _summed(values: Tensor) -> list[float]:
+    """The element-wise sum over all processes."""
+    total = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def _write_curve(curve: Path | None, rows: list[dict[str, Any]]) -> None:
+    if curve is None:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(curve, lambda file: file.write(text.getvalue().encode()))
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: with its state saved."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did; gives the device of this process."""
+    if "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
