@@ -1,0 +1,94 @@
+"""The method once more, from its formulas, neuron by neuron in plain loops: the oracle of the tests and the benchmark's yardstick."""
+
+from math import inf, sqrt
+
+import numpy as np
+
+
+def scores(W: np.ndarray, criterion: str) -> list[float]:
+    """One score a neuron (row of W)."""
+    if criterion == "l1-norm":
+        return [float(np.sum(np.abs(w))) for w in W]
+    if criterion == "l2-norm":
+        return [float(np.sqrt(np.sum(w**2))) for w in W]
+    return [sum(float(np.sqrt(np.sum((w - other) ** 2))) for other in W) for w in W]
+
+
+def select(W: np.ndarray, P: int, criterion: str) -> list[int]:
+    """The P neurons of largest score, ascending."""
+    of = scores(W, criterion)
+    return sorted(sorted(range(len(W)), key=lambda n: -of[n])[:P])
+
+
+def scaling_matrix(W, bn, keep, form, t, lam) -> np.ndarray:
+    """Z [P, N]. bn: None, or (γ, β, μ, v, ε). form: prune, merge or merge-derived."""
+    N = len(W)
+    Z = np.zeros((len(keep), N))
+    for n in range(N):
+        if n in keep:
+            Z[keep.index(n), n] = 1.0
+        elif form != "prune":
+            partner = most_similar(W, bn, keep, n, form, lam)
+            if partner is not None:
+                m, scale, cosine = partner
+                if t == 0 or cosine >= t:
+                    Z[keep.index(m), n] = scale
+    return Z
+
+
+def most_similar(W, bn, keep, n, form, lam):
+    """(m, scale, cosine) of the kept neuron that stands in for n, or None."""
+    candidates = []
+    for m in keep:
+        norm_n, norm_m = sqrt(W[n] @ W[n]), sqrt(W[m] @ W[m])
+        if norm_n == 0 or norm_m == 0:
+            continue
+        cosine, s = float(W[n] @ W[m]) / (norm_n * norm_m), norm_n / norm_m
+        if bn is None:
+            candidates.append((m, s, cosine, 0.0))
+            continue
+        gamma, beta, mu, v, eps = bn
+        if gamma[m] == 0 or gamma[n] == 0:
+            continue
+        if form == "merge":
+            S = s * (gamma[m] / gamma[n]) * (v[n] / v[m])
+            B = abs((gamma[m] / v[m]) * (s * (mu[n] - v[n] * beta[n] / gamma[n]) - mu[m]) + beta[m]) / S
+        else:
+            sigma_n, sigma_m = sqrt(v[n] + eps), sqrt(v[m] + eps)
+            S = s * (gamma[n] / gamma[m]) * (sigma_m / sigma_n)
+            if S <= 0:
+                continue
+            B = abs((gamma[n] / sigma_n) * (s * (mu[m] - sigma_m * beta[m] / gamma[m]) - mu[n]) + beta[n]) / S
+        candidates.append((m, S, cosine, B))
+    if not candidates:
+        return None
+    if bn is None:
+        return max(candidates, key=lambda c: c[2])[:3]
+    low, high = min(c[3] for c in candidates), max(c[3] for c in candidates)
+    best, least = None, inf
+    for m, S, cosine, B in candidates:
+        minmax = (B - low) / (high - low) if high > low else 0.0
+        distance = lam * (1 - cosine) + (1 - lam) * minmax
+        if distance < least:
+            best, least = (m, S, cosine), distance
+    return best
+
+
+def absorb(W_next: np.ndarray, Z: np.ndarray) -> np.ndarray:
+    """W_next ×₂ Z for W_next [M, N, …] or, behind a flatten, [M, N·k]."""
+    P, N = Z.shape
+    M = len(W_next)
+    if W_next.ndim == 2:
+        k = W_next.shape[1] // N
+        out = np.zeros((M, P * k))
+        for i in range(M):
+            for p in range(P):
+                for n in range(N):
+                    out[i, p * k : (p + 1) * k] += W_next[i, n * k : (n + 1) * k] * Z[p, n]
+        return out
+    out = np.zeros((M, P, *W_next.shape[2:]))
+    for i in range(M):
+        for p in range(P):
+            for n in range(N):
+                out[i, p] += W_next[i, n] * Z[p, n]
+    return out

@@ -1,0 +1,131 @@
+"""Units: those of the published networks, every operation that passes, and what is left out with its reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from errors import NeuronMergingError
+from models import build
+from trace import Unit, survey, units
+
+
+@pytest.mark.parametrize(
+    ("arch", "depth_wide", "count"),
+    [
+        ("LeNet_300_100", (), 2), ("VGG", (11,), 8), ("VGG", (13,), 10), ("VGG", (16,), 13), ("VGG", (19,), 16),
+        ("ResNet", (20,), 9), ("ResNet", (56,), 27), ("ResNet", (110,), 54), ("WideResNet", (40, 4), 18), ("WideResNet", (28, 10), 12),
+    ],
+)  # fmt: skip
+def test_the_units_of_the_published_networks(arch, depth_wide, count):
+    assert len(units(build(arch, depth_wide))) == count
+
+
+def test_each_family_names_its_layers_as_the_paper_does():
+    assert units(build("LeNet_300_100"))[0] == Unit("ip1", None, True, "ip2", None)
+    assert units(build("VGG", (16,)))[-1] == Unit("feature.40", "feature.41", True, "classifier.0", None)
+    resnet = units(build("ResNet", (56,)))[3]
+    assert resnet == Unit("layer1.3.conv1", "layer1.3.bn1", True, "layer1.3.conv2", "layer1.3.bn2")
+    wide = units(build("WideResNet", (40, 4)))[0]
+    assert wide == Unit("block1.layer.0.conv1", "block1.layer.0.bn2", True, "block1.layer.0.conv2", None)
+
+
+class Net(nn.Module):
+    """Two layers with `between` on the way from the first to the second."""
+
+    def __init__(self, between, first=None, second=None, **modules: nn.Module):
+        super().__init__()
+        self.first = first or nn.Conv2d(3, 8, 3)
+        self.second = second or nn.Conv2d(8, 4, 3)
+        self.between = between
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.second(self.between(self, self.first(x)))
+
+
+FLAT = {"second": nn.Linear(32, 4)}
+PASSES = {
+    "nothing": (lambda m, x: x, {}),
+    "relu module": (lambda m, x: m.act(x), {"act": nn.ReLU()}),
+    "relu function": (lambda m, x: F.relu(x, inplace=True), {}),
+    "relu method": (lambda m, x: x.relu(), {}),
+    "torch.relu": (lambda m, x: torch.relu(x), {}),
+    "batchnorm": (lambda m, x: m.bn(x).relu(), {"bn": nn.BatchNorm2d(8)}),
+    "max pool module": (lambda m, x: m.pool(x), {"pool": nn.MaxPool2d(2)}),
+    "max pool function": (lambda m, x: F.max_pool2d(x, 2), {}),
+    "avg pool function": (lambda m, x: F.avg_pool2d(x, 2), {}),
+    "adaptive pool": (lambda m, x: F.adaptive_avg_pool2d(x, 5), {}),
+    "dropout": (lambda m, x: m.drop(F.dropout(x, 0.1, m.training)), {"drop": nn.Dropout2d()}),
+    "identity": (lambda m, x: m.id(x), {"id": nn.Identity()}),
+    "torch.flatten": (lambda m, x: torch.flatten(x, 1), FLAT),
+    "flatten keyword": (lambda m, x: x.flatten(start_dim=1), FLAT),
+    "flatten module": (lambda m, x: m.flat(x), {"flat": nn.Flatten(), **FLAT}),
+    "view by size": (lambda m, x: x.view(x.size(0), -1), FLAT),
+    "view by shape": (lambda m, x: x.view(x.shape[0], -1), FLAT),
+    "reshape": (lambda m, x: x.reshape(x.size()[0], -1), FLAT),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_what_passes(name):
+    between, modules = PASSES[name]
+    assert [unit.layer for unit in units(Net(between, **modules))] == ["first"]
+
+
+LEFT_OUT = {
+    "a sigmoid": (lambda m, x: x.sigmoid(), {}, "sigmoid"),
+    "a GELU": (lambda m, x: m.act(x), {"act": nn.GELU()}, "GELU"),
+    "a residual sum": (lambda m, x: x + x.relu(), {}, "2 times"),
+    "a constant": (lambda m, x: x + 1, {}, "add"),
+    "a permutation": (lambda m, x: x.permute(0, 1, 3, 2), {}, "permute"),
+    "a view to a fixed size": (lambda m, x: x.view(-1, 32), FLAT, "view"),
+    "a flatten of the batch": (lambda m, x: x.flatten(0), FLAT, "flatten"),
+    "a linear layer on the last dimension": (lambda m, x: x, {"second": nn.Linear(8, 4)}, "without a flatten"),
+    "a grouped convolution": (lambda m, x: x, {"first": nn.Conv2d(3, 9, 3, groups=3)}, "grouped"),
+    "a grouped consumer": (lambda m, x: x, {"second": nn.Conv2d(8, 4, 3, groups=2)}, "plain convolution"),
+    "a BatchNorm behind the ReLU": (lambda m, x: m.bn(x.relu()), {"bn": nn.BatchNorm2d(8)}, "BatchNorm2d"),
+    "a BatchNorm without statistics": (
+        lambda m, x: m.bn(x), {"bn": nn.BatchNorm2d(8, track_running_stats=False)}, "no running statistics",
+    ),
+    "a LayerNorm": (lambda m, x: m.ln(x), {"ln": nn.LayerNorm(30)}, "LayerNorm"),
+    "weights parametrized": (lambda m, x: x, {"second": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 4, 3))}, "parametrized"),
+    "pool with indices": (lambda m, x: m.pool(x)[0], {"pool": nn.MaxPool2d(2, return_indices=True)}, "MaxPool2d"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_is_left_out_and_why(name):
+    between, modules, reason = LEFT_OUT[name]
+    found, left_out = survey(Net(between, **modules))
+    assert found == []
+    assert reason in left_out["first"]
+
+
+def test_a_layer_used_twice_or_sharing_its_weights_is_left_out():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            return self.c(self.b(self.b(self.a(x))))
+
+    found, left_out = survey(Twice())
+    assert found == []
+    assert "used 2 times" in left_out["a"]
+    tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    tied[2].weight = tied[0].weight
+    found, left_out = survey(tied)
+    assert found == []
+    assert "shares its weights" in left_out["0"]
+
+
+def test_a_network_that_cannot_be_traced_is_named():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(NeuronMergingError, match="Branches cannot be traced"):
+        units(Branches())
