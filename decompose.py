@@ -276,4 +276,4 @@ def _keep_rows(model: nn.Module, unit: Unit, keep: Tensor) -> None:
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     """Put `value` in the place of a parameter, in the dtype of the module's weight."""
     weight = module.weight
-    setattr(module, name, nn.Parameter(value.to(weight.dtype), requires_grad=weight.requires_grad))
+    setattr(module, name, nn.Parameter(value.to(weight.dtype).contiguous(), requires_grad=weight.requires_grad))

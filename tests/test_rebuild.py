@@ -1,0 +1,210 @@
+"""Whole networks, all four families: what is lossless, what is the same, what is untouched, what reloads."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from decompose import COMPENSATIONS, Decomposition, decompose, read, rebuild, select
+from errors import NeuronMergingError
+from models import build, load_checkpoint, load_weights, save_checkpoint
+from tests import literal
+from tests.conftest import example
+from trace import units
+
+
+def without_batchnorm(model: nn.Module) -> nn.Module:
+    """Every unit's BatchNorm folded into its convolution."""
+    model = copy.deepcopy(model).eval()
+    for unit in units(model):
+        if unit.bn is not None:
+            parent, _, name = unit.layer.rpartition(".")
+            setattr(model.get_submodule(parent), name, fuse_conv_bn_eval(*map(model.get_submodule, (unit.layer, unit.bn))))
+            parent, _, name = unit.bn.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.Identity())
+    return model
+
+
+def plant_multiples(model: nn.Module) -> list[int]:
+    """Make half of every unit's neurons positive multiples of the other half (and their BatchNorm agree); returns the kept widths."""
+    random = torch.Generator().manual_seed(2)
+    widths = []
+    with torch.no_grad():
+        for unit in units(model):
+            layer = model.get_submodule(unit.layer)
+            bn = model.get_submodule(unit.bn) if unit.bn else None
+            N = len(layer.weight)
+            order = torch.randperm(N, generator=random)
+            leaders, followers = order[: N // 2], order[N // 2 :]
+            neurons = read(model, unit).W  # with the bias, where that is part of a neuron
+            for m in leaders:  # all of norm 1, so that every criterion keeps them before their multiples
+                for parameter in layer.parameters():
+                    parameter[m] /= neurons[m].norm()
+            if bn is not None:  # keep the scale of the leaders' activations
+                bn.running_mean[leaders], bn.running_var[leaders] = bn.running_mean[leaders] / 10, 1.0
+            for n, m in zip(followers, leaders[torch.arange(len(followers)) % len(leaders)]):
+                s = 0.05 + 0.15 * float(torch.rand((), generator=random))
+                layer.weight[n] = s * layer.weight[m]
+                if layer.bias is not None:
+                    layer.bias[n] = s * layer.bias[m]
+                if bn is not None:  # any γ_n > 0 and v_n; μ_n and β_n so that z_n = S z_m
+                    S = s * (bn.weight[n] / bn.weight[m]) * ((bn.running_var[m] + bn.eps) / (bn.running_var[n] + bn.eps)).sqrt()
+                    bn.running_mean[n], bn.bias[n] = s * bn.running_mean[m], S * bn.bias[m]
+            widths.append(len(leaders))
+    return widths
+
+
+def shrink(model, widths, criterion, form, t=0.1, lam=0.85):
+    found = units(model)
+    return rebuild(model, found, decompose(model, found, widths, criterion, form, t=t, lam=lam))
+
+
+@pytest.mark.parametrize("criterion", ["l1-norm", "l2-norm"])
+@pytest.mark.parametrize("batchnorm", [True, False], ids=["batchnorm", "no-batchnorm"])
+@torch.no_grad()
+def test_positive_multiples_are_lossless_in_the_derived_form(network, batchnorm, criterion):
+    model = network if batchnorm else without_batchnorm(network)
+    widths = plant_multiples(model)
+    x = example(model)
+    logits = model(x)
+    assert logits.std() > 0.05
+    assert torch.allclose(shrink(model, widths, criterion, "merge-derived")(x), logits, atol=1e-4)
+    assert (shrink(model, widths, criterion, "prune")(x) - logits).abs().max() > 1e-2
+    if any(unit.bn for unit in units(model)):  # the published form is not what follows from BatchNorm
+        assert (shrink(model, widths, criterion, "merge")(x) - logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("form", COMPENSATIONS)
+@torch.no_grad()
+def test_keeping_all_changes_nothing(network, form):
+    full = [len(network.get_submodule(unit.layer).weight) for unit in units(network)]
+    x = example(network)
+    assert torch.allclose(shrink(network, full, "l1-norm", form)(x), network(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", COMPENSATIONS)
+def test_the_network_is_left_untouched_and_the_small_one_is_of_its_own(network, form):
+    before = copy.deepcopy(network.state_dict())
+    found = units(network)
+    widths = [len(network.get_submodule(unit.layer).weight) // 2 for unit in found]
+    small = shrink(network, widths, "l2-norm", form)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.fill_(1.0)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert [len(small.get_submodule(unit.layer).weight) for unit in found] == widths
+
+
+@pytest.mark.parametrize("form", COMPENSATIONS)
+@torch.no_grad()
+def test_the_smaller_network_reloads_from_its_checkpoint(network, form, tmp_path):
+    widths = [len(network.get_submodule(unit.layer).weight) // 2 for unit in units(network)]
+    for unit in units(network):
+        if unit.bn:  # a constant neuron: its shift has to be absorbed, which gives WideResNet's conv2 a bias
+            network.get_submodule(unit.bn).weight[-1] = 0.0
+            network.get_submodule(unit.bn).bias[-1] = 0.5
+            network.get_submodule(unit.layer).weight[-1] *= 1e-3
+    small = shrink(network, widths, "l1-norm", form)
+    save_checkpoint(tmp_path / "small.pth.tar", small, widths=widths)
+    kind = type(network).__name__
+    depth_wide = {"LeNet_300_100": (), "VGG": (16,), "ResNet": (20,), "WideResNet": (16, 2)}[kind]
+    checkpoint = load_checkpoint(tmp_path / "small.pth.tar")
+    again = load_weights(build(kind, depth_wide, widths=checkpoint.widths), checkpoint).eval()
+    assert again.state_dict().keys() == small.state_dict().keys()
+    if form == "merge-derived" and kind == "WideResNet":
+        assert again.block1.layer[0].conv2.bias is not None
+    x = example(network)
+    tolerance = 0.05 if kind == "VGG" else 1e-6  # VGG is large enough to be stored in half precision
+    assert torch.allclose(again(x), small(x), atol=tolerance)
+
+
+class Flattened(nn.Module):
+    """conv – ReLU – pool – flatten – linear with several inputs per neuron."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 16, 5)
+
+    def forward(self, x):
+        return self.fc(torch.max_pool2d(self.conv(x).relu(), 2).flatten(1))
+
+
+@pytest.mark.parametrize("form", ["prune", "merge"])
+def test_absorbing_agrees_with_the_literal_loop(form):
+    torch.manual_seed(0)
+    for model in (Flattened(), nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))):
+        (unit,) = units(model)
+        (part,) = decompose(model, [unit], [3], "l1-norm", form)
+        small = rebuild(model, [unit], [part])
+        expected = literal.absorb(model.get_submodule(unit.next).weight.detach().double().numpy(), part.Z.numpy())
+        assert np.allclose(small.get_submodule(unit.next).weight.detach().numpy(), expected, atol=1e-6)
+        assert torch.isfinite(small(torch.randn(2, 3, 8, 8))).all()
+
+
+def test_every_scaling_matrix_depends_on_the_original_weights_only(network):
+    found = units(network)
+    widths = [max(1, len(network.get_submodule(unit.layer).weight) // 2) for unit in found]
+    together = decompose(network, found, widths, "l2-GM", "merge", t=0.1, lam=0.85)
+    for unit, width, part in zip(reversed(found), reversed(widths), reversed(together)):
+        (alone,) = decompose(network, [unit], [width], "l2-GM", "merge", t=0.1, lam=0.85)
+        assert torch.equal(alone.Z, part.Z)
+
+
+@torch.no_grad()
+def test_a_constant_neuron_moves_into_what_follows():
+    """With and without a BatchNorm, and a bias, behind the consumer; 1 × 1 kernels have no borders, so it is exact."""
+    for bias in (True, False):
+        for norm in (True, False):
+            torch.manual_seed(0)
+            tail = [nn.BatchNorm2d(4)] if norm else []
+            model = nn.Sequential(nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=bias), *tail)
+            model.eval()
+            model[1].weight[5], model[1].bias[5] = 0.0, 0.8
+            model[0].weight[5] *= 0.01
+            x = torch.randn(2, 3, 4, 4)
+            small = shrink(model, [5], "l1-norm", "merge-derived")
+            assert torch.allclose(small(x), model(x), atol=1e-5)
+            assert not torch.allclose(shrink(model, [5], "l1-norm", "prune")(x), model(x), atol=1e-2)
+            assert (small[3].bias is None) == (norm and not bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_keep_their_dtype(dtype):
+    model = Flattened().to(dtype)
+    small = shrink(model, [3], "l2-norm", "merge")
+    assert {p.dtype for p in small.parameters()} == {dtype}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_network(network):
+    widths = [len(network.get_submodule(unit.layer).weight) // 2 for unit in units(network)]
+    here = shrink(network, widths, "l2-norm", "merge").state_dict()
+    there = shrink(copy.deepcopy(network).cuda(), widths, "l2-norm", "merge").state_dict()
+    assert all(torch.allclose(here[name], value.cpu(), atol=1e-5) for name, value in there.items())
+
+
+def test_what_cannot_be_decomposed_is_named():
+    model = Flattened()
+    (unit,) = units(model)
+    with pytest.raises(NeuronMergingError, match="unknown criterion 'l3'"):
+        decompose(model, [unit], [3], "l3", "merge")
+    with pytest.raises(NeuronMergingError, match="unknown compensation 'glue'"):
+        decompose(model, [unit], [3], "l1-norm", "glue")
+    with pytest.raises(NeuronMergingError, match="0 of 6 neurons cannot be kept in conv"):
+        decompose(model, [unit], [0], "l1-norm", "merge")
+
+
+def test_a_decomposition_written_by_hand_is_rebuilt_as_it_stands():
+    """`rebuild` takes any Z and shift, also those that no function of `decompose` makes."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    keep, Z = torch.tensor([0, 2]), torch.tensor([[1, 0.5, 0], [0, 2.0, 1]], dtype=torch.float64)
+    shift = torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64)
+    small = rebuild(model, units(model), [Decomposition(keep, Z, shift)])
+    x = torch.randn(5, 4)
+    kept = model[0](x)[:, keep].double()
+    expected = (kept @ Z + shift) @ model[1].weight.double().T + model[1].bias.double()
+    assert torch.allclose(small(x).double(), expected, atol=1e-5)
+    assert select(model[0].weight.double(), 2, "l2-norm").shape == (2,)
