@@ -60,6 +60,32 @@ class Experiment:
         if not -1 <= self.threshold <= 1:
             raise NeuronMergingError(f"--threshold {self.threshold} is no cosine: choose one in [-1, 1]")
 
+    @property
+    def effective_ratio(self) -> float | None:
+        """The ratio that decides the widths; None where they are given, chosen by hand (VGG-16), or nothing is dropped."""
+        by_hand = self.widths == "published" and self.published_widths is not None
+        return self.ratio if self.model_type != "original" and isinstance(self.widths, str) and not by_hand else None
+
+    @property
+    def published_widths(self) -> tuple[int, ...] | None:
+        """The paper's hand-picked kept widths, for the networks that have them."""
+        return settings.PUBLISHED_WIDTHS.get((self.arch, self.depth_wide, self.dataset))
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result beside the checkpoint, as plain JSON values."""
+        compressed = self.model_type != "original"
+        return {
+            "arch": self.arch,
+            "depth_wide": list(self.depth_wide),
+            "dataset": self.dataset,
+            "type": self.model_type,
+            "criterion": self.criterion if compressed else None,
+            "ratio": self.effective_ratio,
+            "widths_rule": (self.widths if isinstance(self.widths, str) else list(self.widths)) if compressed else None,
+            "threshold": self.threshold if compressed else None,
+            "lamda": self.lamda if compressed else None,
+        }
+
     def network(self, widths: list[int] | None = None) -> nn.Module:
         """The network of this experiment, freshly initialised."""
         return build(self.arch, self.depth_wide, DATASETS[self.dataset].classes, widths)
@@ -71,7 +97,6 @@ class Shrunk:
 
     model: nn.Module
     widths: list[int] | None
-    ratio: float | None  # None where the widths do not come from a ratio
     seconds: float
 
 
@@ -94,42 +119,37 @@ def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
 def shrink(model: nn.Module, experiment: Experiment) -> Shrunk:
     """`model` compressed as the experiment says; the model itself is left as it is."""
     if experiment.model_type == "original":
-        return Shrunk(model, None, None, 0.0)
+        return Shrunk(model, None, 0.0)
     start = time.perf_counter()
     found = units(model)
-    widths, ratio = kept_widths(model, found, experiment)
+    widths = kept_widths(model, found, experiment)
     parts = decompose(
         model, found, widths, experiment.criterion, experiment.model_type, t=experiment.threshold, lam=experiment.lamda
     )
     small = rebuild(model, found, parts)
-    return Shrunk(small, widths, ratio, time.perf_counter() - start)
+    return Shrunk(small, widths, time.perf_counter() - start)
 
 
-def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> tuple[list[int], float | None]:
-    """Kept width of every unit, and the ratio they come from (None where they were given or chosen by hand)."""
+def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> list[int]:
+    """Kept width of every unit. Raises NeuronMergingError for a list that does not fit the network."""
     full = [model.get_submodule(unit.layer).weight.shape[0] for unit in found]
     widths = experiment.widths
+    if experiment.effective_ratio is not None:
+        return settings.uniform_widths(experiment.arch, experiment.depth_wide, full, experiment.effective_ratio)
     if widths == "published":
-        widths = settings.PUBLISHED_WIDTHS.get((experiment.arch, experiment.depth_wide, experiment.dataset), "uniform")
-    if widths == "uniform":
-        return settings.uniform_widths(experiment.arch, experiment.depth_wide, full, experiment.ratio), experiment.ratio
-    if isinstance(widths, str):
-        raise NeuronMergingError(f"--widths {widths!r}: give published, uniform, or {len(full)} numbers with commas between")
+        widths = experiment.published_widths
     if len(widths) != len(full):
         raise NeuronMergingError(f"--widths has {len(widths)} numbers, {experiment.arch} has {len(full)} units")
     for unit, kept, width in zip(found, widths, full):
         if not 1 <= kept <= width:
             raise NeuronMergingError(f"--widths: {kept} of {width} neurons cannot be kept in {unit.layer}: give 1 to {width}")
-    return list(widths), None
+    return list(widths)
 
 
-def measure(
-    experiment: Experiment, images: Images, device: torch.device, batch_size: int = 1000
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Load, compress, evaluate: the compressed network and its result row."""
+def measure(experiment: Experiment, images: Images, device: torch.device, batch_size: int = 1000) -> dict[str, Any]:
+    """Load, compress, evaluate: the result row."""
     model, checkpoint = load(experiment)
-    shrunk = shrink(_on(model, device), experiment)
-    return shrunk.model, row(experiment, checkpoint, shrunk, images, device, batch_size)
+    return row(experiment, checkpoint, shrink(placed(model, device), experiment), images, device, batch_size)
 
 
 def row(
@@ -141,17 +161,9 @@ def row(
     correct, total = accuracy(model, images, batch_size)
     seconds_evaluate = time.perf_counter() - start
     original, shape = experiment.network(), DATASETS[experiment.dataset].shape
-    compressed = experiment.model_type != "original"
     return {
-        "arch": experiment.arch,
-        "depth_wide": list(experiment.depth_wide),
-        "dataset": experiment.dataset,
-        "type": experiment.model_type,
-        "criterion": experiment.criterion if compressed else None,
-        "ratio": shrunk.ratio,
+        **experiment.settings(),
         "widths": shrunk.widths or checkpoint.widths,
-        "threshold": experiment.threshold if compressed else None,
-        "lamda": experiment.lamda if compressed else None,
         "accuracy": round(100 * correct / total, 2),
         "accuracy_checkpoint": checkpoint.about.get("acc"),
         "correct": correct,
@@ -185,8 +197,8 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _on(model: nn.Module, device: torch.device) -> nn.Module:
-    """Where a model is decomposed: on its device, or on the CPU where that has no float64 (MPS)."""
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` where it can be decomposed: on `device`, or on the CPU where that has no float64 (MPS)."""
     return model if device.type == "mps" else model.to(device)
 
 

@@ -110,7 +110,7 @@ def check(args: argparse.Namespace) -> None:
     if args.test_batch_size < 1:
         raise NeuronMergingError("--test-batch-size has to be at least 1")
     recipe(args)
-    args.data = args.data or Path(os.environ.get("NEURON_MERGING_DATA") or HERE / "data")
+    args.data = args.data or settings.data_folder()
     args.dataset = args.dataset or ("FashionMNIST" if args.arch == "LeNet_300_100" else "cifar10")
     for path in (args.save, None if args.json in (None, "-") else Path(args.json)):
         if path is not None:
@@ -130,9 +130,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.criterion, args.pruning_ratio, args.widths, args.threshold, args.lamda,
     )  # fmt: skip
     if args.evaluate:
-        model, row = xp.measure(experiment, data.load(args.dataset, "test", args.data), device, args.test_batch_size)
+        model, checkpoint = xp.load(experiment)  # before the data: a missing checkpoint is no reason for a download
+        images = data.load(args.dataset, "test", args.data)
+        shrunk = xp.shrink(xp.placed(model, device), experiment)
+        row = xp.row(experiment, checkpoint, shrunk, images, device, args.test_batch_size)
         if args.save:
-            save(args.save, model, row)
+            save(args.save, shrunk.model, row)
         return row
     return train(args, experiment, device)
 
@@ -150,9 +153,9 @@ def train(args: argparse.Namespace, experiment: Any, device: Any) -> dict[str, A
     check_writable(target)
     torch.manual_seed(args.seed)
     if args.model_type == "original" and args.pretrained is None:
-        shrunk = xp.Shrunk(experiment.network(), None, None, 0.0)
+        shrunk = xp.Shrunk(experiment.network(), None, 0.0)
     else:
-        shrunk = xp.shrink(xp.load(experiment)[0], experiment)
+        shrunk = xp.shrink(xp.placed(xp.load(experiment)[0], device), experiment)
     images, test = (data.load(args.dataset, split, args.data) for split in ("train", "test"))
     with trainer.process_group(device) as device:
         last = trainer.train(

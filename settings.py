@@ -1,8 +1,10 @@
 """The published settings of every network and data set, in one place. Imports nothing heavy: `main.py --help` reads it."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor
+from pathlib import Path
 
 from errors import NeuronMergingError
 
@@ -106,3 +108,8 @@ def checkpoint_name(arch: str, depth_wide: Sequence[int], dataset: str) -> str:
         depth = "" if tuple(depth_wide) == NETWORKS["VGG"].depth_wide else f".{depth_wide[0]}"
         return f"VGG.{dataset}.original{depth}.pth.tar"
     return f"{arch}.{dataset}.original.{'_'.join(map(str, depth_wide))}.pth.tar"
+
+
+def data_folder() -> Path:
+    """Where data sets lie unless --data says otherwise."""
+    return Path(os.environ.get("NEURON_MERGING_DATA") or Path(__file__).resolve().parent / "data")

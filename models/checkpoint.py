@@ -34,10 +34,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises NeuronMergingError for a file that is missing, not a checkpoint, cut short, or holds NaN or Inf.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise NeuronMergingError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    digest = sha256(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
@@ -55,7 +52,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         bad = 0 if not w.is_floating_point() else int((~torch.isfinite(w)).sum())
         if bad:
             raise NeuronMergingError(f"{path}: {name} has {bad} values that are NaN or infinite")
-    return Checkpoint(path, hashlib.sha256(content).hexdigest(), weights, about)
+    return Checkpoint(path, digest, weights, about)
+
+
+def sha256(path: Path) -> str:
+    """Of the file's content, in hexadecimal. Raises NeuronMergingError for a file that cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise NeuronMergingError(f"cannot read the checkpoint {path}: {error.strerror}") from error
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:

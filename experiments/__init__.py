@@ -1,0 +1,1 @@
+"""The paper's experiments: which there are, their rows, tables, figures and benchmarks."""

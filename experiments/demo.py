@@ -1,0 +1,52 @@
+"""`make demo`: the paper's LeNet table measured here and now, beside the published one, and as a figure."""
+
+import sys
+
+from data import load
+from errors import NeuronMergingError
+from experiment import choose_device
+from experiments import rows
+from experiments.figures import accuracy_against_ratio
+from experiments.grid import GRIDS, run
+from settings import data_folder
+
+FOLDER = rows.RESULTS / "demo"
+
+
+def table(measured: list[rows.Row], criterion: str = "l1-norm") -> str:
+    """Published beside measured for terminals."""
+    paper = rows.published()
+    lines = [f"{'':<10}{'prune':>22}{'merge':>22}", f"{'ratio':<10}" + 2 * f"{'published':>12}{'measured':>10}"]
+    (original,) = (row for row in measured if row["type"] == "original")
+    lines.append(f"{'original':<10}" + 2 * f"{paper[rows.published_key(original)]:>12.2f}{original['accuracy']:>10.2f}")
+    for ratio in GRIDS["lenet"].ratios:
+        line = f"{100 * ratio:<3.0f}%{'':<6}"
+        for kind in ("prune", "merge"):
+            (row,) = (r for r in measured if (r["type"], r["criterion"], r["ratio"]) == (kind, criterion, ratio))
+            line += f"{paper[rows.published_key(row)]:>12.2f}{row['accuracy']:>10.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure prune and merge for every criterion and ratio, print l1-norm, draw all three."""
+    grid = GRIDS["lenet"]
+    try:
+        path = FOLDER / "rows.jsonl"
+        path.unlink(missing_ok=True)  # the demo measures, it does not remember
+        measured = run(grid, load(grid.dataset, "test", data_folder()), choose_device("auto"), path)
+        figure = FOLDER / f"{grid.figure}.png"
+        accuracy_against_ratio(grid, measured, [figure])
+    except NeuronMergingError as error:
+        print(error, file=sys.stderr)
+        return 2
+    seconds = sum(row["seconds_decompose"] + row["seconds_evaluate"] for row in measured)
+    print(f"{grid.title}, l1-norm, no fine-tuning: accuracy in %\n")
+    print(table(measured))
+    print("\npublished: Kim et al. 2020, with the authors' checkpoint; measured: with pretrained/" + grid.checkpoint.name)
+    print(f"{len(measured)} networks decomposed and measured on 10,000 images in {seconds:.1f} s; all three criteria: {figure}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

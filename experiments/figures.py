@@ -1,0 +1,54 @@
+"""Figures from result rows: accuracy against ratio, one panel per criterion."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first: no display is needed)
+
+from decompose import CRITERIA  # noqa: E402
+from errors import write_atomically  # noqa: E402
+from experiments.grid import Grid  # noqa: E402
+from experiments.rows import Row, published, published_key  # noqa: E402
+
+# Okabe & Ito's colours, which stay apart for colour-blind readers; the marker says the same once more.
+STYLES = {"prune": ("#999999", "s", "-"), "merge": ("#0072B2", "o", "-"), "merge-derived": ("#D55E00", "^", ":")}
+
+
+def accuracy_against_ratio(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) -> None:
+    """Draw the rows of one grid and checkpoint, published accuracies as hollow markers, and write each of `paths` by its ending."""
+    paper = published()
+    baseline = next((row["accuracy"] for row in measured if row["type"] == "original"), None)
+    figure, axes = plt.subplots(1, len(CRITERIA), figsize=(10, 3.4), sharey=True, layout="constrained")
+    for axis, criterion in zip(axes, CRITERIA):
+        of_criterion = [row for row in measured if row["criterion"] == criterion]
+        for kind in dict.fromkeys(row["type"] for row in of_criterion):
+            color, marker, dash = STYLES[kind]
+            line = sorted((row for row in of_criterion if row["type"] == kind), key=lambda row: row["ratio"])
+            ratios = [100 * row["ratio"] for row in line]
+            axis.plot(ratios, [row["accuracy"] for row in line], color=color, marker=marker, linestyle=dash, markersize=6 if dash == "-" else 3, label=kind)
+            known = [(100 * row["ratio"], paper[published_key(row)]) for row in line if published_key(row) in paper]
+            if known:
+                axis.scatter(
+                    *zip(*known), marker=marker, s=90, facecolors="none", edgecolors=color, label=f"{kind} (published)"
+                )
+        if baseline is not None:
+            axis.axhline(baseline, color="black", linewidth=0.8, linestyle="--", label="original")
+        axis.set_title(criterion)
+        axis.set_xlabel("pruning ratio (%)")
+        axis.set_xticks([100 * ratio for ratio in grid.ratios])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy (%)")
+    handles = {}
+    for axis in axes:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.suptitle(f"{grid.title}: accuracy without fine-tuning")
+    for path in paths:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        write_atomically(path, lambda file, buffer=buffer: file.write(buffer.getvalue()))
+    plt.close(figure)

@@ -1,0 +1,106 @@
+"""Which experiments the paper has, and a runner that measures those that are not measured yet."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import settings
+from data import Images, load
+from decompose import COMPENSATIONS, CRITERIA
+from errors import NeuronMergingError
+from experiment import Experiment, choose_device, measure
+from experiments import rows
+from models.checkpoint import sha256
+
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+CIFAR_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A network of the paper and the ratios it is pruned at; VGG's widths are fixed, so it has one cell per criterion."""
+
+    title: str
+    arch: str
+    dataset: str
+    ratios: tuple[float, ...]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the network's own checkpoint is shipped."""
+        depth_wide = settings.NETWORKS[self.arch].depth_wide
+        return PRETRAINED / settings.checkpoint_name(self.arch, depth_wide, self.dataset)
+
+    @property
+    def figure(self) -> str:
+        """Name of the figure's files, without their ending."""
+        return "_".join([self.arch, *map(str, settings.NETWORKS[self.arch].depth_wide), self.dataset])
+
+    def experiments(self, pretrained: Path | None = None) -> Iterator[Experiment]:
+        """The original, then every compensation by criterion and ratio."""
+        pretrained = pretrained or self.checkpoint
+        yield Experiment(self.arch, self.dataset, pretrained)
+        for criterion in CRITERIA:
+            for ratio in self.ratios:
+                for compensation in COMPENSATIONS:
+                    yield Experiment(
+                        self.arch, self.dataset, pretrained, model_type=compensation, criterion=criterion, ratio=ratio
+                    )
+
+
+GRIDS = {
+    "lenet": Grid("LeNet-300-100 on FashionMNIST", "LeNet_300_100", "FashionMNIST", (0.5, 0.6, 0.7, 0.8)),
+    "vgg": Grid("VGG-16 on CIFAR-10", "VGG", "cifar10", (0.5,)),
+    "resnet": Grid("ResNet-56 on CIFAR-10", "ResNet", "cifar10", CIFAR_RATIOS),
+    "wideresnet": Grid("WideResNet-40-4 on CIFAR-10", "WideResNet", "cifar10", CIFAR_RATIOS),
+}
+
+
+def run(
+    grid: Grid, images: Images, device: torch.device, path: Path, pretrained: Path | None = None
+) -> list[rows.Row]:
+    """Measure the experiments of a grid whose rows `path` does not hold yet; all rows of the grid's checkpoint.
+
+    Interrupt it when you like: every row is on disk before the next begins.
+    """
+    done = {rows.key(row) for row in rows.load(path)}
+    checkpoint = sha256(pretrained or grid.checkpoint)
+    for experiment in tqdm(list(grid.experiments(pretrained)), grid.title, unit="row", leave=False, disable=None):
+        if rows.key(experiment.settings() | {"checkpoint_sha256": checkpoint}) not in done:
+            rows.append(measure(experiment, images, device), path)
+    return [row for row in rows.load(path) if row["checkpoint_sha256"] == checkpoint]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the grids of all checkpoints that are there, or of one network and checkpoint."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("network", nargs="?", choices=GRIDS, help="[every network whose checkpoint is there]")
+    parser.add_argument("--pretrained", type=Path, help="another checkpoint of that network")
+    parser.add_argument("--data", type=Path, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rows", type=Path, default=rows.ROWS, help="file the rows go to [%(default)s]")
+    args = parser.parse_args(argv)
+    try:
+        device = choose_device(args.device)
+        for name, grid in GRIDS.items():
+            if args.network not in (None, name):
+                continue
+            if not (args.pretrained or grid.checkpoint).exists():
+                print(f"{grid.title}: no checkpoint yet ({grid.checkpoint.name})")
+                continue
+            images = load(grid.dataset, "test", args.data or settings.data_folder())
+            measured = run(grid, images, device, args.rows, args.pretrained)
+            print(f"{grid.title}: {len(measured)} rows in {args.rows}")
+        return 0
+    except NeuronMergingError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

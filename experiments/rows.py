@@ -1,0 +1,66 @@
+"""Result rows, one JSON object a line: appended by runs (also by several at once), read by tables and figures."""
+
+import csv
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+ROWS = RESULTS / "rows.jsonl"
+PUBLISHED = RESULTS / "published.csv"
+
+_SETTINGS = ("arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths_rule", "threshold", "lamda", "checkpoint_sha256")
+
+Row = dict[str, Any]
+
+
+def key(row: Row) -> str:
+    """What makes two rows the same measurement: all settings and the checkpoint's content."""
+    return json.dumps([row[name] for name in _SETTINGS])
+
+
+def load(path: Path = ROWS) -> list[Row]:
+    """All rows of a file, none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def append(row: Row, path: Path = ROWS) -> bool:
+    """Add a row unless the same measurement is there; whether it was added. The file is locked meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if key(row) in {key(json.loads(line)) for line in file}:
+            return False
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return True
+
+
+def published() -> dict[tuple, float]:
+    """The paper's accuracies in %: (arch, depth_wide, dataset, type, criterion, ratio) → accuracy."""
+    return {
+        (
+            line["arch"], tuple(int(part) for part in line["depth_wide"].split("_") if part), line["dataset"],
+            line["type"], line["criterion"] or None, float(line["ratio"]) if line["ratio"] else None,
+        ): float(line["accuracy"])
+        for line in _published_lines()
+    }  # fmt: skip
+
+
+def published_checkpoints() -> set[str]:
+    """SHA-256 of the checkpoints that the paper's authors published, as far as we have seen them."""
+    return {line["checkpoint_sha256"] for line in _published_lines()} - {""}
+
+
+def _published_lines() -> list[dict[str, str]]:
+    with open(PUBLISHED, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def published_key(row: Row) -> tuple:
+    """The key of a row in `published()`."""
+    return (row["arch"], tuple(row["depth_wide"]), row["dataset"], row["type"], row["criterion"], row["ratio"])
+

@@ -1,0 +1,130 @@
+"""Tables from result rows: results/TABLES.md, the README's results section and the figures; `--check` only compares."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from decompose import CRITERIA
+from errors import NeuronMergingError, write_atomically
+from experiments import rows
+from experiments.grid import GRIDS, Grid
+from experiments.manifest import shipped
+from experiments.rows import Row
+
+TABLES = rows.RESULTS / "TABLES.md"
+FIGURES = rows.RESULTS / "figures"
+README = rows.RESULTS.parent / "README.md"
+BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
+CHECKPOINTS = {"published": "the authors' published checkpoint", "ours": "the one in `pretrained/`"}
+
+
+def checkpoint(row: Row) -> str | None:
+    """Whose checkpoint a row was measured with: published, ours (as shipped now), or None for another."""
+    if row["checkpoint_sha256"] in rows.published_checkpoints():
+        return "published"
+    return "ours" if row["checkpoint_sha256"] in shipped() else None
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], right_from: int = 1) -> str:
+    """A Markdown table; columns from `right_from` on are aligned to the right."""
+    rule = ["---" if i < right_from else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def full_table(measured: Sequence[Row]) -> str:
+    """Every row of a network: settings, published accuracy, measured one, size, seconds, checkpoint."""
+    paper = rows.published()
+    order = {name: i for i, name in enumerate([None, *CRITERIA])}
+    lines = []
+    for row in sorted(measured, key=lambda r: (order[r["criterion"]], r["ratio"] or 0)):
+        known = paper.get(rows.published_key(row))
+        lines.append(
+            [
+                row["criterion"] or "–", ratio(row), row["type"], "" if known is None else f"{known:.2f}",
+                f"{row['accuracy']:.2f}", f"{row['params']:,}", f"{row['macs'] / 1e6:,.2f} M",
+                f"{row['seconds_decompose']:.2f}", f"{checkpoint(row)} `{row['checkpoint_sha256'][:8]}`",
+            ]
+        )  # fmt: skip
+    header = ["criterion", "ratio", "type", "published %", "measured %", "parameters", "MACs", "decompose s", "checkpoint"]
+    return markdown(header, lines, right_from=3)
+
+
+def ratio(row: Row) -> str:
+    """A row's ratio for people."""
+    if row["ratio"] is not None:
+        return f"{100 * row['ratio']:.0f} %"
+    return "published widths" if row["widths"] else "–"
+
+
+def short_table(measured: Sequence[Row], criterion: str) -> str:
+    """Prune and merge side by side for one criterion: published, measured with the published checkpoint (if it was), with ours."""
+    paper = rows.published()
+    whose = [name for name in CHECKPOINTS if any(checkpoint(row) == name for row in measured)]
+    columns = [("published", None), *((f"measured, {name} checkpoint", name) for name in whose)]
+    header = ["ratio", *(f"{kind} {title}" for kind in ("prune", "merge") for title, _ in columns)]
+    cells: dict[str, dict[tuple, str]] = {}
+    for row in measured:
+        if row["type"] == "original" or (row["criterion"] == criterion and row["type"] in ("prune", "merge")):
+            for kind in ("prune", "merge") if row["type"] == "original" else (row["type"],):
+                line = cells.setdefault("0 % (original)" if row["type"] == "original" else ratio(row), {})
+                line[kind, checkpoint(row)] = f"{row['accuracy']:.2f}"
+                line[kind, None] = f"{paper[rows.published_key(row)]:.2f}" if rows.published_key(row) in paper else ""
+    lines = [
+        [label, *(line.get((kind, name), "") for kind in ("prune", "merge") for _, name in columns)]
+        for label, line in cells.items()
+    ]
+    return markdown(header, lines)
+
+
+def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
+    """The rows of a network that were measured with a checkpoint we can name."""
+    return [r for r in everything if (r["arch"], r["dataset"]) == (grid.arch, grid.dataset) and checkpoint(r) is not None]
+
+
+def documents(everything: Sequence[Row]) -> dict[Path, str]:
+    """What TABLES.md and README.md have to say."""
+    tables, summary = ["# Results", "", "Made by `make tables` from `rows.jsonl` and `published.csv`; never edited by hand.", ""], []
+    tables += ["Accuracy on the test set in %, without fine-tuning. `merge` is the published form of the method, `merge-derived` the", ""]
+    tables[-2] += " form that follows from the formulas (ours)."
+    tables += [*(f"- checkpoint *{name}*: {what}" for name, what in CHECKPOINTS.items()), ""]
+    for grid in GRIDS.values():
+        measured = of_grid(grid, everything)
+        if measured:
+            tables += [f"## {grid.title}", "", f"![{grid.title}](figures/{grid.figure}.png)", "", full_table(measured), ""]
+            summary += [f"**{grid.title}, l1-norm** (accuracy in %)", "", short_table(measured, "l1-norm"), ""]
+            summary += [f"![{grid.title}: accuracy against pruning ratio](results/figures/{grid.figure}.png)", ""]
+    readme = README.read_text(encoding="utf-8")
+    if BEGIN not in readme or END not in readme:
+        raise NeuronMergingError(f"README.md has lost the lines {BEGIN} and {END}")
+    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    return {TABLES: "\n".join(tables), README: f"{before}{BEGIN}\n" + "\n".join(summary) + END + after}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rebuild tables and figures from the rows; with --check, fail where a table no longer matches them."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        everything = rows.load()
+        for path, text in documents(everything).items():
+            if not args.check:
+                write_atomically(path, lambda file, text=text: file.write(text.encode()))
+            elif not path.exists() or path.read_text(encoding="utf-8") != text:
+                raise NeuronMergingError(f"{path.name} does not match results/rows.jsonl: run make tables")
+        if not args.check:
+            from experiments.figures import accuracy_against_ratio
+
+            for grid in GRIDS.values():
+                ours = [row for row in of_grid(grid, everything) if checkpoint(row) == "ours"]
+                if ours and len(grid.ratios) > 1:
+                    accuracy_against_ratio(grid, ours, [FIGURES / f"{grid.figure}.{ending}" for ending in ("png", "svg")])
+        return 0
+    except NeuronMergingError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# ResNet-56 on CIFAR-10: original, prune, merge, …
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+experiment "-t -c -r" --arch ResNet --depth-wide 56 --dataset cifar10 --evaluate -- "$@"
