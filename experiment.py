@@ -102,7 +102,7 @@ class Shrunk:
 
 def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
     """The checkpoint in the network it belongs to. Raises NeuronMergingError where there is none, or it does not fit."""
-    path = experiment.pretrained
+    path, network = experiment.pretrained, experiment.network()
     if not path.exists():
         raise NeuronMergingError(f"{path} is not there; train it with: {_training_command(experiment)}")
     checkpoint = load_checkpoint(path)
@@ -110,10 +110,11 @@ def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
         found = checkpoint.about.get(name, wanted)
         if found != wanted:
             raise NeuronMergingError(f"{path} is a checkpoint of {found}, not of {wanted}: check --{name}")
-    widths = checkpoint.widths
-    if widths is not None and not _are_widths(widths, len(units(experiment.network()))):
-        raise NeuronMergingError(f"{path} does not fit {experiment.arch}: its kept widths are {widths}")
-    return load_weights(experiment.network(widths), checkpoint), checkpoint
+    if checkpoint.widths is not None:
+        if not _are_widths(checkpoint.widths, len(units(network))):
+            raise NeuronMergingError(f"{path} does not fit {experiment.arch}: its kept widths are {checkpoint.widths}")
+        network = experiment.network(checkpoint.widths)
+    return load_weights(network, checkpoint), checkpoint
 
 
 def shrink(model: nn.Module, experiment: Experiment) -> Shrunk:

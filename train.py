@@ -130,57 +130,55 @@ def train(
             write_atomically(state, lambda file: torch.save(content, file))
         saved_at = time.monotonic()
 
-    try:
-        with _terminate_as_interrupt():
-            while epoch < recipe.epochs:
-                started, skipped = time.monotonic(), step
-                forward.train()
-                bar = tqdm(
-                    batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world)),
-                    f"epoch {epoch + 1}/{recipe.epochs}", steps, unit="batch", leave=False, disable=None if rank == 0 else True,
-                )  # fmt: skip
-                for number, (x, labels, size) in enumerate(bar):
-                    if number < skipped:
-                        continue
-                    lr = learning_rate(recipe, epoch, (epoch + number / steps) / recipe.epochs)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
-                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                        logits = forward(x)
-                    losses = F.cross_entropy(
-                        logits.float(), labels, reduction="sum", label_smoothing=recipe.label_smoothing
-                    )
-                    optimizer.zero_grad(set_to_none=True)
-                    (losses * world / size).backward()  # DistributedDataParallel averages over the processes
-                    optimizer.step()
-                    step = number + 1
-                    seen[0] += losses.detach()
-                    seen[1] += (logits.argmax(1) == labels).sum()
-                    seen[2] += len(labels)
-                    if log_interval and step % log_interval == 0 and rank == 0:
-                        say(f"epoch {epoch + 1} batch {step}/{steps} loss {float(seen[0] / seen[2]):.4f}")
-                    if time.monotonic() - saved_at > SAVE_SECONDS and world == 1:
-                        save()
-                loss, hits, shown = _summed(seen)
-                if not math.isfinite(loss):
-                    raise NeuronMergingError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr")
-                correct, total = _summed(torch.tensor(accuracy(model, test, part=(rank, world)), device=device))
-                epoch, step, seen = epoch + 1, 0, torch.zeros_like(seen)
-                rows.append(
-                    {
-                        "epoch": epoch, "lr": round(lr, 6), "loss": round(loss / shown, 4),
-                        "train_accuracy": round(100 * hits / shown, 2), "test_accuracy": round(100 * correct / total, 2),
-                        "seconds": round(time.monotonic() - started, 1),
-                    }
-                )  # fmt: skip
-                save()
-                if rank == 0:
-                    _write_curve(curve, rows)
-                    say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
-    except KeyboardInterrupt:
-        save()
-        where = f"; go on with --resume ({state})" if state is not None else ""
-        raise KeyboardInterrupt(f"stopped in epoch {epoch + 1} of {recipe.epochs}{where}") from None
+    with _StopRequest() as stop:
+        while epoch < recipe.epochs:
+            started, done = time.monotonic(), step
+            forward.train()
+            bar = tqdm(
+                batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world)),
+                f"epoch {epoch + 1}/{recipe.epochs}", steps, unit="batch", leave=False, disable=None if rank == 0 else True,
+            )  # fmt: skip
+            for number, (x, labels, size) in enumerate(bar):
+                lr = learning_rate(recipe, epoch, (epoch + number / steps) / recipe.epochs)
+                if number < done:
+                    continue
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    logits = forward(x)
+                losses = F.cross_entropy(
+                    logits.float(), labels, reduction="sum", label_smoothing=recipe.label_smoothing
+                )
+                optimizer.zero_grad(set_to_none=True)
+                (losses * world / size).backward()  # DistributedDataParallel averages over the processes
+                optimizer.step()
+                step = number + 1
+                seen[0] += losses.detach()
+                seen[1] += (logits.argmax(1) == labels).sum()
+                seen[2] += len(labels)
+                if log_interval and step % log_interval == 0 and rank == 0:
+                    say(f"epoch {epoch + 1} batch {step}/{steps} loss {float(seen[0] / seen[2]):.4f}")
+                if (stop.asked or time.monotonic() - saved_at > SAVE_SECONDS) and world == 1:
+                    save()
+                if stop.asked:
+                    where = "" if state is None else f"; go on with --resume ({state})"
+                    raise KeyboardInterrupt(f"stopped in epoch {epoch + 1} of {recipe.epochs}{where}")
+            loss, hits, shown = _summed(seen)
+            if not math.isfinite(loss):
+                raise NeuronMergingError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr")
+            correct, total = _summed(torch.tensor(accuracy(model, test, part=(rank, world)), device=device))
+            epoch, step, seen = epoch + 1, 0, torch.zeros_like(seen)
+            rows.append(
+                {
+                    "epoch": epoch, "lr": round(lr, 6), "loss": round(loss / shown, 4),
+                    "train_accuracy": round(100 * hits / shown, 2), "test_accuracy": round(100 * correct / total, 2),
+                    "seconds": round(time.monotonic() - started, 1),
+                }
+            )  # fmt: skip
+            save()
+            if rank == 0:
+                _write_curve(curve, rows)
+                say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
     return rows[-1]
 
 
@@ -228,18 +226,24 @@ def _write_curve(curve: Path | None, rows: list[dict[str, Any]]) -> None:
     write_atomically(curve, lambda file: file.write(text.getvalue().encode()))
 
 
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: with its state saved."""
+class _StopRequest:
+    """Ctrl-C and SIGTERM wait for the end of the step, where the state is whole; a second one does not wait."""
 
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self.asked = False
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def _ask(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __enter__(self) -> "_StopRequest":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

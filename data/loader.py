@@ -124,15 +124,15 @@ def _cifar(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
         raise NeuronMergingError(
             f"{folder} is half there: {', '.join(missing)} missing; complete it, or delete the folder to download it again"
         )
-    of_split = source.train_list if split == "train" else source.test_list
-    if not all(check_integrity(folder / file, md5) for file, md5 in of_split):
-        warnings.warn(f"{folder} is complete, but its checksums are not those of the official archive", stacklevel=2)
     try:
         images = _without_checksums(source)(root, train=split == "train")
     except (OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise NeuronMergingError(
             f"{folder} is cut short or damaged ({type(error).__name__}); delete the folder to download it again"
         ) from error
+    of_split = source.train_list if split == "train" else source.test_list
+    if not all(check_integrity(folder / file, md5) for file, md5 in of_split):
+        warnings.warn(f"{folder} is complete, but its checksums are not those of the official archive", stacklevel=3)
     return torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)
 
 

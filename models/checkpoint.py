@@ -1,6 +1,7 @@
 """Checkpoints: dicts with at least `state_dict`, as the published ones; read without running anything they contain."""
 
 import hashlib
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     digest = sha256(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch.load has to say of an odd file is said below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
         raise NeuronMergingError(
             f"{path} is not a checkpoint that can be read: cut short, damaged, or not made of plain tensors"

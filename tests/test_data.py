@@ -1,0 +1,119 @@
+"""The loader: whole splits as uint8, folders of other checksums, folders half there, downloads that stop."""
+
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from data import DATASETS, load
+from errors import NeuronMergingError
+
+
+def test_the_fashion_mnist_test_split_comes_with_the_repository():
+    images = load("FashionMNIST", "test")
+    assert images.pixels.dtype == torch.uint8
+    assert images.pixels.shape == (10_000, 1, 28, 28)
+    assert images.labels.bincount().tolist() == [1000] * 10
+
+
+def test_it_is_found_wherever_data_points(tmp_path):
+    assert len(load("FashionMNIST", "test", tmp_path)) == 10_000
+
+
+@pytest.mark.parametrize(("name", "count"), [("FashionMNIST", 60_000), ("cifar10", 50_000)])
+def test_the_training_splits(data_folder, name, count):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        images = load(name, "train", data_folder)
+    assert images.pixels.shape == (count, *DATASETS[name].shape)
+
+
+def test_images_are_normalised_with_the_papers_numbers():
+    images = load("FashionMNIST", "test")
+    x = images.normalised(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
+    assert x.tolist() == [[[[-1.0, 1.0]]]]
+
+
+def cifar(folder, source, per_file=20):
+    """A made-up CIFAR in torchvision's layout."""
+    folder = folder / source.base_folder
+    folder.mkdir(parents=True)
+    key, classes = ("labels", 10) if source is CIFAR10 else ("fine_labels", 100)
+    random = np.random.default_rng(0)
+    for file, _ in source.train_list + source.test_list:
+        entry = {"data": random.integers(0, 256, (per_file, 3072), dtype=np.uint8), key: random.integers(0, classes, per_file).tolist()}
+        (folder / file).write_bytes(pickle.dumps(entry))
+    (folder / source.meta["filename"]).write_bytes(pickle.dumps({source.meta["key"]: [str(i) for i in range(classes)]}))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "source", "batches"), [("cifar10", CIFAR10, 5), ("cifar100", CIFAR100, 1)])
+def test_a_complete_folder_with_other_checksums_is_used_with_one_warning(tmp_path, name, source, batches):
+    folder = cifar(tmp_path, source)
+    with pytest.warns(UserWarning, match="checksums are not those of the official archive") as caught:
+        images = load(name, "train", tmp_path)
+    assert len(caught) == 1
+    first = pickle.loads((folder / source.train_list[0][0]).read_bytes())
+    assert images.pixels.shape == (20 * batches, 3, 32, 32)
+    assert images.pixels[0].flatten().tolist() == first["data"][0].tolist()
+    assert images.labels[:20].tolist() == first["labels" if source is CIFAR10 else "fine_labels"]
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "garbage"])
+def test_an_incomplete_folder_is_not_used_nor_touched(tmp_path, harm):
+    folder = cifar(tmp_path, CIFAR10)
+    file = folder / "test_batch"
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:5000] if harm == "truncated" else b"garbage")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(NeuronMergingError, match="test_batch missing" if harm == "missing" else "cut short or damaged"):
+        load("cifar10", "test", tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_data_folder_half_there_on_the_command_line(cli, tmp_path, pretrained):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
+    done = cli("--pretrained", pretrained, "--evaluate", "--data", tmp_path, "--save", tmp_path / "x")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "is half there: t10k-labels-idx1-ubyte is missing" in done.err
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(b"")
+    done = cli("--pretrained", pretrained, "--evaluate", "--data", tmp_path, "--save", tmp_path / "x")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "cut short or damaged" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FashionMNIST"]
+
+
+def test_a_download_that_stops_leaves_nothing_behind(tmp_path, monkeypatch):
+    def stops(self):
+        (tmp_path / "started").write_text(str(self.root))
+        raise OSError("connection lost\nsecond line")
+
+    monkeypatch.setattr(CIFAR10, "download", stops)
+    with pytest.raises(NeuronMergingError, match=r"could not be downloaded \(connection lost\)"):
+        load("cifar10", "test", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["started"]
+    assert not (tmp_path / CIFAR10.base_folder).exists()
+
+
+def test_a_download_is_moved_into_place_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "download", lambda self: cifar(Path(self.root), CIFAR10))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    with pytest.warns(UserWarning, match="checksums"):
+        assert len(load("cifar10", "test", tmp_path)) == 20
+    assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.base_folder]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(NeuronMergingError, match="unknown data set 'mnist'"):
+        load("mnist", "test")
+    with pytest.raises(NeuronMergingError, match="unknown split 'validation'"):
+        load("cifar10", "validation")

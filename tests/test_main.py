@@ -1,0 +1,263 @@
+"""The command line: what it prints, writes and accepts, and that bad input ends in one line, exit code 2 and nothing written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+import settings
+from decompose import COMPENSATIONS, CRITERIA
+from models import NETWORKS
+from tests.conftest import ROOT
+
+PUBLISHED_LENET = {  # ratio: (prune, merge), l1-norm, Table 1
+    0.5: (88.40, 88.69), 0.6: (85.17, 86.92), 0.7: (71.26, 82.75), 0.8: (66.76, 80.02),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", PUBLISHED_LENET)
+@pytest.mark.parametrize("kind", ["prune", "merge"])
+def test_the_published_lenet_gives_the_published_table_to_the_digit(cli, reference, ratio, kind):
+    file = reference / "LeNet_300_100.original.300_100.bias.pth.tar"
+    done = cli(
+        "--arch", "LeNet_300_100", "--pretrained", file, "--model-type", kind, "--target", "ip", "--criterion", "l1-norm",
+        "--pruning-ratio", ratio, "--threshold", 0.45, "--evaluate", "--json", "-",
+    )  # fmt: skip
+    assert done.code == 0
+    row = json.loads(done.out)
+    assert row["accuracy"] == PUBLISHED_LENET[ratio][kind == "merge"]
+
+
+def test_the_published_lenet_itself(cli, reference):
+    done = cli("--pretrained", reference / "LeNet_300_100.original.300_100.bias.pth.tar", "--evaluate", "--json", "-")
+    assert json.loads(done.out)["accuracy"] == 89.80
+
+
+@pytest.mark.parametrize(
+    ("arch", "dataset", "options", "params"),
+    [
+        ("LeNet_300_100", "FashionMNIST", {}, 125_810),
+        ("LeNet_300_100", "FashionMNIST", {"ratio": 0.8}, 48_530),
+        ("VGG", "cifar10", {}, 5_397_034),
+        ("VGG", "cifar100", {}, 8_393_348),
+    ],
+)
+def test_parameters_of_the_published_widths(arch, dataset, options, params):
+    from evaluate import count_parameters
+    from experiment import Experiment, shrink
+
+    experiment = Experiment(arch, dataset, Path("none"), model_type="merge", **options)
+    assert count_parameters(shrink(experiment.network(), experiment).model) == params
+
+
+@pytest.mark.parametrize(
+    ("arch", "classes", "params"),
+    [("LeNet_300_100", 10, 266_610), ("VGG", 10, 14_987_722), ("VGG", 100, 15_033_892), ("ResNet", 10, 855_770), ("WideResNet", 10, 8_949_210)],
+)
+def test_parameters_of_the_published_networks(arch, classes, params):
+    from evaluate import count_parameters
+    from models import build
+
+    assert count_parameters(build(arch, settings.NETWORKS[arch].depth_wide, classes)) == params
+
+
+def test_widths_are_rounded_as_in_the_paper():
+    assert settings.uniform_widths("LeNet_300_100", (), [300, 100], 0.8) == [60, 20]
+    assert settings.uniform_widths("ResNet", (56,), [16, 32, 64], 0.3) == [11, 22, 44]
+    assert settings.uniform_widths("WideResNet", (40, 4), [64, 128, 256], 0.3) == [44, 88, 176]
+
+
+def test_the_defaults_are_those_of_the_published_scripts():
+    published = {
+        ("LeNet_300_100", "FashionMNIST"): (0.45, None), ("VGG", "cifar10"): (0.1, 0.85), ("VGG", "cifar100"): (0.1, 0.7),
+        ("ResNet", "cifar10"): (0.1, 0.85), ("WideResNet", "cifar10"): (0.1, 0.8),
+    }  # fmt: skip
+    for which, (threshold, lamda) in published.items():
+        method = settings.METHODS[which]
+        assert method.threshold == threshold
+        assert lamda is None or method.lamda == lamda
+
+
+@pytest.mark.parametrize("text", ["40,4", "[40,4]", "(40, 4)", "[40, 4]"])
+def test_depth_wide_is_parsed(text):
+    assert main.depth_wide(text) == (40, 4)
+
+
+def test_the_summary_for_people(cli, pretrained):
+    done = cli("--pretrained", pretrained, "--model-type", "merge", "--evaluate")
+    lines = done.out.splitlines()
+    assert done.code == 0
+    assert lines[0] == "LeNet_300_100 on FashionMNIST: merge, l1-norm, ratio 0.5"
+    assert [line.split()[0] for line in lines[2:]] == ["accuracy", "parameters", "MACs", "decompose", "evaluate"]
+    assert "125,810   -52.8 %" in done.out
+
+
+@pytest.mark.parametrize("kind", ["original", *COMPENSATIONS])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_type_and_criterion_saves_what_reloads_to_the_same_accuracy(cli, pretrained, tmp_path, kind, criterion):
+    small, report = tmp_path / "small.pth.tar", tmp_path / "row.json"
+    options = ["--model-type", kind, "--criterion", criterion, "--widths", "90,30", "--evaluate", "--save", small, "--json", report]
+    assert cli("--pretrained", pretrained, *options).code == 0
+    first = json.loads(report.read_text())
+    again = json.loads(cli("--pretrained", small, "--evaluate", "--json", "-").out)
+    assert again["correct"] == first["correct"]
+    assert again["params"] == first["params"] == (266_610 if kind == "original" else 73_690)
+    assert again["widths"] == (None if kind == "original" else [90, 30])
+
+
+def test_the_json_says_all_that_belongs_to_a_result(cli, pretrained):
+    row = json.loads(cli("--pretrained", pretrained, "--model-type", "prune", "--evaluate", "--json", "-").out)
+    assert {
+        "arch", "dataset", "type", "criterion", "ratio", "accuracy", "correct", "total", "params", "params_original", "macs",
+        "macs_original", "seconds_decompose", "seconds_evaluate", "checkpoint", "checkpoint_sha256", "versions",
+    } <= row.keys()  # fmt: skip
+    assert row["macs_original"] == 784 * 300 + 300 * 100 + 100 * 10
+    assert row["macs"] == 784 * 150 + 150 * 50 + 50 * 10
+    assert row["accuracy"] == round(100 * row["correct"] / row["total"], 2)
+
+
+def test_the_published_flags_are_all_there():
+    args = main.parser().parse_args(
+        "--arch ResNet --depth-wide 56 --dataset cifar10 --pretrained x --model-type merge --criterion l2-GM --pruning-ratio .3"
+        " --threshold .1 --lamda .85 --evaluate --retrain --target conv --batch-size 128 --test-batch-size 256 --epochs 2 --lr .1"
+        " --momentum .9 --weight-decay 5e-4 --gammas .1 .1 --schedule 100 150 --seed 1 --no-cuda --log-interval 100".split()
+    )
+    assert (args.lamda, args.gammas, args.schedule) == (0.85, [0.1, 0.1], [100, 150])
+    assert main.parser().parse_args(["--lambda", "0.7"]).lamda == 0.7
+
+
+def test_help_names_everything_that_can_be_chosen_and_needs_no_pytorch():
+    code = "import sys, main\ntry: main.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"})
+    assert done.returncode == 0, done.stderr
+    for name in [*NETWORKS, *CRITERIA, *COMPENSATIONS]:
+        assert name in done.stdout
+    assert list(NETWORKS) == list(settings.NETWORKS)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def damaged(tmp_path: Path, pretrained: Path, how: str) -> Path:
+    path = tmp_path / f"{how}.pth.tar"
+    content = torch.load(pretrained, weights_only=True)
+    if how == "truncated":
+        path.write_bytes(pretrained.read_bytes()[:100_000])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("no checkpoint")
+    elif how == "nan":
+        content["state_dict"]["ip2.weight"][3, 4] = float("nan")
+        torch.save(content, path)
+    elif how == "code":  # a pickle that would run something
+        import pickle
+
+        class Evil:
+            def __reduce__(self):
+                return os.system, (f"touch {tmp_path / 'executed'}",)
+
+        path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    elif how == "no-weights":
+        torch.save({"acc": 90.0}, path)
+    return path
+
+
+BAD = {
+    "missing": (["--pretrained", "{tmp}/nothing.pth.tar"], "nothing.pth.tar is not there; train it with: python main.py --arch LeNet_300_100"),
+    "truncated": (["--pretrained", "{truncated}"], "not a checkpoint that can be read"),
+    "empty": (["--pretrained", "{empty}"], "not a checkpoint that can be read"),
+    "text": (["--pretrained", "{text}"], "not a checkpoint that can be read"),
+    "code": (["--pretrained", "{code}"], "not a checkpoint that can be read"),
+    "no weights": (["--pretrained", "{no-weights}"], "holds no state_dict"),
+    "nan": (["--pretrained", "{nan}"], "ip2.weight has 1 values that are NaN or infinite"),
+    "folder": (["--pretrained", "{tmp}"], "cannot read the checkpoint"),
+    "another network's": (["--arch", "ResNet", "--pretrained", "{lenet}"], "is a checkpoint of LeNet_300_100, not of ResNet"),
+    "ratio 1": (["--pruning-ratio", "1"], "outside [0, 1)"),
+    "ratio -0.1": (["--pruning-ratio", "-0.1"], "outside [0, 1)"),
+    "ratio nan": (["--pruning-ratio", "nan"], "outside [0, 1)"),
+    "ratio text": (["--pruning-ratio", "half"], "invalid float value: 'half'"),
+    "ratio that leaves nothing": (["--model-type", "prune", "--pruning-ratio", "0.999"], "leaves no neuron"),
+    "criterion": (["--criterion", "l3-norm"], "unknown --criterion 'l3-norm': choose one of l1-norm, l2-norm, l2-GM"),
+    "type": (["--model-type", "glue"], "unknown --model-type 'glue': choose one of original, prune, merge"),
+    "network": (["--arch", "AlexNet"], "unknown network 'AlexNet': choose one of LeNet_300_100"),
+    "data set": (["--dataset", "imagenet"], "unknown data set 'imagenet'"),
+    "data set of another shape": (["--dataset", "cifar10"], "use --dataset FashionMNIST"),
+    "depth": (["--arch", "ResNet", "--depth-wide", "57"], "depth = 6n + 2"),
+    "depth text": (["--depth-wide", "__import__('os')"], "neither a depth nor depth,width"),
+    "widths count": (["--model-type", "prune", "--widths", "3"], "has 1 numbers, LeNet_300_100 has 2 units"),
+    "widths range": (["--model-type", "prune", "--widths", "301,5"], "301 of 300 neurons cannot be kept in ip1"),
+    "widths text": (["--widths", "many"], "neither published, uniform nor numbers"),
+    "lamda": (["--lamda", "2"], "outside [0, 1]"),
+    "threshold": (["--threshold", "2"], "no cosine"),
+    "device": (["--device", "abacus"], "unknown --device 'abacus'"),
+    "unknown flag": (["--prunning-ratio", "0.5"], "unrecognized arguments: --prunning-ratio"),
+    "schedule": (["--schedule", "10"], "--schedule has 1 epochs, --gammas 3"),
+    "recipe": (["--recipe", "slow"], "unknown recipe 'slow'"),
+    "epochs": (["--epochs", "0"], "at least 1"),
+    "save into a file's folder": (["--save", "{lenet}/small.pth.tar"], "cannot write"),
+    "save into nowhere": (["--save", "/proc/nowhere/small.pth.tar"], "cannot write"),
+    "save onto a folder": (["--save", "{tmp}"], "is a folder"),
+    "json into nowhere": (["--json", "/proc/nowhere/row.json"], "cannot write"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_one_line_and_exit_code_2(cli, pretrained, tmp_path, name):
+    options, message = BAD[name]
+    files = {how: damaged(tmp_path, pretrained, how) for how in ("truncated", "empty", "text", "nan", "code", "no-weights")}
+    places = {"tmp": tmp_path, "lenet": pretrained, **files}
+    target = tmp_path / "small.pth.tar"
+    options = [option.format(**places) for option in options]
+    defaults = ["--evaluate"]
+    if "--save" not in options:
+        defaults += ["--save", target]
+    if "--pretrained" not in options and "ResNet" not in options:
+        defaults += ["--pretrained", pretrained]
+    before = sorted(tmp_path.iterdir())
+    done = cli(*defaults, *options)
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err.startswith("main.py: ")
+    assert done.err.count("\n") == 1
+    assert message in done.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_checkpoint_without_a_name_that_does_not_fit_is_described(cli, pretrained, tmp_path):
+    """Published checkpoints do not say what they are: their parameters' names and shapes decide."""
+    bare = tmp_path / "bare.pth.tar"
+    torch.save({"acc": 90.0, "state_dict": torch.load(pretrained, weights_only=True)["state_dict"]}, bare)
+    done = cli("--arch", "ResNet", "--pretrained", bare, "--evaluate")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "does not fit ResNet: it lacks conv1.weight and" in done.err
+    weights = torch.load(bare, weights_only=True)
+    weights["state_dict"]["ip1.weight"] = torch.zeros(10, 784)
+    torch.save(weights, bare)
+    assert "ip1.weight is [10, 784] where [300, 784] is expected" in cli("--pretrained", bare, "--evaluate").err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_write_permission(cli, pretrained, tmp_path):
+    tmp_path.chmod(0o555)
+    done = cli("--pretrained", pretrained, "--evaluate", "--save", tmp_path / "small.pth.tar")
+    assert done.code == 2
+    assert "Permission denied" in done.err
+
+
+def test_an_existing_file_survives_a_run_that_fails(cli, pretrained, tmp_path):
+    target = tmp_path / "precious.pth.tar"
+    target.write_text("precious")
+    cli("--pretrained", tmp_path / "missing", "--evaluate", "--save", target)
+    assert target.read_text() == "precious"
+
+
+def test_a_bare_state_dict_is_read_too(cli, pretrained, tmp_path):
+    path = tmp_path / "bare.pt"
+    torch.save(torch.load(pretrained, weights_only=True)["state_dict"], path)
+    assert cli("--pretrained", path, "--evaluate").code == 0

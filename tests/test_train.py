@@ -1,0 +1,240 @@
+"""The trainer: batches, recipes, resuming to the same result, several processes with the same update as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import main
+import settings
+import train
+from data import DATASETS, Images
+from errors import NeuronMergingError
+from models import build
+from tests.conftest import ROOT
+
+CPU = torch.device("cpu")
+
+
+def images(name="FashionMNIST", count=150, seed=0) -> Images:
+    random = torch.Generator().manual_seed(seed)
+    dataset = DATASETS[name]
+    pixels = torch.randint(0, 256, (count, *dataset.shape), dtype=torch.uint8, generator=random)
+    return Images(pixels, torch.randint(0, dataset.classes, (count,), generator=random), dataset)
+
+
+RECIPE = settings.Recipe(epochs=3, lr=0.05, weight_decay=1e-4, schedule=(1,), gammas=(0.1,), batch_size=32)
+
+
+class Tiny(nn.Module):
+    """A network with BatchNorm and dropout: both have to come back after an interruption."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.fc(F.dropout(F.relu(self.bn(self.conv(x))).flatten(1), 0.2, self.training))
+
+
+def tiny() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def run(model, recipe=RECIPE, **options):
+    lines = []
+    last = train.train(model, images("cifar10"), images("cifar10", 50, 1), recipe, device=CPU, say=lines.append, **options)
+    return last, lines
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, one_cycle=True, schedule=(), gammas=(), decay_all=False)], ids=["steps", "one-cycle"])
+@pytest.mark.parametrize("stop_at", [4, 5, 8], ids=["inside an epoch", "at its end", "in the next"])
+def test_a_resumed_run_gives_the_same_network(tmp_path, monkeypatch, recipe, stop_at):
+    whole = tiny()
+    run(whole, recipe, curve=tmp_path / "whole.csv")
+    steps = 0
+    cross_entropy = F.cross_entropy
+
+    def interrupted(*args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)  # comes in the middle of a step
+        return cross_entropy(*args, **kwargs)
+
+    state = tmp_path / "state"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.F, "cross_entropy", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="go on with --resume"):
+            run(tiny(), recipe, state=state)
+    resumed = tiny()
+    with torch.no_grad():
+        resumed.fc.weight.zero_()  # whatever it starts from
+    run(resumed, recipe, state=state, resume=True, curve=tmp_path / "resumed.csv")
+    assert same(whole, resumed)
+    without_seconds = [[line.rsplit(",", 1)[0] for line in (tmp_path / f"{name}.csv").read_text().splitlines()] for name in ("whole", "resumed")]
+    assert without_seconds[0] == without_seconds[1]
+    assert len(without_seconds[0]) == 1 + recipe.epochs
+
+
+def test_what_cannot_be_resumed_is_said(tmp_path):
+    with pytest.raises(NeuronMergingError, match="nothing to resume"):
+        run(tiny(), state=tmp_path / "state", resume=True)
+    run(tiny(), state=tmp_path / "state")
+    with pytest.raises(NeuronMergingError, match="another recipe"):
+        run(tiny(), replace(RECIPE, lr=1.0), state=tmp_path / "state", resume=True)
+    with pytest.raises(NeuronMergingError, match="another seed"):
+        run(tiny(), state=tmp_path / "state", resume=True, seed=2)
+    (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:1000])
+    with pytest.raises(NeuronMergingError, match="not a training state"):
+        run(tiny(), state=tmp_path / "state", resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    with pytest.raises(NeuronMergingError, match="no longer finite in epoch 1"):
+        run(tiny(), replace(RECIPE, lr=1e30))
+
+
+def test_one_line_an_epoch_and_the_last_epoch_counts():
+    last, lines = run(tiny())
+    assert len(lines) == 3
+    assert last["epoch"] == 3
+    _, chatty = run(tiny(), log_interval=2)
+    assert [line.split(" loss")[0] for line in chatty[:2]] == ["epoch 1 batch 2/5", "epoch 1 batch 4/5"]
+
+
+def test_the_batches_of_an_epoch_are_all_images_once():
+    data = images(count=100)
+    shown = [(x, labels, size) for x, labels, size in train.batches(data, 32, seed=3)]
+    assert [size for *_, size in shown] == [32, 32, 32, 4]
+    pixels = torch.cat([x for x, *_ in shown])
+    assert torch.equal(pixels.flatten(1).sum(1).sort().values, data.normalised(data.pixels).flatten(1).sum(1).sort().values)
+    again = torch.cat([x for x, *_ in train.batches(data, 32, seed=3)])
+    assert torch.equal(pixels, again)
+    assert not torch.equal(pixels, torch.cat([x for x, *_ in train.batches(data, 32, seed=4)]))
+
+
+def test_crops_and_flips_are_what_torchvision_would_cut():
+    """Every augmented image is one of the 81 crops of the padded image or of its mirror image."""
+    data = images("cifar10", 6)
+    padded = F.pad(data.pixels, (4, 4, 4, 4))
+    crops = {}
+    for i in range(6):
+        for y in range(9):
+            for x in range(9):
+                crop = padded[i, :, y : y + 32, x : x + 32]
+                crops[crop.numpy().tobytes()] = crops[crop.flip(2).numpy().tobytes()] = (i, y, x)
+    seen = set()
+    for epoch in range(30):
+        for x, labels, _ in train.batches(data, 6, seed=epoch):
+            std, mean = torch.tensor(data.dataset.std).view(3, 1, 1), torch.tensor(data.dataset.mean).view(3, 1, 1)
+            for image, label in zip(((x * std + mean) * 255).round().to(torch.uint8), labels):
+                i, *place = crops[image.contiguous().numpy().tobytes()]
+                assert data.labels[i] == label
+                seen.add(tuple(place))
+    assert len(seen) > 60
+
+
+def test_the_shares_of_several_processes_make_up_the_global_batch():
+    data = images("cifar10", 70)
+    whole = list(train.batches(data, 32, seed=1))
+    shares = [list(train.batches(data, 32, seed=1, part=(rank, 2))) for rank in range(2)]
+    for (x, labels, size), first, second in zip(whole, *shares, strict=True):
+        assert torch.equal(x[0::2], first[0]) and torch.equal(x[1::2], second[0])
+        assert torch.equal(labels[0::2], first[1]) and first[2] == size
+
+
+def test_learning_rates():
+    published = settings.recipe("ResNet")
+    assert [train.learning_rate(published, epoch, 0) for epoch in (0, 99, 100, 149, 150)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+    lenet = settings.recipe("LeNet_300_100")
+    assert (lenet.epochs, lenet.weight_decay, lenet.batch_size, lenet.schedule) == (60, 1e-4, 128, (15, 30, 45))
+    fast = settings.recipe("VGG", "fast")
+    rates = [train.learning_rate(fast, 0, progress) for progress in (0, 0.2, 0.6, 1)]
+    assert rates == pytest.approx([0.02, 0.2, 0.1, 0.0])
+
+
+def test_the_fast_recipe_spares_batchnorm_and_biases_from_decay():
+    model = build("ResNet", (20,))
+    groups = train._optimizer(model, settings.recipe("ResNet", "fast")).param_groups
+    assert [group["weight_decay"] for group in groups] == [5e-4, 0]
+    assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
+    assert len(train._optimizer(model, settings.recipe("ResNet")).param_groups) == 1
+
+
+DDP = """
+import sys, torch
+from tests.test_train import images, RECIPE
+from models import build
+import settings, train
+torch.manual_seed(0)
+model = build("LeNet_300_100")
+with train.process_group(torch.device("cpu")) as device:
+    last = train.train(model, images(count=150), images(count=51, seed=1), RECIPE, device=device, say=lambda line: None)
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+if first:
+    torch.save({"state_dict": model.state_dict(), "last": {k: v for k, v in last.items() if k != "seconds"}}, sys.argv[1])
+"""
+
+
+def test_two_processes_give_the_update_of_one(tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command, name in (([sys.executable], "one"), (torchrun, "two")):
+        done = subprocess.run([*command, str(script), str(tmp_path / name)], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
+    for name, weights in one["state_dict"].items():
+        assert torch.allclose(weights, two["state_dict"][name], atol=1e-5), name
+    assert one["last"] == pytest.approx(two["last"], abs=1e-3)
+
+
+@pytest.fixture
+def fashion(monkeypatch):
+    """FashionMNIST of a few made-up images."""
+    monkeypatch.setattr("data.load", lambda name, split, root: images(name, 120 if split == "train" else 40))
+
+
+def test_training_and_fine_tuning_on_the_command_line(cli, fashion, tmp_path):
+    trained = tmp_path / "trained.pth.tar"
+    done = cli("--epochs", 2, "--schedule", 1, "--gammas", 0.1, "--save", trained, "--json", "-")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["params"] == 266_610
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trained.pth.tar", "trained.pth.tar.csv"]
+    tuned = tmp_path / "tuned.pth.tar"
+    options = ["--epochs", 1, "--schedule", 1, "--gammas", 1, "--save", tuned]
+    done = cli("--pretrained", trained, "--model-type", "merge", "--retrain", "--pruning-ratio", 0.8, *options)
+    assert done.code == 0, done.err
+    row = json.loads(cli("--pretrained", tuned, "--evaluate", "--json", "-").out)
+    assert (row["params"], row["widths"]) == (48_530, [60, 20])
+
+
+def test_ctrl_c_on_the_command_line(cli, fashion, tmp_path, monkeypatch):
+    cross_entropy = F.cross_entropy
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return cross_entropy(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.F, "cross_entropy", interrupted)
+        done = cli("--save", tmp_path / "x")
+    assert done.code == 130
+    assert done.err == f"main.py: stopped in epoch 1 of 60; go on with --resume ({tmp_path / 'x.state'})\n"
+    short = ["--epochs", 1, "--schedule", 1, "--gammas", 1]
+    assert "another recipe" in cli("--save", tmp_path / "x", "--resume", *short).err
+    assert main.main(["--save", str(tmp_path / "y"), "--resume", *map(str, short)]) == 2
