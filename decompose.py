@@ -221,7 +221,7 @@ def read(model: nn.Module, unit: Unit) -> Neurons:
 
 
 def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decomposition]) -> nn.Module:
-    """A new, smaller network: every unit keeps its neurons, its next layer absorbs Z and the shift. `model` is left as it is."""
+    """A new, smaller network: every unit keeps its neurons, the next layer absorbs Z and shift. `model` is left as it is."""
     small = copy.deepcopy(model)
     for unit, part in zip(units, parts):
         _absorb(small, unit, part)
@@ -231,7 +231,7 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
 
 
 def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
-    """W_next ← W_next ×₂ Z; behind a flatten each neuron owns k consecutive inputs. The shift goes into what adds a constant."""
+    """W_next ← W_next ×₂ Z; behind a flatten each neuron owns k consecutive inputs. The shift goes to what adds a constant."""
     layer = model.get_submodule(unit.next)
     P, N = part.Z.shape
     M = layer.weight.shape[0]

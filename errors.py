@@ -19,7 +19,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object] | None) -> None:
-    """Write `path` under another name in its folder, then rename it: a reader sees the old file or the new one, never half of one.
+    """Write `path` under another name in its folder, then rename it: a reader sees the old or the new file, nothing between.
 
     With `write` None nothing but the permission is tried and nothing is left behind.
     Raises NeuronMergingError where the folder or the disk does not allow it.
@@ -41,7 +41,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object] | None) -> 
             Path(partial).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise NeuronMergingError(f"cannot write {path}: {reason}; check the folder's permission and the space left") from error
+        raise NeuronMergingError(
+            f"cannot write {path}: {reason}; check the folder's permission and the space left"
+        ) from error
 
 
 def _umask() -> int:

@@ -23,7 +23,7 @@ MODEL_TYPES = ("original", *COMPENSATIONS)
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is measured. `widths`: "published", "uniform", or the kept width of every unit; None elsewhere: the published setting."""
+    """What is measured. `widths`: "published", "uniform", or the kept width of every unit; None elsewhere: as published."""
 
     arch: str
     dataset: str
@@ -52,7 +52,11 @@ class Experiment:
         if not 0 <= self.ratio < 1:
             raise NeuronMergingError(f"--pruning-ratio {self.ratio} is outside [0, 1)")
         method = settings.METHODS.get((self.arch, self.dataset), settings.DEFAULT_METHOD)
-        for name, default in (("depth_wide", network.depth_wide), ("threshold", method.threshold), ("lamda", method.lamda)):
+        for name, default in (
+            ("depth_wide", network.depth_wide),
+            ("threshold", method.threshold),
+            ("lamda", method.lamda),
+        ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         if not 0 <= self.lamda <= 1:
@@ -143,7 +147,9 @@ def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> 
         raise NeuronMergingError(f"--widths has {len(widths)} numbers, {experiment.arch} has {len(full)} units")
     for unit, kept, width in zip(found, widths, full):
         if not 1 <= kept <= width:
-            raise NeuronMergingError(f"--widths: {kept} of {width} neurons cannot be kept in {unit.layer}: give 1 to {width}")
+            raise NeuronMergingError(
+                f"--widths: {kept} of {width} neurons cannot be kept in {unit.layer}: give 1 to {width}"
+            )
     return list(widths)
 
 
@@ -154,7 +160,12 @@ def measure(experiment: Experiment, images: Images, device: torch.device, batch_
 
 
 def row(
-    experiment: Experiment, checkpoint: Checkpoint, shrunk: Shrunk, images: Images, device: torch.device, batch_size: int
+    experiment: Experiment,
+    checkpoint: Checkpoint,
+    shrunk: Shrunk,
+    images: Images,
+    device: torch.device,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Evaluate a compressed network on `images` and put down all that is known of it, as plain JSON values."""
     model, images = shrunk.model.to(device), images.to(device)

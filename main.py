@@ -1,6 +1,6 @@
 """Neuron Merging on the command line: train a network, prune or merge its neurons, measure what is left.
 
-    python main.py --arch LeNet_300_100 --pretrained FILE --model-type merge --criterion l1-norm --pruning-ratio 0.5 --evaluate
+python main.py --arch LeNet_300_100 --pretrained FILE --model-type merge --criterion l1-norm --pruning-ratio 0.5 --evaluate
 """
 
 import argparse
@@ -20,7 +20,10 @@ HERE = Path(__file__).resolve().parent
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in the one line that every other one has."""
+
     def error(self, message: str) -> NoReturn:
+        """A wrong command line. Raises NeuronMergingError."""
         raise NeuronMergingError(f"{message}; main.py --help lists the options")
 
 
@@ -39,7 +42,9 @@ def widths(text: str) -> str | tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither published, uniform nor numbers with commas between") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither published, uniform nor numbers with commas between"
+        ) from None
 
 
 def parser() -> Parser:
@@ -47,38 +52,84 @@ def parser() -> Parser:
     p = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     network = p.add_argument_group("network and data")
     network.add_argument("--arch", default="LeNet_300_100", help=f"one of {', '.join(settings.NETWORKS)}")
-    network.add_argument("--depth-wide", type=depth_wide, metavar="D[,W]", help="56, or 40,4 for a WideResNet [the published one]")
-    network.add_argument("--dataset", help="FashionMNIST, cifar10 or cifar100 [FashionMNIST for LeNet, cifar10 elsewhere]")
-    network.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets [$NEURON_MERGING_DATA, or data]")
-    network.add_argument("--pretrained", type=Path, metavar="FILE", help="checkpoint to start from [the published name in pretrained/]")
+    network.add_argument(
+        "--depth-wide", type=depth_wide, metavar="D[,W]", help="56, or 40,4 for a WideResNet [the published one]"
+    )
+    network.add_argument(
+        "--dataset", help="FashionMNIST, cifar10 or cifar100 [FashionMNIST for LeNet, cifar10 elsewhere]"
+    )
+    network.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the data sets [$NEURON_MERGING_DATA, or data]"
+    )
+    network.add_argument(
+        "--pretrained", type=Path, metavar="FILE", help="checkpoint to start from [the published name in pretrained/]"
+    )
     method = p.add_argument_group("method")
-    method.add_argument("--model-type", default="original", help="original, prune, merge (the published form) or merge-derived")
-    method.add_argument("--criterion", default="l1-norm", help="which neurons stay: l1-norm, l2-norm or l2-GM [%(default)s]")
-    method.add_argument("--pruning-ratio", type=float, default=0.5, metavar="R", help="share of neurons to drop, in [0, 1) [%(default)s]")
     method.add_argument(
-        "--widths", type=widths, default="published", metavar="W",
-        help="published (VGG-16: its fixed list; else the ratio in every unit), uniform (the ratio everywhere), or a list N,N,…",
-    )  # fmt: skip
-    method.add_argument("--threshold", type=float, metavar="t", help="least cosine similarity to merge [the published one]")
-    method.add_argument("--lamda", "--lambda", type=float, metavar="λ", help="weight of cosine against bias distance [the published one]")
+        "--model-type", default="original", help="original, prune, merge (the published form) or merge-derived"
+    )
+    method.add_argument(
+        "--criterion", default="l1-norm", help="which neurons stay: l1-norm, l2-norm or l2-GM [%(default)s]"
+    )
+    method.add_argument(
+        "--pruning-ratio",
+        type=float,
+        default=0.5,
+        metavar="R",
+        help="share of neurons to drop, in [0, 1) [%(default)s]",
+    )
+    method.add_argument(
+        "--widths",
+        type=widths,
+        default="published",
+        metavar="W",
+        help="published (VGG-16: its fixed list, else uniform), uniform (the ratio in every unit), or N,N,… for every unit",
+    )
+    method.add_argument(
+        "--threshold", type=float, metavar="t", help="least cosine similarity to merge [the published one]"
+    )
+    method.add_argument(
+        "--lamda",
+        "--lambda",
+        type=float,
+        metavar="λ",
+        help="weight of cosine against bias distance [the published one]",
+    )
     method.add_argument("--target", help=argparse.SUPPRESS)  # conv or ip: found by tracing now
-    work = p.add_argument_group("what to do (without --evaluate or --retrain: train the original, fine-tune what was pruned)")
+    work = p.add_argument_group(
+        "what to do (without --evaluate or --retrain: train the original, fine-tune what was pruned)"
+    )
     work.add_argument("--evaluate", action="store_true", help="measure on the test set; train nothing")
     work.add_argument("--retrain", action="store_true", help="fine-tune what was pruned or merged")
-    work.add_argument("--save", type=Path, metavar="FILE", help="write the resulting network, reloadable by --pretrained [training: saves/]")
+    work.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="write the resulting network, reloadable by --pretrained [training: saves/]",
+    )
     work.add_argument("--json", metavar="FILE|-", help="write the result as one JSON object (- is standard output)")
     training = p.add_argument_group("training")
-    training.add_argument("--recipe", default="published", help="published (the paper's steps) or fast (one cycle, few epochs) [%(default)s]")
+    training.add_argument(
+        "--recipe",
+        default="published",
+        help="published (the paper's steps) or fast (one cycle, few epochs) [%(default)s]",
+    )
     training.add_argument("--epochs", type=int, help="[the recipe's, as all below]")
     training.add_argument("--batch-size", type=int)
     training.add_argument("--lr", type=float)
     training.add_argument("--momentum", type=float)
     training.add_argument("--weight-decay", type=float)
-    training.add_argument("--schedule", type=int, nargs="+", metavar="EPOCH", help="epochs at which the rate is multiplied by --gammas")
+    training.add_argument(
+        "--schedule", type=int, nargs="+", metavar="EPOCH", help="epochs at which the rate is multiplied by --gammas"
+    )
     training.add_argument("--gammas", type=float, nargs="+", metavar="G")
-    training.add_argument("--resume", action="store_true", help="go on with an interrupted training: same options, same result")
+    training.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted training: same options, same result"
+    )
     training.add_argument("--compile", action="store_true", help="train with torch.compile")
-    training.add_argument("--log-interval", type=int, default=0, metavar="N", help="also print the loss every N batches")
+    training.add_argument(
+        "--log-interval", type=int, default=0, metavar="N", help="also print the loss every N batches"
+    )
     machine = p.add_argument_group("machine")
     machine.add_argument("--test-batch-size", type=int, default=1000, metavar="B")
     machine.add_argument("--seed", type=int, default=1)
@@ -88,14 +139,16 @@ def parser() -> Parser:
 
 
 def recipe(args: argparse.Namespace) -> settings.Recipe:
-    """The network's recipe with what the command line says instead. Raises NeuronMergingError for numbers that make no sense."""
+    """The network's recipe with what the command line says instead. Raises NeuronMergingError for senseless numbers."""
     chosen = settings.recipe(args.arch, args.recipe)
     for name in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gammas"):
         value = getattr(args, name)
         if value is not None:
             chosen = replace(chosen, **{name: tuple(value) if isinstance(value, list) else value})
     if len(chosen.schedule) != len(chosen.gammas):
-        raise NeuronMergingError(f"--schedule has {len(chosen.schedule)} epochs, --gammas {len(chosen.gammas)}: give one for each")
+        raise NeuronMergingError(
+            f"--schedule has {len(chosen.schedule)} epochs, --gammas {len(chosen.gammas)}: give one for each"
+        )
     if chosen.epochs < 1 or chosen.batch_size < 2 or chosen.lr <= 0:
         raise NeuronMergingError("--epochs has to be at least 1, --batch-size at least 2, --lr above 0")
     return chosen
@@ -166,19 +219,30 @@ def train(args: argparse.Namespace, experiment: Any, device: Any) -> dict[str, A
         first = os.environ.get("RANK", "0") == "0"
     if not first:
         sys.exit(0)
-    about = {"arch": args.arch, "depth_wide": list(experiment.depth_wide), "dataset": args.dataset, "type": args.model_type}
+    about = {
+        "arch": args.arch,
+        "depth_wide": list(experiment.depth_wide),
+        "dataset": args.dataset,
+        "type": args.model_type,
+    }
     about |= {"accuracy": last["test_accuracy"], "widths": shrunk.widths, "epochs": last["epoch"]}
     save(target, shrunk.model, about | {"versions": xp.versions()})
     print(f"saved {target}", file=sys.stderr)
     target.with_name(target.name + ".state").unlink(missing_ok=True)
-    return xp.row(replace(experiment, pretrained=target), load_checkpoint(target), shrunk, test, device, args.test_batch_size)
+    return xp.row(
+        replace(experiment, pretrained=target), load_checkpoint(target), shrunk, test, device, args.test_batch_size
+    )
 
 
 def save(path: Path, model: Any, row: dict[str, Any]) -> None:
     """Write the network with what makes it reloadable and what is known of it."""
     from models import save_checkpoint
 
-    about = {key: row[key] for key in ("arch", "depth_wide", "dataset", "type", "criterion", "ratio", "epochs", "versions") if key in row}
+    about = {
+        key: row[key]
+        for key in ("arch", "depth_wide", "dataset", "type", "criterion", "ratio", "epochs", "versions")
+        if key in row
+    }
     if row["widths"] is not None:
         about["widths"] = row["widths"]
     command = shlex.join(["python", "main.py", *sys.argv[1:]])
@@ -187,7 +251,9 @@ def save(path: Path, model: Any, row: dict[str, Any]) -> None:
 
 def summary(row: dict[str, Any]) -> str:
     """A row for people."""
-    title = f"{' '.join([row['arch'], '-'.join(map(str, row['depth_wide']))]).strip()} on {row['dataset']}: {row['type']}"
+    title = (
+        f"{' '.join([row['arch'], '-'.join(map(str, row['depth_wide']))]).strip()} on {row['dataset']}: {row['type']}"
+    )
     if row["criterion"]:
         chosen = f"ratio {row['ratio']}" if row["ratio"] is not None else f"widths {','.join(map(str, row['widths']))}"
         title += f", {row['criterion']}, {chosen}"

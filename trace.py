@@ -34,7 +34,17 @@ class Unit:
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RELU = {nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-DROPOUT = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, nn.Identity}
+DROPOUT = {
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    nn.Identity,
+}
 FLATTEN = {nn.Flatten, torch.flatten, "flatten"}
 VIEW = {"view", "reshape", torch.reshape}
 SHAPE = {"size", "dim", "numel"}  # questions about a tensor that do not read its values
@@ -192,7 +202,9 @@ def _is_batch_size(node: fx.Node) -> bool:
 def _asks_shape(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in SHAPE
-    return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")
+    return (
+        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")
+    )
 
 
 def _returns_indices(network: _Graph, node: fx.Node) -> bool:

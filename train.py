@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def batches(images: Images, batch_size: int, seed: int, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor, int]]:
+def batches(
+    images: Images, batch_size: int, seed: int, part: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[Tensor, Tensor, int]]:
     """One epoch of (network input, labels, size of the global batch) in a random order, augmented where the data set says so.
 
     The order and the crops are those of `seed` alone: the same for one process and for the shares of many. `part` =
@@ -60,7 +62,7 @@ def batches(images: Images, batch_size: int, seed: int, part: tuple[int, int] = 
     """
     rank, world = part
     device, count = images.labels.device, len(images)
-    channels, height, width = images.dataset.shape
+    _, height, width = images.dataset.shape
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=random).to(device)
     pad = 4 if images.dataset.augment else 0
@@ -107,7 +109,9 @@ def train(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = _optimizer(model, recipe)
     epoch, step, rows = 0, 0, []
-    seen = torch.zeros(3, device=device)  # summed loss, correct, images: read rarely, since reading waits for the device
+    seen = torch.zeros(
+        3, device=device
+    )  # summed loss, correct, images: read rarely, since reading waits for the device
     identity = {"recipe": _plain(recipe), "seed": seed, "network": str(model)}
     if resume:
         saved = _read_state(state, identity)
@@ -197,10 +201,14 @@ def _read_state(state: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise NeuronMergingError(f"there is nothing to resume: cannot read {state}; run it without --resume") from error
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
-        raise NeuronMergingError(f"{state} is not a training state that can be read; run it without --resume") from error
+        raise NeuronMergingError(
+            f"{state} is not a training state that can be read; run it without --resume"
+        ) from error
     for key, value in identity.items():
         if saved.get(key) != value:
-            raise NeuronMergingError(f"{state} belongs to a run with another {key}: repeat that run's options to resume it")
+            raise NeuronMergingError(
+                f"{state} belongs to a run with another {key}: repeat that run's options to resume it"
+            )
     return saved
 
 

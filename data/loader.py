@@ -1,4 +1,4 @@
-"""One loader for every data set: the whole split as uint8 tensors, read through torchvision, downloaded by it where it is not there.
+"""One loader for every data set: a whole split as uint8 tensors, read by torchvision, downloaded by it where it is missing.
 
 A folder is used when it is complete, whatever its checksums (one warning says so); a folder that is half there is never used.
 """
@@ -10,6 +10,7 @@ import pickle
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,10 @@ class Dataset:
     augment: bool  # training crops (padding 4) and flips
 
 
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of CIFAR-10; the paper uses them on both sets
+CIFAR_MEAN, CIFAR_STD = (
+    (0.4914, 0.4822, 0.4465),
+    (0.2023, 0.1994, 0.2010),
+)  # of CIFAR-10; the paper uses them on both sets
 DATASETS = {
     "FashionMNIST": Dataset((1, 28, 28), 10, (0.5,), (0.5,), augment=False),
     "cifar10": Dataset((3, 32, 32), 10, CIFAR_MEAN, CIFAR_STD, augment=True),
@@ -56,6 +60,7 @@ class Images:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Images":
+        """The same images on `device`."""
         return Images(self.pixels.to(device), self.labels.to(device), self.dataset)
 
     def normalised(self, batch: Tensor) -> Tensor:
@@ -95,12 +100,14 @@ def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
             return images[:, None], _idx(found[1], read_label_file)
         if any(found):
             missing = names[found.index(None)]
-            raise NeuronMergingError(f"{raw} is half there: {missing} is missing; delete the folder to download it again")
+            raise NeuronMergingError(
+                f"{raw} is half there: {missing} is missing; delete the folder to download it again"
+            )
     _download(FashionMNIST, root, f"{name}/raw")
     return _fashion_mnist(name, split, root)
 
 
-def _idx(path: Path, read) -> Tensor:
+def _idx(path: Path, read: Callable[..., Tensor]) -> Tensor:
     """An IDX file, gzipped or not, by torchvision's reader (which wants an unpacked file)."""
     try:
         if path.suffix != ".gz":
@@ -153,7 +160,10 @@ def _download(source: type, root: Path, folder: str) -> None:
     """Let torchvision fetch a data set into a folder of its own, then move it into place: nobody sees half of it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as fresh, contextlib.redirect_stdout(sys.stderr):
+        with (
+            tempfile.TemporaryDirectory(dir=root, prefix=".download-") as fresh,
+            contextlib.redirect_stdout(sys.stderr),
+        ):
             source(fresh, download=True)
             target = root / folder
             target.parent.mkdir(parents=True, exist_ok=True)

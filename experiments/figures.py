@@ -7,19 +7,19 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first: no display is needed)
+import matplotlib.pyplot as plt
 
-from decompose import CRITERIA  # noqa: E402
-from errors import write_atomically  # noqa: E402
-from experiments.grid import Grid  # noqa: E402
-from experiments.rows import Row, published, published_key  # noqa: E402
+from decompose import CRITERIA
+from errors import write_atomically
+from experiments.grid import Grid
+from experiments.rows import Row, published, published_key
 
 # Okabe & Ito's colours, which stay apart for colour-blind readers; the marker says the same once more.
 STYLES = {"prune": ("#999999", "s", "-"), "merge": ("#0072B2", "o", "-"), "merge-derived": ("#D55E00", "^", ":")}
 
 
 def accuracy_against_ratio(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) -> None:
-    """Draw the rows of one grid and checkpoint, published accuracies as hollow markers, and write each of `paths` by its ending."""
+    """Draw the rows of one grid and checkpoint, published accuracies as hollow markers, into each of `paths`."""
     paper = published()
     baseline = next((row["accuracy"] for row in measured if row["type"] == "original"), None)
     figure, axes = plt.subplots(1, len(CRITERIA), figsize=(10, 3.4), sharey=True, layout="constrained")
@@ -29,7 +29,15 @@ def accuracy_against_ratio(grid: Grid, measured: Sequence[Row], paths: Sequence[
             color, marker, dash = STYLES[kind]
             line = sorted((row for row in of_criterion if row["type"] == kind), key=lambda row: row["ratio"])
             ratios = [100 * row["ratio"] for row in line]
-            axis.plot(ratios, [row["accuracy"] for row in line], color=color, marker=marker, linestyle=dash, markersize=6 if dash == "-" else 3, label=kind)
+            axis.plot(
+                ratios,
+                [row["accuracy"] for row in line],
+                color=color,
+                marker=marker,
+                linestyle=dash,
+                markersize=6 if dash == "-" else 3,
+                label=kind,
+            )
             known = [(100 * row["ratio"], paper[published_key(row)]) for row in line if published_key(row) in paper]
             if known:
                 axis.scatter(
@@ -49,6 +57,8 @@ def accuracy_against_ratio(grid: Grid, measured: Sequence[Row], paths: Sequence[
     figure.suptitle(f"{grid.title}: accuracy without fine-tuning")
     for path in paths:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(
+            buffer, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None
+        )
         write_atomically(path, lambda file, buffer=buffer: file.write(buffer.getvalue()))
     plt.close(figure)

@@ -61,9 +61,7 @@ GRIDS = {
 }
 
 
-def run(
-    grid: Grid, images: Images, device: torch.device, path: Path, pretrained: Path | None = None
-) -> list[rows.Row]:
+def run(grid: Grid, images: Images, device: torch.device, path: Path, pretrained: Path | None = None) -> list[rows.Row]:
     """Measure the experiments of a grid whose rows `path` does not hold yet; all rows of the grid's checkpoint.
 
     Interrupt it when you like: every row is on disk before the next begins.

@@ -10,7 +10,18 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROWS = RESULTS / "rows.jsonl"
 PUBLISHED = RESULTS / "published.csv"
 
-_SETTINGS = ("arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths_rule", "threshold", "lamda", "checkpoint_sha256")
+_SETTINGS = (
+    "arch",
+    "depth_wide",
+    "dataset",
+    "type",
+    "criterion",
+    "ratio",
+    "widths_rule",
+    "threshold",
+    "lamda",
+    "checkpoint_sha256",
+)
 
 Row = dict[str, Any]
 
@@ -63,4 +74,3 @@ def _published_lines() -> list[dict[str, str]]:
 def published_key(row: Row) -> tuple:
     """The key of a row in `published()`."""
     return (row["arch"], tuple(row["depth_wide"]), row["dataset"], row["type"], row["criterion"], row["ratio"])
-

@@ -46,7 +46,17 @@ def full_table(measured: Sequence[Row]) -> str:
                 f"{row['seconds_decompose']:.2f}", f"{checkpoint(row)} `{row['checkpoint_sha256'][:8]}`",
             ]
         )  # fmt: skip
-    header = ["criterion", "ratio", "type", "published %", "measured %", "parameters", "MACs", "decompose s", "checkpoint"]
+    header = [
+        "criterion",
+        "ratio",
+        "type",
+        "published %",
+        "measured %",
+        "parameters",
+        "MACs",
+        "decompose s",
+        "checkpoint",
+    ]
     return markdown(header, lines, right_from=3)
 
 
@@ -58,7 +68,7 @@ def ratio(row: Row) -> str:
 
 
 def short_table(measured: Sequence[Row], criterion: str) -> str:
-    """Prune and merge side by side for one criterion: published, measured with the published checkpoint (if it was), with ours."""
+    """Prune and merge side by side for one criterion: published, measured with the published checkpoint (if so), with ours."""
     paper = rows.published()
     whose = [name for name in CHECKPOINTS if any(checkpoint(row) == name for row in measured)]
     columns = [("published", None), *((f"measured, {name} checkpoint", name) for name in whose)]
@@ -79,19 +89,34 @@ def short_table(measured: Sequence[Row], criterion: str) -> str:
 
 def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
     """The rows of a network that were measured with a checkpoint we can name."""
-    return [r for r in everything if (r["arch"], r["dataset"]) == (grid.arch, grid.dataset) and checkpoint(r) is not None]
+    return [
+        r for r in everything if (r["arch"], r["dataset"]) == (grid.arch, grid.dataset) and checkpoint(r) is not None
+    ]
 
 
 def documents(everything: Sequence[Row]) -> dict[Path, str]:
     """What TABLES.md and README.md have to say."""
-    tables, summary = ["# Results", "", "Made by `make tables` from `rows.jsonl` and `published.csv`; never edited by hand.", ""], []
-    tables += ["Accuracy on the test set in %, without fine-tuning. `merge` is the published form of the method, `merge-derived` the", ""]
+    tables, summary = (
+        ["# Results", "", "Made by `make tables` from `rows.jsonl` and `published.csv`; never edited by hand.", ""],
+        [],
+    )
+    tables += [
+        "Accuracy on the test set in %, without fine-tuning. `merge` is the published form of the method, `merge-derived` the",
+        "",
+    ]
     tables[-2] += " form that follows from the formulas (ours)."
     tables += [*(f"- checkpoint *{name}*: {what}" for name, what in CHECKPOINTS.items()), ""]
     for grid in GRIDS.values():
         measured = of_grid(grid, everything)
         if measured:
-            tables += [f"## {grid.title}", "", f"![{grid.title}](figures/{grid.figure}.png)", "", full_table(measured), ""]
+            tables += [
+                f"## {grid.title}",
+                "",
+                f"![{grid.title}](figures/{grid.figure}.png)",
+                "",
+                full_table(measured),
+                "",
+            ]
             summary += [f"**{grid.title}, l1-norm** (accuracy in %)", "", short_table(measured, "l1-norm"), ""]
             summary += [f"![{grid.title}: accuracy against pruning ratio](results/figures/{grid.figure}.png)", ""]
     readme = README.read_text(encoding="utf-8")
@@ -119,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for grid in GRIDS.values():
                 ours = [row for row in of_grid(grid, everything) if checkpoint(row) == "ours"]
                 if ours and len(grid.ratios) > 1:
-                    accuracy_against_ratio(grid, ours, [FIGURES / f"{grid.figure}.{ending}" for ending in ("png", "svg")])
+                    accuracy_against_ratio(
+                        grid, ours, [FIGURES / f"{grid.figure}.{ending}" for ending in ("png", "svg")]
+                    )
         return 0
     except NeuronMergingError as error:
         print(error, file=sys.stderr)

@@ -31,7 +31,9 @@ def build(
         raise NeuronMergingError(f"unknown network {arch!r}: choose one of {', '.join(NETWORKS)}") from None
     problem = _wrong_depth(arch, tuple(depth_wide))
     if problem:
-        raise NeuronMergingError(f"--depth-wide {','.join(map(str, depth_wide)) or '(none)'} does not fit {arch}: {problem}")
+        raise NeuronMergingError(
+            f"--depth-wide {','.join(map(str, depth_wide)) or '(none)'} does not fit {arch}: {problem}"
+        )
     return network(*depth_wide, num_classes=num_classes, widths=widths)
 
 

@@ -11,7 +11,7 @@ PLANES = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """bn1–ReLU–conv1–bn2–ReLU–conv2 plus the shortcut: x, or a 1 × 1 convolution of the activated x. `width`: filters of conv1."""
+    """bn1–ReLU–conv1–bn2–ReLU–conv2 plus the shortcut: x, or a 1 × 1 convolution of it activated. `width`: filters of conv1."""
 
     def __init__(self, inputs: int, planes: int, stride: int, width: int) -> None:
         super().__init__()

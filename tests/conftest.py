@@ -16,7 +16,12 @@ import main
 from models import build
 
 ROOT = Path(__file__).resolve().parents[1]
-NETWORKS = [("LeNet_300_100", ()), ("VGG", (16,)), ("ResNet", (20,)), ("WideResNet", (16, 2))]  # small ones of each family
+NETWORKS = [
+    ("LeNet_300_100", ()),
+    ("VGG", (16,)),
+    ("ResNet", (20,)),
+    ("WideResNet", (16, 2)),
+]  # small ones of each family
 
 
 @pytest.fixture(scope="session")

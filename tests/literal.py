@@ -1,4 +1,4 @@
-"""The method once more, from its formulas, neuron by neuron in plain loops: the oracle of the tests and the benchmark's yardstick."""
+"""The method once more, from its formulas, neuron by neuron in plain loops: oracle of the tests, yardstick of the benchmark."""
 
 from math import inf, sqrt
 

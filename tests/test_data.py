@@ -45,7 +45,10 @@ def cifar(folder, source, per_file=20):
     key, classes = ("labels", 10) if source is CIFAR10 else ("fine_labels", 100)
     random = np.random.default_rng(0)
     for file, _ in source.train_list + source.test_list:
-        entry = {"data": random.integers(0, 256, (per_file, 3072), dtype=np.uint8), key: random.integers(0, classes, per_file).tolist()}
+        entry = {
+            "data": random.integers(0, 256, (per_file, 3072), dtype=np.uint8),
+            key: random.integers(0, classes, per_file).tolist(),
+        }
         (folder / file).write_bytes(pickle.dumps(entry))
     (folder / source.meta["filename"]).write_bytes(pickle.dumps({source.meta["key"]: [str(i) for i in range(classes)]}))
     return folder

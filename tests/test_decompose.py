@@ -16,7 +16,11 @@ GOLDEN = [*(f"bn{i}" for i in range(9)), *(f"fc{i}" for i in range(4))]
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_merge_gives_the_golden_scaling_matrices(reference, case):
-    golden = {key.removeprefix(case + "_"): v for key, v in np.load(reference / "golden_scaling.npz").items() if key.startswith(case)}
+    golden = {
+        key.removeprefix(case + "_"): v
+        for key, v in np.load(reference / "golden_scaling.npz").items()
+        if key.startswith(case)
+    }
     W = torch.from_numpy(golden["weight"]).double().flatten(1)
     bn = None
     if case.startswith("bn"):
@@ -81,7 +85,11 @@ def test_the_vectorised_code_agrees_with_the_literal_loop(form, criterion, layer
 def is_tie(layer, keep, form, lam, n, ours, expected) -> bool:
     """Two partners of n whose distances differ by rounding only, found by moving λ's terms a hair."""
     W, bn = layer.W.numpy(), as_arrays(layer.bn)
-    chosen = [keep[i] for i in (np.flatnonzero(ours)[0], np.flatnonzero(expected)[0])] if ours.any() and expected.any() else []
+    chosen = (
+        [keep[i] for i in (np.flatnonzero(ours)[0], np.flatnonzero(expected)[0])]
+        if ours.any() and expected.any()
+        else []
+    )
     if len(chosen) < 2:
         return False
     candidates = [literal.most_similar(W, bn, [m], n, form, lam) for m in chosen]

@@ -1,4 +1,4 @@
-"""The command line: what it prints, writes and accepts, and that bad input ends in one line, exit code 2 and nothing written."""
+"""The command line: what it prints, writes and accepts, and that bad input ends in one line, exit code 2, nothing written."""
 
 import json
 import os
@@ -57,7 +57,13 @@ def test_parameters_of_the_published_widths(arch, dataset, options, params):
 
 @pytest.mark.parametrize(
     ("arch", "classes", "params"),
-    [("LeNet_300_100", 10, 266_610), ("VGG", 10, 14_987_722), ("VGG", 100, 15_033_892), ("ResNet", 10, 855_770), ("WideResNet", 10, 8_949_210)],
+    [
+        ("LeNet_300_100", 10, 266_610),
+        ("VGG", 10, 14_987_722),
+        ("VGG", 100, 15_033_892),
+        ("ResNet", 10, 855_770),
+        ("WideResNet", 10, 8_949_210),
+    ],
 )
 def test_parameters_of_the_published_networks(arch, classes, params):
     from evaluate import count_parameters
@@ -101,7 +107,19 @@ def test_the_summary_for_people(cli, pretrained):
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_type_and_criterion_saves_what_reloads_to_the_same_accuracy(cli, pretrained, tmp_path, kind, criterion):
     small, report = tmp_path / "small.pth.tar", tmp_path / "row.json"
-    options = ["--model-type", kind, "--criterion", criterion, "--widths", "90,30", "--evaluate", "--save", small, "--json", report]
+    options = [
+        "--model-type",
+        kind,
+        "--criterion",
+        criterion,
+        "--widths",
+        "90,30",
+        "--evaluate",
+        "--save",
+        small,
+        "--json",
+        report,
+    ]
     assert cli("--pretrained", pretrained, *options).code == 0
     first = json.loads(report.read_text())
     again = json.loads(cli("--pretrained", small, "--evaluate", "--json", "-").out)
@@ -123,9 +141,53 @@ def test_the_json_says_all_that_belongs_to_a_result(cli, pretrained):
 
 def test_the_published_flags_are_all_there():
     args = main.parser().parse_args(
-        "--arch ResNet --depth-wide 56 --dataset cifar10 --pretrained x --model-type merge --criterion l2-GM --pruning-ratio .3"
-        " --threshold .1 --lamda .85 --evaluate --retrain --target conv --batch-size 128 --test-batch-size 256 --epochs 2 --lr .1"
-        " --momentum .9 --weight-decay 5e-4 --gammas .1 .1 --schedule 100 150 --seed 1 --no-cuda --log-interval 100".split()
+        [
+            "--arch",
+            "ResNet",
+            "--depth-wide",
+            "56",
+            "--dataset",
+            "cifar10",
+            "--pretrained",
+            "x",
+            "--model-type",
+            "merge",
+            "--criterion",
+            "l2-GM",
+            "--pruning-ratio",
+            ".3",
+            "--threshold",
+            ".1",
+            "--lamda",
+            ".85",
+            "--evaluate",
+            "--retrain",
+            "--target",
+            "conv",
+            "--batch-size",
+            "128",
+            "--test-batch-size",
+            "256",
+            "--epochs",
+            "2",
+            "--lr",
+            ".1",
+            "--momentum",
+            ".9",
+            "--weight-decay",
+            "5e-4",
+            "--gammas",
+            ".1",
+            ".1",
+            "--schedule",
+            "100",
+            "150",
+            "--seed",
+            "1",
+            "--no-cuda",
+            "--log-interval",
+            "100",
+        ]
     )
     assert (args.lamda, args.gammas, args.schedule) == (0.85, [0.1, 0.1], [100, 150])
     assert main.parser().parse_args(["--lambda", "0.7"]).lamda == 0.7
@@ -133,7 +195,9 @@ def test_the_published_flags_are_all_there():
 
 def test_help_names_everything_that_can_be_chosen_and_needs_no_pytorch():
     code = "import sys, main\ntry: main.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"}
+    )
     assert done.returncode == 0, done.stderr
     for name in [*NETWORKS, *CRITERIA, *COMPENSATIONS]:
         assert name in done.stdout
@@ -169,7 +233,7 @@ def damaged(tmp_path: Path, pretrained: Path, how: str) -> Path:
 
 
 BAD = {
-    "missing": (["--pretrained", "{tmp}/nothing.pth.tar"], "nothing.pth.tar is not there; train it with: python main.py --arch LeNet_300_100"),
+    "missing": (["--pretrained", "{tmp}/nothing.pth.tar"], "is not there; train it with: python main.py --arch LeNet_300_100"),
     "truncated": (["--pretrained", "{truncated}"], "not a checkpoint that can be read"),
     "empty": (["--pretrained", "{empty}"], "not a checkpoint that can be read"),
     "text": (["--pretrained", "{text}"], "not a checkpoint that can be read"),
@@ -210,7 +274,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_in_one_line_and_exit_code_2(cli, pretrained, tmp_path, name):
     options, message = BAD[name]
-    files = {how: damaged(tmp_path, pretrained, how) for how in ("truncated", "empty", "text", "nan", "code", "no-weights")}
+    files = {
+        how: damaged(tmp_path, pretrained, how) for how in ("truncated", "empty", "text", "nan", "code", "no-weights")
+    }
     places = {"tmp": tmp_path, "lenet": pretrained, **files}
     target = tmp_path / "small.pth.tar"
     options = [option.format(**places) for option in options]

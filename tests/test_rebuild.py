@@ -22,14 +22,16 @@ def without_batchnorm(model: nn.Module) -> nn.Module:
     for unit in units(model):
         if unit.bn is not None:
             parent, _, name = unit.layer.rpartition(".")
-            setattr(model.get_submodule(parent), name, fuse_conv_bn_eval(*map(model.get_submodule, (unit.layer, unit.bn))))
+            setattr(
+                model.get_submodule(parent), name, fuse_conv_bn_eval(*map(model.get_submodule, (unit.layer, unit.bn)))
+            )
             parent, _, name = unit.bn.rpartition(".")
             setattr(model.get_submodule(parent), name, nn.Identity())
     return model
 
 
 def plant_multiples(model: nn.Module) -> list[int]:
-    """Make half of every unit's neurons positive multiples of the other half (and their BatchNorm agree); returns the kept widths."""
+    """Make half of every unit's neurons positive multiples of the other half (and their BatchNorm agree); the kept widths."""
     random = torch.Generator().manual_seed(2)
     widths = []
     with torch.no_grad():
@@ -51,7 +53,11 @@ def plant_multiples(model: nn.Module) -> list[int]:
                 if layer.bias is not None:
                     layer.bias[n] = s * layer.bias[m]
                 if bn is not None:  # any γ_n > 0 and v_n; μ_n and β_n so that z_n = S z_m
-                    S = s * (bn.weight[n] / bn.weight[m]) * ((bn.running_var[m] + bn.eps) / (bn.running_var[n] + bn.eps)).sqrt()
+                    S = (
+                        s
+                        * (bn.weight[n] / bn.weight[m])
+                        * ((bn.running_var[m] + bn.eps) / (bn.running_var[n] + bn.eps)).sqrt()
+                    )
                     bn.running_mean[n], bn.bias[n] = s * bn.running_mean[m], S * bn.bias[m]
             widths.append(len(leaders))
     return widths
@@ -160,7 +166,9 @@ def test_a_constant_neuron_moves_into_what_follows():
         for norm in (True, False):
             torch.manual_seed(0)
             tail = [nn.BatchNorm2d(4)] if norm else []
-            model = nn.Sequential(nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=bias), *tail)
+            model = nn.Sequential(
+                nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=bias), *tail
+            )
             model.eval()
             model[1].weight[5], model[1].bias[5] = 0.0, 0.8
             model[0].weight[5] *= 0.01

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from errors import NeuronMergingError
 from models import build
@@ -13,10 +14,18 @@ from trace import Unit, survey, units
 @pytest.mark.parametrize(
     ("arch", "depth_wide", "count"),
     [
-        ("LeNet_300_100", (), 2), ("VGG", (11,), 8), ("VGG", (13,), 10), ("VGG", (16,), 13), ("VGG", (19,), 16),
-        ("ResNet", (20,), 9), ("ResNet", (56,), 27), ("ResNet", (110,), 54), ("WideResNet", (40, 4), 18), ("WideResNet", (28, 10), 12),
+        ("LeNet_300_100", (), 2),
+        ("VGG", (11,), 8),
+        ("VGG", (13,), 10),
+        ("VGG", (16,), 13),
+        ("VGG", (19,), 16),
+        ("ResNet", (20,), 9),
+        ("ResNet", (56,), 27),
+        ("ResNet", (110,), 54),
+        ("WideResNet", (40, 4), 18),
+        ("WideResNet", (28, 10), 12),
     ],
-)  # fmt: skip
+)
 def test_the_units_of_the_published_networks(arch, depth_wide, count):
     assert len(units(build(arch, depth_wide))) == count
 
@@ -90,7 +99,7 @@ LEFT_OUT = {
         lambda m, x: m.bn(x), {"bn": nn.BatchNorm2d(8, track_running_stats=False)}, "no running statistics",
     ),
     "a LayerNorm": (lambda m, x: m.ln(x), {"ln": nn.LayerNorm(30)}, "LayerNorm"),
-    "weights parametrized": (lambda m, x: x, {"second": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 4, 3))}, "parametrized"),
+    "weights parametrized": (lambda m, x: x, {"second": weight_norm(nn.Conv2d(8, 4, 3))}, "parametrized"),
     "pool with indices": (lambda m, x: m.pool(x)[0], {"pool": nn.MaxPool2d(2, return_indices=True)}, "MaxPool2d"),
 }  # fmt: skip
 

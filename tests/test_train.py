@@ -55,11 +55,17 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def run(model, recipe=RECIPE, **options):
     lines = []
-    last = train.train(model, images("cifar10"), images("cifar10", 50, 1), recipe, device=CPU, say=lines.append, **options)
+    last = train.train(
+        model, images("cifar10"), images("cifar10", 50, 1), recipe, device=CPU, say=lines.append, **options
+    )
     return last, lines
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, one_cycle=True, schedule=(), gammas=(), decay_all=False)], ids=["steps", "one-cycle"])
+@pytest.mark.parametrize(
+    "recipe",
+    [RECIPE, replace(RECIPE, one_cycle=True, schedule=(), gammas=(), decay_all=False)],
+    ids=["steps", "one-cycle"],
+)
 @pytest.mark.parametrize("stop_at", [4, 5, 8], ids=["inside an epoch", "at its end", "in the next"])
 def test_a_resumed_run_gives_the_same_network(tmp_path, monkeypatch, recipe, stop_at):
     whole = tiny()
@@ -84,7 +90,10 @@ def test_a_resumed_run_gives_the_same_network(tmp_path, monkeypatch, recipe, sto
         resumed.fc.weight.zero_()  # whatever it starts from
     run(resumed, recipe, state=state, resume=True, curve=tmp_path / "resumed.csv")
     assert same(whole, resumed)
-    without_seconds = [[line.rsplit(",", 1)[0] for line in (tmp_path / f"{name}.csv").read_text().splitlines()] for name in ("whole", "resumed")]
+    without_seconds = [
+        [line.rsplit(",", 1)[0] for line in (tmp_path / f"{name}.csv").read_text().splitlines()]
+        for name in ("whole", "resumed")
+    ]
     assert without_seconds[0] == without_seconds[1]
     assert len(without_seconds[0]) == 1 + recipe.epochs
 
@@ -120,7 +129,9 @@ def test_the_batches_of_an_epoch_are_all_images_once():
     shown = [(x, labels, size) for x, labels, size in train.batches(data, 32, seed=3)]
     assert [size for *_, size in shown] == [32, 32, 32, 4]
     pixels = torch.cat([x for x, *_ in shown])
-    assert torch.equal(pixels.flatten(1).sum(1).sort().values, data.normalised(data.pixels).flatten(1).sum(1).sort().values)
+    assert torch.equal(
+        pixels.flatten(1).sum(1).sort().values, data.normalised(data.pixels).flatten(1).sum(1).sort().values
+    )
     again = torch.cat([x for x, *_ in train.batches(data, 32, seed=3)])
     assert torch.equal(pixels, again)
     assert not torch.equal(pixels, torch.cat([x for x, *_ in train.batches(data, 32, seed=4)]))
@@ -158,7 +169,9 @@ def test_the_shares_of_several_processes_make_up_the_global_batch():
 
 def test_learning_rates():
     published = settings.recipe("ResNet")
-    assert [train.learning_rate(published, epoch, 0) for epoch in (0, 99, 100, 149, 150)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+    assert [train.learning_rate(published, epoch, 0) for epoch in (0, 99, 100, 149, 150)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001]
+    )
     lenet = settings.recipe("LeNet_300_100")
     assert (lenet.epochs, lenet.weight_decay, lenet.batch_size, lenet.schedule) == (60, 1e-4, 128, (15, 30, 45))
     fast = settings.recipe("VGG", "fast")
@@ -195,7 +208,9 @@ def test_two_processes_give_the_update_of_one(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for command, name in (([sys.executable], "one"), (torchrun, "two")):
-        done = subprocess.run([*command, str(script), str(tmp_path / name)], env=env, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, str(script), str(tmp_path / name)], env=env, cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
     for name, weights in one["state_dict"].items():

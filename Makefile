@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it makes. `make` lists the targets.
+PYTHON ?= python3
+RUN := .venv/bin/python
+export PYTHONPATH := $(CURDIR)
+
+help: ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: .venv/runtime ## the paper's LeNet table, measured here, beside the published one (results/demo/)
+	@$(RUN) -m experiments.demo
+
+test: .venv/test lint ## set up, check style, run all tests
+	@$(RUN) -m pytest
+
+lint: .venv/test ## ruff
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+rows: .venv/runtime ## measure every experiment of the paper that results/rows.jsonl does not hold yet
+	@$(RUN) -m experiments.grid
+
+tables: .venv/runtime ## rebuild results/TABLES.md, the README's results and the figures from the rows
+	@$(RUN) -m experiments.tables
+
+check-tables: .venv/runtime ## fail where a table no longer matches its rows
+	@$(RUN) -m experiments.tables --check
+
+manifest: .venv/runtime ## evaluate the shipped checkpoints and rebuild pretrained/MANIFEST.json
+	@$(RUN) -m experiments.manifest
+
+bench: .venv/runtime ## time the method against a literal loop (results/BENCH.md)
+	@$(RUN) -m experiments.bench
+
+clean: ## remove the environment and everything a run leaves behind
+	rm -rf .venv results/demo .pytest_cache .hypothesis .ruff_cache
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { echo "python's venv module is missing: on Debian and Ubuntu, apt install python3-venv" >&2; exit 2; }
+
+.venv/runtime: requirements.txt | .venv/bin/python
+	@echo "installing requirements.txt into .venv (a minute or two, once)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/test: requirements-test.txt .venv/runtime
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+.PHONY: help demo test lint rows tables check-tables manifest bench clean
