@@ -12,16 +12,21 @@ class NeuronMergingError(Exception):
 
 
 def check_writable(path: Path) -> None:
-    """Raise NeuronMergingError where `path` could not be written later: asked before the work, not after it."""
+    """Raise NeuronMergingError where `path` could not be written later: asked before the work, not after it; leaves nothing."""
+    path = Path(path).absolute()
     if path.is_dir():
         raise NeuronMergingError(f"{path} is a folder: name a file in it")
-    write_atomically(path, None)
+    try:
+        folder = next(parent for parent in path.parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object] | None) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write `path` under another name in its folder, then rename it: a reader sees the old or the new file, nothing between.
 
-    With `write` None nothing but the permission is tried and nothing is left behind.
     Raises NeuronMergingError where the folder or the disk does not allow it.
     """
     path = Path(path)
@@ -30,8 +35,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object] | None) -> 
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
         try:
             with os.fdopen(handle, "wb") as file:
-                if write is None:
-                    return
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -40,10 +43,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object] | None) -> 
         finally:
             Path(partial).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise NeuronMergingError(
-            f"cannot write {path}: {reason}; check the folder's permission and the space left"
-        ) from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> NeuronMergingError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return NeuronMergingError(f"cannot write {path}: {reason}; check the folder's permission and the space left")
 
 
 def _umask() -> int:

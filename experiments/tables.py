@@ -16,13 +16,13 @@ TABLES = rows.RESULTS / "TABLES.md"
 FIGURES = rows.RESULTS / "figures"
 README = rows.RESULTS.parent / "README.md"
 BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
-CHECKPOINTS = {"published": "the authors' published checkpoint", "ours": "the one in `pretrained/`"}
+CHECKPOINTS = {"authors'": "the one that the paper's authors published", "ours": "the one in `pretrained/`"}
 
 
 def checkpoint(row: Row) -> str | None:
-    """Whose checkpoint a row was measured with: published, ours (as shipped now), or None for another."""
+    """Whose checkpoint a row was measured with: the authors', ours (as shipped now), or None for another."""
     if row["checkpoint_sha256"] in rows.published_checkpoints():
-        return "published"
+        return "authors'"
     return "ours" if row["checkpoint_sha256"] in shipped() else None
 
 
@@ -71,8 +71,8 @@ def short_table(measured: Sequence[Row], criterion: str) -> str:
     """Prune and merge side by side for one criterion: published, measured with the published checkpoint (if so), with ours."""
     paper = rows.published()
     whose = [name for name in CHECKPOINTS if any(checkpoint(row) == name for row in measured)]
-    columns = [("published", None), *((f"measured, {name} checkpoint", name) for name in whose)]
-    header = ["ratio", *(f"{kind} {title}" for kind in ("prune", "merge") for title, _ in columns)]
+    columns = [("paper", None), *((f"measured, {name} checkpoint", name) for name in whose)]
+    header = ["ratio", *(f"{kind}: {title}" for kind in ("prune", "merge") for title, _ in columns)]
     cells: dict[str, dict[tuple, str]] = {}
     for row in measured:
         if row["type"] == "original" or (row["criterion"] == criterion and row["type"] in ("prune", "merge")):

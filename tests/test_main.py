@@ -308,6 +308,22 @@ def test_a_checkpoint_without_a_name_that_does_not_fit_is_described(cli, pretrai
     assert "ip1.weight is [10, 784] where [300, 784] is expected" in cli("--pretrained", bare, "--evaluate").err
 
 
+def test_a_run_that_fails_makes_no_folder(cli, tmp_path):
+    assert cli("--evaluate", "--pretrained", tmp_path / "missing", "--save", tmp_path / "new" / "x").code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_keeps_the_old_file(tmp_path):
+    def full_disk(file):
+        file.write(b"half of")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "row.json").write_text("old")
+    with pytest.raises(NeuronMergingError, match="No space left on device"):
+        write_atomically(tmp_path / "row.json", full_disk)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_no_write_permission(cli, pretrained, tmp_path):
     tmp_path.chmod(0o555)

@@ -1,0 +1,114 @@
+"""Rows, tables and the demo: nothing is measured twice, nothing is lost, no table differs from its rows."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from experiments import demo, grid, manifest, rows, tables
+from experiments.grid import GRIDS
+
+
+def a_row(**changes) -> rows.Row:
+    return rows.load()[0] | changes
+
+
+def test_a_measurement_is_recorded_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert rows.append(a_row(), path)
+    assert not rows.append(a_row(seconds_decompose=99.0), path)  # the same settings and checkpoint
+    assert rows.append(a_row(ratio=0.9), path)
+    assert rows.append(a_row(checkpoint_sha256="another"), path)
+    assert [row["seconds_decompose"] for row in rows.load(path)] == [0.0] * 3
+
+
+def write_rows(path: Path, worker: int) -> None:
+    for i in range(40):
+        rows.append(a_row(ratio=(i % 20) / 100 + worker % 2), path)  # every row is written by two workers
+
+
+def test_rows_of_several_processes_are_neither_lost_nor_mixed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    workers = [multiprocessing.get_context("fork").Process(target=write_rows, args=(path, i)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(row["ratio"] for row in rows.load(path)) == sorted(i / 100 + j for i in range(20) for j in range(2))
+
+
+def test_what_is_measured_already_is_not_measured_again(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    measured = []
+
+    def measure(experiment, images, device):
+        measured.append(experiment)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return experiment.settings() | {"checkpoint_sha256": grid.sha256(experiment.pretrained)}
+
+    monkeypatch.setattr(grid, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        grid.run(GRIDS["lenet"], None, None, path)
+    assert len(rows.load(path)) == 3
+    assert len(grid.run(GRIDS["lenet"], None, None, path)) == 37
+    assert len(measured) == 37 + 1  # the interrupted one was begun twice
+
+
+def test_the_papers_grid():
+    lenet = list(GRIDS["lenet"].experiments())
+    assert len(lenet) == 1 + 3 * 4 * 3
+    assert {e.model_type for e in lenet} == {"original", "prune", "merge", "merge-derived"}
+    assert len(list(GRIDS["vgg"].experiments())) == 1 + 3 * 3
+    assert len(list(GRIDS["resnet"].experiments())) == 1 + 3 * 7 * 3
+
+
+def test_the_tables_match_their_rows():
+    assert tables.main(["--check"]) == 0
+
+
+def test_a_table_that_was_edited_is_found(tmp_path, monkeypatch, capsys):
+    edited = tmp_path / "TABLES.md"
+    edited.write_text(tables.TABLES.read_text().replace("88.40", "98.40", 1))
+    monkeypatch.setattr(tables, "TABLES", edited)
+    assert tables.main(["--check"]) == 2
+    assert "TABLES.md does not match" in capsys.readouterr().err
+
+
+def test_the_published_checkpoint_reproduces_the_published_table():
+    """The committed rows themselves: measured with the authors' checkpoint, they are the paper's to the digit."""
+    paper = rows.published()
+    theirs = [row for row in rows.load() if row["checkpoint_sha256"] in rows.published_checkpoints()]
+    compared = [(row["accuracy"], paper[rows.published_key(row)]) for row in theirs if rows.published_key(row) in paper]
+    assert len(compared) == 9
+    assert all(measured == published for measured, published in compared)
+
+
+def test_the_manifest_describes_the_files_as_they_are():
+    entries = manifest.read()
+    assert {path.name for path in grid.PRETRAINED.glob("*.pth.tar")} == set(entries)
+    for name, entry in entries.items():
+        assert grid.sha256(grid.PRETRAINED / name) == entry["sha256"]
+        assert entry["command"].startswith("python main.py --arch")
+
+
+def test_the_shipped_lenet_is_as_good_as_the_manifest_says(cli, pretrained):
+    entry = manifest.read()[pretrained.name]
+    row = json.loads(cli("--pretrained", pretrained, "--evaluate", "--json", "-").out)
+    assert abs(row["correct"] - entry["correct"]) <= 2  # another machine may round another way
+    assert entry["accuracy"] >= 89.3
+
+
+def test_the_demo_prints_published_beside_measured_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "FOLDER", tmp_path)
+    assert demo.main() == 0
+    out = capsys.readouterr().out
+    by_ratio = {line.split()[0]: line.split() for line in out.splitlines() if line[:1].isdigit() and "%" in line[:6]}
+    assert [by_ratio[r][2] for r in ("50", "60", "70", "80")] == ["88.40", "85.17", "71.26", "66.76"]
+    assert [by_ratio[r][4] for r in ("50", "60", "70", "80")] == ["88.69", "86.92", "82.75", "80.02"]
+    measured = {
+        (row["type"], row["criterion"], row["ratio"]): row["accuracy"] for row in rows.load(tmp_path / "rows.jsonl")
+    }
+    assert float(by_ratio["70"][5]) == measured["merge", "l1-norm", 0.7] > measured["prune", "l1-norm", 0.7]
+    assert (tmp_path / "LeNet_300_100_FashionMNIST.png").stat().st_size > 10_000
