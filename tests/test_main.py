@@ -12,6 +12,7 @@ import torch
 import main
 import settings
 from decompose import COMPENSATIONS, CRITERIA
+from errors import NeuronMergingError, write_atomically
 from models import NETWORKS
 from tests.conftest import ROOT
 
