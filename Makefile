@@ -18,10 +18,20 @@ lint: .venv/test ## ruff
 rows: .venv/runtime ## measure every experiment of the paper that results/rows.jsonl does not hold yet
 	@$(RUN) -m experiments.grid
 
+features: .venv/runtime ## measure the error of every feature map (results/features.jsonl)
+	@$(RUN) -m experiments.features
+
+reproduce: rows features tables ## all of it: rows, tables and figures of every network whose checkpoint is there
+
 tables: .venv/runtime ## rebuild results/TABLES.md, the README's results and the figures from the rows
 	@$(RUN) -m experiments.tables
 
-check-tables: .venv/runtime ## fail where a table no longer matches its rows
+check-features: .venv/runtime ## measure the error of every feature map (results/features.jsonl)
+	@$(RUN) -m experiments.features
+
+reproduce: rows features tables ## all of it: rows, tables and figures of every network whose checkpoint is there
+
+tables: .venv/runtime ## fail where a table no longer matches its rows
 	@$(RUN) -m experiments.tables --check
 
 manifest: .venv/runtime ## evaluate the shipped checkpoints and rebuild pretrained/MANIFEST.json
@@ -29,6 +39,9 @@ manifest: .venv/runtime ## evaluate the shipped checkpoints and rebuild pretrain
 
 bench: .venv/runtime ## time the method against a literal loop (results/BENCH.md)
 	@$(RUN) -m experiments.bench
+
+bench-train: .venv/runtime ## images a second of the trainer against the usual loop (results/BENCH_TRAIN.md)
+	@$(RUN) -m experiments.bench_train
 
 clean: ## remove the environment and everything a run leaves behind
 	rm -rf .venv results/demo .pytest_cache .hypothesis .ruff_cache
@@ -47,4 +60,4 @@ clean: ## remove the environment and everything a run leaves behind
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
-.PHONY: help demo test lint rows tables check-tables manifest bench clean
+.PHONY: help demo test lint rows features reproduce tables check-tables manifest bench bench-train clean

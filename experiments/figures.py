@@ -1,8 +1,9 @@
-"""Figures from result rows: accuracy against ratio, one panel per criterion."""
+"""Figures from measured rows: accuracy against ratio, one panel per criterion; errors of the feature maps, layer by layer."""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -55,6 +56,30 @@ def accuracy_against_ratio(grid: Grid, measured: Sequence[Row], paths: Sequence[
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     figure.suptitle(f"{grid.title}: accuracy without fine-tuning")
+    _write(figure, paths)
+
+
+def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) -> None:
+    """Draw ‖a − â‖ / ‖a‖ at every unit's consumer (a row of experiments.features) for every type of compensation."""
+    figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
+    places = range(1, len(measured["consumers"]) + 1)
+    for kind, errors in measured["errors"].items():
+        color, marker, dash = STYLES[kind]
+        axis.plot(places, errors, color=color, marker=marker, linestyle=dash, markersize=4, label=kind)
+    axis.set_xticks(places, measured["consumers"], rotation=90, fontsize=7)
+    axis.set_xlabel("consumer of the pruned layer")
+    axis.set_ylabel("relative error ‖a − â‖ / ‖a‖")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    ratio = (
+        "the paper's widths" if measured["ratio"] is None else f"{100 * measured['ratio']:.0f} % of the neurons dropped"
+    )
+    axis.set_title(f"{title}, {measured['criterion']}, {ratio}: feature maps of {measured['images']} test images")
+    _write(figure, paths)
+
+
+def _write(figure: plt.Figure, paths: Sequence[Path]) -> None:
     for path in paths:
         buffer = io.BytesIO()
         figure.savefig(

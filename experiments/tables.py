@@ -7,7 +7,7 @@ from pathlib import Path
 
 from decompose import CRITERIA
 from errors import NeuronMergingError, write_atomically
-from experiments import rows
+from experiments import features, rows
 from experiments.grid import GRIDS, Grid
 from experiments.manifest import shipped
 from experiments.rows import Row
@@ -126,6 +126,10 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
     return {TABLES: "\n".join(tables), README: f"{before}{BEGIN}\n" + "\n".join(summary) + END + after}
 
 
+def _both(name: str) -> list[Path]:
+    return [FIGURES / f"{name}.{ending}" for ending in ("png", "svg")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild tables and figures from the rows; with --check, fail where a table no longer matches them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -139,14 +143,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif not path.exists() or path.read_text(encoding="utf-8") != text:
                 raise NeuronMergingError(f"{path.name} does not match results/rows.jsonl: run make tables")
         if not args.check:
-            from experiments.figures import accuracy_against_ratio
+            from experiments import figures
 
             for grid in GRIDS.values():
                 ours = [row for row in of_grid(grid, everything) if checkpoint(row) == "ours"]
                 if ours and len(grid.ratios) > 1:
-                    accuracy_against_ratio(
-                        grid, ours, [FIGURES / f"{grid.figure}.{ending}" for ending in ("png", "svg")]
-                    )
+                    figures.accuracy_against_ratio(grid, ours, _both(grid.figure))
+            for row in features.read():
+                grid = next(g for g in GRIDS.values() if (g.arch, g.dataset) == (row["arch"], row["dataset"]))
+                if len(row["consumers"]) > 2:
+                    figures.feature_errors(grid.title, row, _both(f"{grid.figure}_features"))
         return 0
     except NeuronMergingError as error:
         print(error, file=sys.stderr)

@@ -5,9 +5,13 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from experiments import demo, grid, manifest, rows, tables
+from decompose import decompose, rebuild
+from experiments import demo, features, figures, grid, manifest, rows, tables
 from experiments.grid import GRIDS
+from trace import units
 
 
 def a_row(**changes) -> rows.Row:
@@ -112,3 +116,28 @@ def test_the_demo_prints_published_beside_measured_and_draws(tmp_path, monkeypat
     }
     assert float(by_ratio["70"][5]) == measured["merge", "l1-norm", 0.7] > measured["prune", "l1-norm", 0.7]
     assert (tmp_path / "LeNet_300_100_FashionMNIST.png").stat().st_size > 10_000
+
+
+@torch.no_grad()
+def test_feature_errors_are_those_at_the_consumers():
+    """Lossless where nothing is dropped; where the consumer itself is pruned, its kept neurons are compared."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.ReLU())))
+    found, x = units(model), torch.randn(16, 8)
+    for widths, zero in (([8, 8], True), ([8, 4], False)):
+        parts = decompose(model, found, widths, "l2-norm", "prune")
+        errors = features.relative_errors(model, rebuild(model, found, parts), found, parts, x)
+        assert errors[0] == pytest.approx(0, abs=1e-6)
+        assert (errors[1] < 1e-6) == zero
+    hidden = model[:3](x).relu()
+    dropped = [n for n in range(8) if n not in parts[1].keep.tolist()]
+    missing = hidden[:, dropped] @ model[4].weight[:, dropped].T
+    assert errors[1] == pytest.approx(float(missing.norm() / model[:5](x).norm()), rel=1e-5)
+
+
+def test_figures_are_written_whole(tmp_path):
+    measured = {"consumers": ["a", "b"], "ratio": None, "criterion": "l2-norm", "images": 4}
+    measured["errors"] = {"prune": [0.1, 0.5], "merge": [0.1, 0.3]}
+    figures.feature_errors("A network", measured, [tmp_path / "errors.png", tmp_path / "errors.svg"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.png", "errors.svg"]
+    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())

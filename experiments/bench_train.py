@@ -1,0 +1,110 @@
+"""Images a second of the trainer against the usual loop (DataLoader, transforms, float32), in one run: BENCH_TRAIN.md."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
+
+import settings
+from data import DATASETS, Images
+from errors import write_atomically
+from experiment import choose_device, versions
+from experiments.rows import RESULTS
+from experiments.tables import markdown
+from models import build
+from train import autocast_dtype, batches
+
+
+class Augmented(TensorDataset):
+    """Images one by one through torchvision's transforms, as the paper's code loads them."""
+
+    def __init__(self, images: Images) -> None:
+        super().__init__(images.pixels, images.labels)
+        mean, std = images.dataset.mean, images.dataset.std
+        steps = [transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+        self.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One augmented image [C, H, W] and its label."""
+        pixels, label = super().__getitem__(index)
+        return self.transform(pixels), label
+
+
+def usual(images: Images, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a DataLoader, moved to the device one by one."""
+    for x, labels in DataLoader(Augmented(images), batch_size, shuffle=True, num_workers=2, drop_last=True):
+        yield x.to(device), labels.to(device)
+
+
+def ours(images: Images, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The trainer's batches, cut on the device."""
+    for x, labels, _ in batches(images.to(device), batch_size, seed=1):
+        yield x, labels
+
+
+def images_per_second(
+    arch: str, feed: Callable, images: Images, batch_size: int, device: torch.device, fast: bool, compiled: bool = False
+) -> float:
+    """Of forward, backward and SGD steps over `images`, the first two batches left out; `fast` as the trainer does it."""
+    torch.manual_seed(0)
+    model = build(arch, settings.NETWORKS[arch].depth_wide).to(device).train()
+    dtype = autocast_dtype(device) if fast else None
+    if fast:
+        model.to(memory_format=torch.channels_last)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    count, start = 0, time.perf_counter()
+    for number, (x, labels) in enumerate(feed(images, batch_size, device)):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(forward(x).float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        count += len(labels)
+        if number == 1:
+            float(loss)  # waits for the device
+            count, start = 0, time.perf_counter()
+    float(loss)
+    return count / (time.perf_counter() - start)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Time both loops on made-up images of CIFAR's shape and write the table."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("networks", nargs="*", default=["VGG", "ResNet"], help="[VGG ResNet]")
+    parser.add_argument("--batches", type=int, default=8, help="batches to time, after two to warm up [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+    device, size = choose_device(args.device), args.batch_size
+    count = size * (args.batches + 2)
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    images = Images(pixels, torch.randint(0, 10, (count,)), DATASETS["cifar10"])
+    lines = []
+    for arch in args.networks:
+        plain = images_per_second(arch, usual, images, size, device, fast=False)
+        fast = images_per_second(arch, ours, images, size, device, fast=True)
+        compiled = images_per_second(arch, ours, images, size, device, fast=True, compiled=True)
+        line = [arch, *(f"{rate:,.0f}" for rate in (plain, fast, compiled))]
+        lines.append([*line, f"{fast / plain:.2f} ×", f"{compiled / plain:.2f} ×"])
+    header = ["network", "usual loop, images/s", "trainer", "trainer --compile", "trainer ratio", "--compile ratio"]
+    table = markdown(header, lines)
+    dtype = autocast_dtype(device)
+    text = (
+        f"# Training speed\n\nMade by `make bench-train`: {args.batches} batches of {size} on {device}, "
+        f"{torch.get_num_threads()} threads, PyTorch {versions()['torch']}.\nThe trainer computes in "
+        f"{'float32 (this hardware has no bfloat16)' if dtype is None else dtype} here.\n\n{table}\n"
+    )
+    write_atomically(RESULTS / "BENCH_TRAIN.md", lambda file: file.write(text.encode()))
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""How far the feature maps move: ‖a − â‖ / ‖a‖ at every unit's consumer, prune against merge (results/features.jsonl)."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data import Images, load
+from decompose import Decomposition, decompose, rebuild
+from errors import NeuronMergingError, write_atomically
+from experiment import Experiment, kept_widths
+from experiment import load as load_network
+from experiments.grid import GRIDS, Grid
+from experiments.rows import RESULTS
+from settings import data_folder
+from trace import Unit, units
+
+FEATURES = RESULTS / "features.jsonl"
+TYPES = ("prune", "merge", "merge-derived")
+CRITERION, RATIO, BATCH = "l2-norm", 0.5, 256
+
+
+def outputs(model: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+    """What the modules `names` give for the batch x [B, …]: name → [B, M, …]."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+        for name in names
+    ]
+    try:
+        with torch.inference_mode():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def relative_errors(
+    model: nn.Module, small: nn.Module, found: Sequence[Unit], parts: Sequence[Decomposition], x: Tensor
+) -> list[float]:
+    """‖a − â‖ / ‖a‖ of every unit's consumer, over the batch and those of its own neurons that both networks have."""
+    keep = {unit.layer: part.keep for unit, part in zip(found, parts)}
+    names = [unit.next for unit in found]
+    whole, shrunk = outputs(model, names, x), outputs(small, names, x)
+    errors = []
+    for name in names:
+        a = whole[name][:, keep[name]] if name in keep else whole[name]
+        errors.append(float((a - shrunk[name]).norm() / a.norm()))
+    return errors
+
+
+def measure(grid: Grid, images: Images) -> dict[str, Any]:
+    """The errors of every type of compensation on the first test images: one row of features.jsonl."""
+    experiment = Experiment(grid.arch, grid.dataset, grid.checkpoint, model_type="prune", ratio=RATIO)
+    model, checkpoint = load_network(experiment)
+    model.eval()
+    found = units(model)
+    widths = kept_widths(model, found, experiment)
+    x = images.normalised(images.pixels[:BATCH])
+    errors = {}
+    for kind in TYPES:
+        parts = decompose(model, found, widths, CRITERION, kind, t=experiment.threshold, lam=experiment.lamda)
+        errors[kind] = [round(e, 6) for e in relative_errors(model, rebuild(model, found, parts), found, parts, x)]
+    return {
+        "arch": grid.arch,
+        "dataset": grid.dataset,
+        "criterion": CRITERION,
+        "ratio": experiment.effective_ratio,
+        "widths": widths,
+        "images": len(x),
+        "checkpoint_sha256": checkpoint.sha256,
+        "consumers": [unit.next for unit in found],
+        "errors": errors,
+    }
+
+
+def read(path: Path = FEATURES) -> list[dict[str, Any]]:
+    """The measured rows, one a network."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every network of the grid whose checkpoint is there."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
+    try:
+        there = [grid for grid in GRIDS.values() if grid.checkpoint.exists()]
+        measured = [measure(grid, load(grid.dataset, "test", data_folder())) for grid in there]
+        text = "".join(json.dumps(row) + "\n" for row in measured)
+        write_atomically(FEATURES, lambda file: file.write(text.encode()))
+        return 0
+    except NeuronMergingError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
