@@ -26,12 +26,7 @@ reproduce: rows features tables ## all of it: rows, tables and figures of every 
 tables: .venv/runtime ## rebuild results/TABLES.md, the README's results and the figures from the rows
 	@$(RUN) -m experiments.tables
 
-check-features: .venv/runtime ## measure the error of every feature map (results/features.jsonl)
-	@$(RUN) -m experiments.features
-
-reproduce: rows features tables ## all of it: rows, tables and figures of every network whose checkpoint is there
-
-tables: .venv/runtime ## fail where a table no longer matches its rows
+check-tables: .venv/runtime ## fail where a table no longer matches its rows
 	@$(RUN) -m experiments.tables --check
 
 manifest: .venv/runtime ## evaluate the shipped checkpoints and rebuild pretrained/MANIFEST.json
