@@ -3,8 +3,8 @@
     W [N, D] ≈ Zᵀ Y with Y = W[keep] [P, D];  if every column of the scaling matrix Z [P, N] has at most one entry and
     that is positive, ReLU(Zᵀ v) = Zᵀ ReLU(v), so Z moves into the next layer: W_next ← W_next ×₂ Z.
 
-The letters are the paper's: N neurons of D weights, P kept ones, Z, threshold t, λ. Matrices over pairs are [P, N]: row m
-is a kept neuron, column n the neuron it may stand in for. All is computed in float64 and cast back.
+The letters are the paper's: N neurons of D weights, P kept ones, Z, threshold t, λ. Matrices over pairs are [P, Q]: row m
+is a kept neuron, column n one of the Q = N − P others, which it may stand in for. All is computed in float64 and cast back.
 
 To add a criterion or a compensation, write its function and name it in `CRITERIA` or `COMPENSATIONS`.
 """
@@ -30,10 +30,10 @@ class BatchNorm:
     var: Tensor
     eps: float
 
-    @property
-    def sigma(self) -> Tensor:
-        """√(v + ε) [N]"""
-        return (self.var + self.eps).sqrt()
+    def of(self, index: Tensor, column: bool = False) -> tuple[Tensor, ...]:
+        """γ, β, μ, v and σ = √(v + ε) of the neurons `index` [K]: each [K], or [K, 1] as a column."""
+        values = (self.gamma, self.beta, self.mu, self.var, (self.var + self.eps).sqrt())
+        return tuple(x[index][:, None] if column else x[index] for x in values)
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,19 @@ def merge(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposit
     of BatchNorm (see `merge_derived`) and are kept, since the published numbers were made with them: the variance v
     stands where the standard deviation is meant, and n and m have changed places against s.
     """
-    cos, s = _similarity(neurons.W, keep)
-    usable = (s > 0).expand_as(cos)  # a filter of zeros can neither be scaled up nor be replaced
+    drop = _others(neurons.W, keep)
+    cos, s = _similarity(neurons.W, keep, drop)
+    usable = s > 0  # a filter of zeros can neither be scaled up nor be replaced
     scale = s
     distance = 1 - cos
     if neurons.bn is not None:
-        bn = neurons.bn
-        gamma, beta, mu, v = bn.gamma, bn.beta, bn.mu, bn.var  # of n: [N]
-        gamma_m, beta_m, mu_m, v_m = (x[keep][:, None] for x in (gamma, beta, mu, v))  # [P, 1]
+        gamma, beta, mu, v, _ = neurons.bn.of(drop)  # [Q]
+        gamma_m, beta_m, mu_m, v_m, _ = neurons.bn.of(keep, column=True)  # [P, 1]
         scale = s * (gamma_m / gamma) * (v / v_m)
         B = ((gamma_m / v_m) * (s * (mu - v * beta / gamma) - mu_m) + beta_m).abs() / scale
         usable = usable & (gamma_m != 0) & (gamma != 0)
         distance = lam * distance + (1 - lam) * _minmax(B, usable)
-    return Decomposition(keep, _scaling_matrix(keep, scale, distance, cos, usable, t))
+    return Decomposition(keep, _scaling_matrix(keep, drop, scale, distance, cos, usable, t))
 
 
 def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposition:
@@ -126,44 +126,52 @@ def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> De
     """
     if neurons.bn is None:
         return merge(neurons, keep, t=t, lam=lam)
-    cos, s = _similarity(neurons.W, keep)
-    bn = neurons.bn
-    gamma, beta, mu, sigma = bn.gamma, bn.beta, bn.mu, bn.sigma  # of n: [N]
-    gamma_m, beta_m, mu_m, sigma_m = (x[keep][:, None] for x in (gamma, beta, mu, sigma))  # [P, 1]
+    drop = _others(neurons.W, keep)
+    cos, s = _similarity(neurons.W, keep, drop)
+    gamma, beta, mu, _, sigma = neurons.bn.of(drop)  # [Q]
+    gamma_m, beta_m, mu_m, _, sigma_m = neurons.bn.of(keep, column=True)  # [P, 1]
     S = s * (gamma / gamma_m) * (sigma_m / sigma)
     B = (gamma / sigma) * (s * (mu_m - sigma_m * beta_m / gamma_m) - mu) + beta
     usable = (S > 0) & torch.isfinite(S)
     distance = lam * (1 - cos) + (1 - lam) * _minmax(B.abs() / S, usable)
-    Z = _scaling_matrix(keep, S, distance, cos, usable, t)
-    constant = torch.where(gamma == 0, beta.relu() if neurons.relu else beta, 0)
-    constant[keep] = 0
-    return Decomposition(keep, Z, constant if constant.any() else None)
+    Z = _scaling_matrix(keep, drop, S, distance, cos, usable, t)
+    shift = torch.zeros_like(neurons.bn.beta)
+    shift[drop] = torch.where(gamma == 0, beta.relu() if neurons.relu else beta, 0)
+    return Decomposition(keep, Z, shift if shift.any() else None)
 
 
-def _similarity(W: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """cos(w_n, w_m) and s = ‖w_n‖ / ‖w_m‖, both [P, N]; both 0 where either is a filter of zeros."""
+def _others(W: Tensor, keep: Tensor) -> Tensor:
+    """Indices [Q], ascending, of the neurons that are not kept."""
+    dropped = torch.ones(len(W), dtype=torch.bool, device=W.device)
+    dropped[keep] = False
+    return dropped.nonzero().squeeze(1)
+
+
+def _similarity(W: Tensor, keep: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+    """cos(w_n, w_m) and s = ‖w_n‖ / ‖w_m‖, both [P, Q]; both 0 where either is a filter of zeros."""
     norm = W.norm(dim=1)
     direction = W / norm.where(norm > 0, 1)[:, None]
-    scale = norm / norm[keep].where(norm[keep] > 0, torch.inf)[:, None]
-    return direction[keep] @ direction.T, scale
+    s = norm[drop] / norm[keep].where(norm[keep] > 0, torch.inf)[:, None]
+    return direction[keep] @ direction[drop].T, s
 
 
 def _minmax(B: Tensor, usable: Tensor) -> Tensor:
-    """B [P, N] scaled to 0…1 over the usable partners m of every n; 0 where they are all equal."""
+    """B [P, Q] scaled to 0…1 over the usable partners m of every n; 0 where they are all equal."""
     low = B.where(usable, torch.inf).amin(0)
     spread = B.where(usable, -torch.inf).amax(0) - low
     return ((B - low) / spread.where(spread > 0, 1)).where(usable & (spread > 0), 0)
 
 
-def _scaling_matrix(keep: Tensor, scale: Tensor, distance: Tensor, cos: Tensor, usable: Tensor, t: float) -> Tensor:
-    """Z [P, N]: one-hot for kept neurons; for the others the scale of the nearest usable one, unless its cosine is below t."""
-    N = cos.shape[1]
-    column = torch.arange(N, device=cos.device)
-    partner = distance.where(usable, torch.inf).argmin(0)  # [N]
-    accepted = usable[partner, column] & ((cos[partner, column] >= t) | (t == 0))
-    Z = torch.zeros_like(cos)
-    Z[partner, column] = scale[partner, column].where(accepted, 0)
-    Z[:, keep] = torch.eye(len(keep), dtype=Z.dtype, device=Z.device)
+def _scaling_matrix(
+    keep: Tensor, drop: Tensor, scale: Tensor, distance: Tensor, cos: Tensor, usable: Tensor, t: float
+) -> Tensor:
+    """Z [P, N]: one-hot for kept neurons; for the others the scale of the nearest usable one, if its cosine is at least t."""
+    P, Q = cos.shape
+    Z = torch.zeros(P, P + Q, dtype=cos.dtype, device=cos.device)
+    Z[torch.arange(P, device=cos.device), keep] = 1
+    partner, n = distance.where(usable, torch.inf).argmin(0), torch.arange(Q, device=cos.device)  # [Q]
+    accepted = usable[partner, n] & ((cos[partner, n] >= t) | (t == 0))
+    Z[partner, drop] = scale[partner, n].where(accepted, 0)
     return Z
 
 

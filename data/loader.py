@@ -1,6 +1,7 @@
 """One loader for every data set: a whole split as uint8 tensors, read by torchvision, downloaded by it where it is missing.
 
 A folder is used when it is complete, whatever its checksums (one warning says so); a folder that is half there is never used.
+torchvision is imported where it reads: that takes seconds, which a wrong command line need not wait for.
 """
 
 import contextlib
@@ -16,9 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
 
 from errors import NeuronMergingError
 
@@ -91,6 +89,9 @@ def load(name: str, split: str, root: str | Path = HERE) -> Images:
 
 
 def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
     prefix = "train" if split == "train" else "t10k"
     names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
     for raw in (root / name / "raw", HERE / name / "raw"):  # the test split is part of the repository
@@ -121,6 +122,9 @@ def _idx(path: Path, read: Callable[..., Tensor]) -> Tensor:
 
 
 def _cifar(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
+    from torchvision.datasets import CIFAR10, CIFAR100
+    from torchvision.datasets.utils import check_integrity
+
     source = CIFAR10 if name == "cifar10" else CIFAR100
     folder = root / source.base_folder
     if not folder.exists():
@@ -170,11 +174,13 @@ def _download(source: type, root: Path, folder: str) -> None:
             if target.is_dir():  # some of FashionMNIST's files are there already
                 for file in (Path(fresh) / folder).iterdir():
                     os.replace(file, target / file.name)
-            else:
+                return
+            try:
                 os.rename(Path(fresh) / folder, target)
+            except OSError:
+                if not target.is_dir():  # (else another process was faster)
+                    raise
     except (OSError, RuntimeError) as error:
-        if (root / folder).is_dir() and source is not FashionMNIST:
-            return  # another process was faster and put the folder there
         raise NeuronMergingError(
             f"{source.__name__} is not in {root} and could not be downloaded ({str(error).splitlines()[0]});"
             " say where it is with --data or NEURON_MERGING_DATA"

@@ -68,9 +68,9 @@ def images_per_second(
         optimizer.step()
         count += len(labels)
         if number == 1:
-            float(loss)  # waits for the device
+            loss.item()  # waits for the device
             count, start = 0, time.perf_counter()
-    float(loss)
+    loss.item()
     return count / (time.perf_counter() - start)
 
 
