@@ -37,12 +37,12 @@ def full_table(measured: Sequence[Row]) -> str:
     paper = rows.published()
     order = {name: i for i, name in enumerate([None, *CRITERIA])}
     lines = []
-    for row in sorted(measured, key=lambda r: (order[r["criterion"]], r["ratio"] or 0)):
+    for row in sorted(measured, key=lambda r: (checkpoint(r), order[r["criterion"]], r["ratio"] or 0)):
         known = paper.get(rows.published_key(row))
         lines.append(
             [
                 row["criterion"] or "–", ratio(row), row["type"], "" if known is None else f"{known:.2f}",
-                f"{row['accuracy']:.2f}", f"{row['params']:,}", f"{row['macs'] / 1e6:,.2f} M",
+                f"{row['accuracy']:.2f}", f"{row['params']:,}", f"{row['macs']:,}",
                 f"{row['seconds_decompose']:.2f}", f"{checkpoint(row)} `{row['checkpoint_sha256'][:8]}`",
             ]
         )  # fmt: skip
