@@ -16,6 +16,9 @@ from errors import write_atomically
 from experiments.grid import Grid
 from experiments.rows import Row, published, published_key
 
+plt.switch_backend("Agg")  # files only: no display is needed
+plt.rcParams["svg.hashsalt"] = "neuron-merging"  # the same rows make the same file
+
 # Okabe & Ito's colours, which stay apart for colour-blind readers; the marker says the same once more.
 STYLES = {"prune": ("#999999", "s", "-"), "merge": ("#0072B2", "o", "-"), "merge-derived": ("#D55E00", "^", ":")}
 
