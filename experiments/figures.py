@@ -5,10 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "neuron-merging"  # the same rows make the same file
 import matplotlib.pyplot as plt
 
 from decompose import CRITERIA
