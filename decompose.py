@@ -113,7 +113,7 @@ def merge(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposit
         gamma_m, beta_m, mu_m, v_m, _ = neurons.bn.of(keep, column=True)  # [P, 1]
         scale = s * (gamma_m / gamma) * (v / v_m)
         B = ((gamma_m / v_m) * (s * (mu - v * beta / gamma) - mu_m) + beta_m).abs() / scale
-        usable = usable & (gamma_m != 0) & (gamma != 0)
+        usable = usable & torch.isfinite(scale) & torch.isfinite(B)  # γ or v of 0: nobody's partner, nobody stands in
         distance = lam * distance + (1 - lam) * _minmax(B, usable)
     return Decomposition(keep, _scaling_matrix(keep, drop, scale, distance, cos, usable, t))
 
@@ -132,7 +132,7 @@ def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> De
     gamma_m, beta_m, mu_m, _, sigma_m = neurons.bn.of(keep, column=True)  # [P, 1]
     S = s * (gamma / gamma_m) * (sigma_m / sigma)
     B = (gamma / sigma) * (s * (mu_m - sigma_m * beta_m / gamma_m) - mu) + beta
-    usable = (S > 0) & torch.isfinite(S)
+    usable = (S > 0) & torch.isfinite(S) & torch.isfinite(B)
     distance = lam * (1 - cos) + (1 - lam) * _minmax(B.abs() / S, usable)
     Z = _scaling_matrix(keep, drop, S, distance, cos, usable, t)
     shift = torch.zeros_like(neurons.bn.beta)
@@ -197,7 +197,8 @@ def decompose(
 ) -> list[Decomposition]:
     """Select `widths[i]` neurons of every unit and decompose the rest; reads `model`'s original weights, changes nothing.
 
-    Raises NeuronMergingError for an unknown criterion or compensation and for widths that are not between 1 and N.
+    t: least cosine similarity for a merge, 0 for none at all (negative ones merge too); lam: the paper's λ.
+    Raises NeuronMergingError for an unknown criterion or compensation, widths that are not between 1 and N, NaN weights.
     """
     for what, name, known in (("criterion", criterion, CRITERIA), ("compensation", compensation, COMPENSATIONS)):
         if name not in known:
@@ -215,8 +216,10 @@ def decompose(
 
 
 def read(model: nn.Module, unit: Unit) -> Neurons:
-    """The neurons of a unit in float64."""
+    """The neurons of a unit in float64. Raises NeuronMergingError where a weight is NaN or infinite."""
     layer = model.get_submodule(unit.layer)
+    if not torch.isfinite(layer.weight).all():
+        raise NeuronMergingError(f"{unit.layer} has weights that are NaN or infinite")
     W = layer.weight.detach().double().flatten(1)
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
     if unit.bn is None:
@@ -229,7 +232,12 @@ def read(model: nn.Module, unit: Unit) -> Neurons:
 
 
 def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decomposition]) -> nn.Module:
-    """A new, smaller network: every unit keeps its neurons, the next layer absorbs Z and shift. `model` is left as it is."""
+    """A new, smaller network: every unit keeps its neurons, the next layer absorbs Z and shift. `model` is left as it is.
+
+    Raises NeuronMergingError where there is not one decomposition for every unit.
+    """
+    if len(parts) != len(units):
+        raise NeuronMergingError(f"{len(parts)} decompositions for {len(units)} units")
     small = copy.deepcopy(model)
     for unit, part in zip(units, parts):
         _absorb(small, unit, part)
@@ -253,7 +261,7 @@ def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
         layer.in_channels = P
     if part.shift is None:
         return
-    constant = W.sum(2) @ part.shift  # [M]; at the borders of a zero-padded convolution an approximation
+    constant = W.sum(2) @ part.shift  # [M]; at the borders of zero-padded convolutions and mean pools an approximation
     if unit.next_bn is not None:
         bn = model.get_submodule(unit.next_bn)
         bn.running_mean -= constant.to(bn.running_mean)
@@ -283,5 +291,6 @@ def _keep_rows(model: nn.Module, unit: Unit, keep: Tensor) -> None:
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     """Put `value` in the place of a parameter, in the dtype of the module's weight."""
-    weight = module.weight
-    setattr(module, name, nn.Parameter(value.to(weight.dtype).contiguous(), requires_grad=weight.requires_grad))
+    before = getattr(module, name) if getattr(module, name) is not None else module.weight
+    parameter = nn.Parameter(value.to(module.weight.dtype).contiguous(), requires_grad=before.requires_grad)
+    setattr(module, name, parameter)

@@ -4,8 +4,10 @@ A unit is a convolution or linear layer whose output reaches exactly one consume
 operations that act on every neuron by itself and let a positive scale pass: BatchNorm right behind the layer (whose
 form the paper gives for convolutions), ReLU, max and average pooling, dropout, flatten. Whatever else happens to the
 output (a residual sum, a second consumer, an operation that is not in this file) leaves the layer out, with a reason.
+Inputs are batches: dimension 0 is the batch, dimension 1 of a convolution's output its filters.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,26 +36,19 @@ class Unit:
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RELU = {nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-DROPOUT = {
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    nn.Identity,
-}
+DROPOUT = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity}
+DROPOUT |= {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 FLATTEN = {nn.Flatten, torch.flatten, "flatten"}
 VIEW = {"view", "reshape", torch.reshape}
-SHAPE = {"size", "dim", "numel"}  # questions about a tensor that do not read its values
-_POOLS = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool")
-POOL = {getattr(F, f"{kind}{d}d") for kind in _POOLS for d in (1, 2, 3)} | {
-    getattr(nn, f"{''.join(part.title() for part in kind.split('_'))}{d}d") for kind in _POOLS for d in (1, 2, 3)
-}  # F.max_pool2d and its like, nn.MaxPool2d and its like
-_TORCH_POOLS = ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "adaptive_avg_pool1d")
-POOL |= {getattr(torch, name) for name in _TORCH_POOLS}
+POOLS = {  # by the dimension of the convolution: another one would pool over the neurons
+    1: {torch.max_pool1d, torch.avg_pool1d, torch.adaptive_avg_pool1d},
+    2: {torch.max_pool2d},
+    3: {torch.max_pool3d},
+}
+for _d, _pools in POOLS.items():
+    for _kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool"):
+        _class = "".join(part.title() for part in _kind.split("_"))
+        _pools |= {getattr(F, f"{_kind}{_d}d"), getattr(nn, f"{_class}{_d}d")}
 
 
 def units(model: nn.Module) -> list[Unit]:
@@ -62,7 +57,7 @@ def units(model: nn.Module) -> list[Unit]:
 
 
 def survey(model: nn.Module) -> tuple[list[Unit], dict[str, str]]:
-    """The units, and for every other convolution and linear layer the reason why it is none.
+    """The units, and for every other convolution and linear layer that the forward pass calls the reason why it is none.
 
     Raises NeuronMergingError where torch.fx cannot trace `model`.
     """
@@ -116,51 +111,61 @@ class _Graph:
             raise _NotAUnit(f"{node.target} is used {self.calls[module]} times")
         if module in self.tied:
             raise _NotAUnit(f"{node.target} shares its weights")
-        if parametrize.is_parametrized(module) or module._forward_pre_hooks or module._forward_hooks:
-            raise _NotAUnit(f"{node.target} has parametrized weights or hooks")
+        self.check_hooks(node)
         return module
+
+    def check_hooks(self, node: fx.Node) -> None:
+        """Raises _NotAUnit where the module of a node does more than its class says: tracing does not see that."""
+        module = self.module(node)
+        if module is not None and (
+            parametrize.is_parametrized(module) or module._forward_pre_hooks or module._forward_hooks
+        ):
+            raise _NotAUnit(f"{node.target} has parametrized weights or hooks")
 
     def reader(self, node: fx.Node) -> fx.Node:
         """The one node that reads the values of `node`. Raises _NotAUnit where there are several."""
-        readers = [user for user in node.users if not _asks_shape(user)]
+        readers = [user for user in node.users if not _asks_no_width(user)]
         if len(readers) != 1:
             raise _NotAUnit(f"its output is read {len(readers)} times")
+        self.check_hooks(readers[0])
         return readers[0]
 
 
 def _unit(network: _Graph, node: fx.Node) -> Unit:
     """Follow the output of the layer at `node` to its consumer. Raises _NotAUnit on the way."""
     layer = network.own(node)
-    is_conv = isinstance(layer, CONVS)
-    if is_conv and layer.groups > 1:
+    dimension = CONVS.index(type(layer)) + 1 if isinstance(layer, CONVS) else 0  # 0: a linear layer
+    if dimension and layer.groups > 1:
         raise _NotAUnit("it is a grouped convolution")
     neurons = layer.weight.shape[0]
     name, bn, relu, flat = node.target, None, False, False
+    path = [*node.args[:1], node]  # nodes of one batch size
     while True:
         before, node = node, network.reader(node)
         kind = network.kind(node)
-        if kind in NORMS and before.target == name and is_conv:
+        if dimension and kind is NORMS[dimension - 1] and before.target == name:
             norm = network.own(node)
             if norm.running_mean is None:
                 raise _NotAUnit(f"{node.target} keeps no running statistics")
             bn = node.target
         elif kind in RELU:
             relu = True
-        elif kind in DROPOUT or (kind in POOL and is_conv and not flat and not _returns_indices(network, node)):
+        elif kind in DROPOUT or (dimension and not flat and _pools(network, node, dimension)):
             pass
-        elif is_conv and not flat and _flattens(network, node, kind):
+        elif dimension and not flat and _flattens(network, node, kind, path):
             flat = True
         elif isinstance(network.module(node), (*CONVS, nn.Linear)) and node.args[:1] == (before,):
             consumer = network.own(node)
             break
         else:
             raise _NotAUnit(_obstacle(network, node))
+        path.append(node)
     if isinstance(consumer, CONVS):
-        if not is_conv or flat or consumer.groups > 1 or consumer.in_channels != neurons:
+        if flat or type(consumer) is not type(layer) or consumer.groups > 1 or consumer.in_channels != neurons:
             raise _NotAUnit(f"{node.target} does not read its neurons as channels of a plain convolution")
-    elif is_conv and not flat:
+    elif dimension and not flat:
         raise _NotAUnit(f"{node.target} reads it without a flatten")
-    elif consumer.in_features % neurons or (not is_conv and consumer.in_features != neurons):
+    elif consumer.in_features % neurons or (not dimension and consumer.in_features != neurons):
         raise _NotAUnit(f"{node.target} has {consumer.in_features} inputs for {neurons} neurons")
     return Unit(name, bn, relu, node.target, _next_norm(network, node))
 
@@ -177,38 +182,58 @@ def _next_norm(network: _Graph, node: fx.Node) -> str | None:
     return None
 
 
-def _flattens(network: _Graph, node: fx.Node, kind: Any) -> bool:
+def _pools(network: _Graph, node: fx.Node, dimension: int) -> bool:
+    """Pooling of every neuron by itself: not with indices, nor with a divisor that makes a mean something else."""
+    if network.kind(node) not in POOLS[dimension]:
+        return False
+    module = network.module(node)
+    options = vars(module) if module is not None else node.kwargs
+    divisor_given_by_place = node.op == "call_function" and len(node.args) > 6
+    return not (options.get("return_indices") or options.get("divisor_override") or divisor_given_by_place)
+
+
+def _flattens(network: _Graph, node: fx.Node, kind: Any, path: list[fx.Node]) -> bool:
     """[B, N, …] → [B, N·k]: flatten from dimension 1 on, or a view whose first size is the batch's and whose second is −1."""
     if kind is nn.Flatten:
         module = network.module(node)
         return (module.start_dim, module.end_dim) == (1, -1)
     if kind in FLATTEN:
-        dims = [*node.args[1:], *node.kwargs.values()]
-        return dims in ([1], [1, -1])
+        dims = dict(zip(("start_dim", "end_dim"), node.args[1:])) | node.kwargs
+        return dims.get("start_dim", 0) == 1 and dims.get("end_dim", -1) == -1
     if kind in VIEW:
         sizes = node.args[1:]
         sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
-        return len(sizes) == 2 and sizes[1] == -1 and isinstance(sizes[0], fx.Node) and _is_batch_size(sizes[0])
+        return len(sizes) == 2 and sizes[1] == -1 and isinstance(sizes[0], fx.Node) and _batch_of(sizes[0]) in path
     return False
 
 
-def _is_batch_size(node: fx.Node) -> bool:
-    """x.size(0), x.size()[0] or x.shape[0]."""
-    if node.target == "size":
-        return node.args[1:] == (0,)
-    return getattr(node.target, "__name__", "") == "getitem" and node.args[1] == 0 and _asks_shape(node.args[0])
+def _batch_of(node: fx.Node) -> fx.Node | None:
+    """x where `node` is x.size(0), x.size()[0] or x.shape[0]."""
+    if node.op == "call_method" and node.target == "size":
+        return node.args[0] if node.args[1:] == (0,) else None
+    if _is_item(node) and node.args[1] == 0 and _is_shape(node.args[0]):
+        return node.args[0].args[0]
+    return None
 
 
-def _asks_shape(node: fx.Node) -> bool:
+def _is_item(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """x.shape or x.size()"""
     if node.op == "call_method":
-        return node.target in SHAPE
-    return (
-        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")
-    )
+        return node.target == "size" and len(node.args) == 1 and not node.kwargs
+    return node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
 
 
-def _returns_indices(network: _Graph, node: fx.Node) -> bool:
-    return bool(getattr(network.module(node), "return_indices", node.kwargs.get("return_indices", False)))
+def _asks_no_width(node: fx.Node) -> bool:
+    """A question about a tensor whose answer does not change with the number of neurons: its batch size, dtype, rank."""
+    if _is_shape(node):
+        return all(_batch_of(user) is not None for user in node.users)
+    if node.op == "call_method":
+        return node.target == "dim" or _batch_of(node) is not None
+    return node.op == "call_function" and node.target is getattr and node.args[1] in ("ndim", "device", "dtype")
 
 
 def _obstacle(network: _Graph, node: fx.Node) -> str:

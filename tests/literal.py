@@ -51,6 +51,8 @@ def most_similar(W, bn, keep, n, form, lam):
         if gamma[m] == 0 or gamma[n] == 0:
             continue
         if form == "merge":
+            if v[m] == 0 or v[n] == 0:  # neither a partner nor replaceable: S or B has no value
+                continue
             S = s * (gamma[m] / gamma[n]) * (v[n] / v[m])
             B = abs((gamma[m] / v[m]) * (s * (mu[n] - v[n] * beta[n] / gamma[n]) - mu[m]) + beta[m]) / S
         else:

@@ -52,6 +52,8 @@ def layers(draw) -> Neurons:
         if draw(st.booleans()):
             gamma[random.integers(N)] = 0
         statistics = gamma, random.normal(size=N), random.normal(size=N), random.uniform(0.05, 2, size=N)
+        if draw(st.booleans()):
+            statistics[3][random.integers(N)] = 0  # a channel that never moved
         bn = BatchNorm(*map(torch.from_numpy, statistics), 1e-5)
     return Neurons(torch.from_numpy(W), bn, relu=True)
 

@@ -112,6 +112,45 @@ def test_what_is_left_out_and_why(name):
     assert reason in left_out["first"]
 
 
+CONV1D = {"first": nn.Conv1d(3, 8, 3), "second": nn.Conv1d(8, 4, 3)}
+HOOKED = nn.ReLU()
+HOOKED.register_forward_hook(lambda module, args, out: 2 * out)
+MIXES = {
+    "a pool over the neurons (2d)": (lambda m, x: F.avg_pool3d(x, 3, 1, 1), {}),
+    "a pool over the neurons (1d)": (lambda m, x: F.max_pool2d(x, 3, 1, 1), CONV1D),
+    "a consumer of another dimension": (lambda m, x: x, {"first": nn.Conv1d(3, 8, 3)}),
+    "a divisor of its own": (lambda m, x: F.avg_pool2d(x, 2, divisor_override=1), {}),
+    "a divisor of its own, by place": (lambda m, x: F.avg_pool2d(x, 2, 2, 0, False, True, 1), {}),
+    "a divisor of its own, module": (lambda m, x: m.pool(x), {"pool": nn.AvgPool2d(2, divisor_override=1)}),
+    "a hook on the way": (lambda m, x: m.act(x), {"act": HOOKED}),
+    "a flatten of the wrong dimensions": (lambda m, x: x.flatten(end_dim=1), {"second": nn.Linear(8, 4)}),
+    "the width as a number": (lambda m, x: x / x.size(1), {}),
+    "the width as a shape": (lambda m, x: x.relu() / x.shape[1], {}),
+    "the number of elements": (lambda m, x: x / x.numel(), {}),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_what_mixes_neurons_or_depends_on_their_number_is_left_out(name):
+    between, modules = MIXES[name]
+    assert units(Net(between, **modules)) == []
+
+
+def test_a_batch_size_of_another_tensor_is_not_taken_for_a_flatten():
+    """[B·T, N, 1, 1] viewed as [B, T·N]: the neurons are not in front."""
+
+    class Video(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(5 * 8, 4)
+
+        def forward(self, x):
+            frames = F.adaptive_avg_pool2d(self.conv(x.flatten(0, 1)).relu(), 1)
+            return self.fc(frames.view(x.size(0), -1))
+
+    assert units(Video()) == []
+
+
 def test_a_layer_used_twice_or_sharing_its_weights_is_left_out():
     class Twice(nn.Module):
         def __init__(self):
