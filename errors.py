@@ -1,57 +1,5 @@
-"""The one exception that ends in a line for the user instead of a traceback, and files that are written whole or not at all."""
-
-import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO
+"""The one exception that ends in a line for the user instead of a traceback."""
 
 
 class NeuronMergingError(Exception):
     """Something the user can mend: one line that says what is wrong and what to do. `main.py` prints it and exits with 2."""
-
-
-def check_writable(path: Path) -> None:
-    """Raise NeuronMergingError where `path` could not be written later: asked before the work, not after it; leaves nothing."""
-    path = Path(path).absolute()
-    if path.is_dir():
-        raise NeuronMergingError(f"{path} is a folder: name a file in it")
-    try:
-        folder = next(parent for parent in path.parents if parent.exists())
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write `path` under another name in its folder, then rename it: a reader sees the old or the new file, nothing between.
-
-    Raises NeuronMergingError where the folder or the disk does not allow it.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o666 & ~_umask())  # mkstemp's 0600 is for secrets, not for results
-            os.replace(partial, path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: Exception) -> NeuronMergingError:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return NeuronMergingError(f"cannot write {path}: {reason}; check the folder's permission and the space left")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

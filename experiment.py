@@ -1,6 +1,7 @@
 """One experiment, from a checkpoint to a row: load, find the units, decompose, rebuild, evaluate."""
 
 import platform
+import shlex
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -115,7 +116,7 @@ def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
         if found != wanted:
             raise NeuronMergingError(f"{path} is a checkpoint of {found}, not of {wanted}: check --{name}")
     if checkpoint.widths is not None:
-        if not _are_widths(checkpoint.widths, len(units(network))):
+        if not _are_widths(checkpoint.widths, [len(network.get_submodule(u.layer).weight) for u in units(network)]):
             raise NeuronMergingError(f"{path} does not fit {experiment.arch}: its kept widths are {checkpoint.widths}")
         network = experiment.network(checkpoint.widths)
     return load_weights(network, checkpoint), checkpoint
@@ -161,23 +162,27 @@ def measure(experiment: Experiment, images: Images, device: torch.device, batch_
 
 def row(
     experiment: Experiment,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     shrunk: Shrunk,
     images: Images,
     device: torch.device,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Evaluate a compressed network on `images` and put down all that is known of it, as plain JSON values."""
+    """Evaluate a compressed network on `images` and put down all that is known of it, as plain JSON values.
+
+    `checkpoint`: what it was made from, None for a network trained from scratch.
+    """
     model, images = shrunk.model.to(device), images.to(device)
     start = time.perf_counter()
     correct, total = accuracy(model, images, batch_size)
     seconds_evaluate = time.perf_counter() - start
     original, shape = experiment.network(), DATASETS[experiment.dataset].shape
+    pruned_before = checkpoint.widths if checkpoint else None
     return {
         **experiment.settings(),
-        "widths": shrunk.widths or checkpoint.widths,
+        "widths": shrunk.widths or pruned_before,
         "accuracy": round(100 * correct / total, 2),
-        "accuracy_checkpoint": checkpoint.about.get("acc"),
+        "accuracy_checkpoint": checkpoint.accuracy if checkpoint and not pruned_before else None,
         "correct": correct,
         "total": total,
         "params": count_parameters(model),
@@ -186,8 +191,8 @@ def row(
         "macs_original": count_macs(original, shape),
         "seconds_decompose": round(shrunk.seconds, 4),
         "seconds_evaluate": round(seconds_evaluate, 4),
-        "checkpoint": checkpoint.path.name,
-        "checkpoint_sha256": checkpoint.sha256,
+        "checkpoint": checkpoint.path.name if checkpoint else None,
+        "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,
         "device": str(device),
         "versions": versions(),
     }
@@ -223,11 +228,12 @@ def _times(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
 
-def _are_widths(widths: Any, count: int) -> bool:
-    return isinstance(widths, list) and len(widths) == count and all(isinstance(w, int) and w >= 1 for w in widths)
+def _are_widths(widths: Any, full: list[int]) -> bool:
+    fits = isinstance(widths, list) and len(widths) == len(full) and all(type(w) is int for w in widths)
+    return fits and all(1 <= w <= n for w, n in zip(widths, full))
 
 
 def _training_command(experiment: Experiment) -> str:
     depth = ",".join(map(str, experiment.depth_wide))
-    depth_wide = f" --depth-wide {depth}" if depth else ""
-    return f"python main.py --arch {experiment.arch}{depth_wide} --dataset {experiment.dataset} --save {experiment.pretrained}"
+    options = ["--arch", experiment.arch, *(["--depth-wide", depth] if depth else []), "--dataset", experiment.dataset]
+    return shlex.join(["python", "main.py", *options, "--save", str(experiment.pretrained)])

@@ -10,11 +10,18 @@ import shlex
 import sys
 import warnings
 from dataclasses import replace
+from math import inf
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import settings
-from errors import NeuronMergingError, check_writable, write_atomically
+from errors import NeuronMergingError
+from files import check_writable, write_atomically
+
+if TYPE_CHECKING:  # PyTorch is imported where it is needed: --help and a wrong flag do not wait for it
+    import torch
+
+    from experiment import Experiment
 
 HERE = Path(__file__).resolve().parent
 
@@ -86,13 +93,13 @@ def parser() -> Parser:
         help="published (VGG-16: its fixed list, else uniform), uniform (the ratio in every unit), or N,N,… for every unit",
     )
     method.add_argument(
-        "--threshold", type=float, metavar="t", help="least cosine similarity to merge [the published one]"
+        "--threshold", type=float, metavar="T", help="least cosine similarity to merge [the published one]"
     )
     method.add_argument(
         "--lamda",
         "--lambda",
         type=float,
-        metavar="λ",
+        metavar="L",
         help="weight of cosine against bias distance [the published one]",
     )
     method.add_argument("--target", help=argparse.SUPPRESS)  # conv or ip: found by tracing now
@@ -100,7 +107,7 @@ def parser() -> Parser:
         "what to do (without --evaluate or --retrain: train the original, fine-tune what was pruned)"
     )
     work.add_argument("--evaluate", action="store_true", help="measure on the test set; train nothing")
-    work.add_argument("--retrain", action="store_true", help="fine-tune what was pruned or merged")
+    work.add_argument("--retrain", action="store_true", help="fine-tune the checkpoint, or what the type leaves of it")
     work.add_argument(
         "--save",
         type=Path,
@@ -108,6 +115,9 @@ def parser() -> Parser:
         help="write the resulting network, reloadable by --pretrained [training: saves/]",
     )
     work.add_argument("--json", metavar="FILE|-", help="write the result as one JSON object (- is standard output)")
+    work.add_argument(
+        "--append", type=Path, metavar="FILE", help="add the result as a line to FILE (results/rows.jsonl)"
+    )
     training = p.add_argument_group("training")
     training.add_argument(
         "--recipe",
@@ -145,12 +155,25 @@ def recipe(args: argparse.Namespace) -> settings.Recipe:
         value = getattr(args, name)
         if value is not None:
             chosen = replace(chosen, **{name: tuple(value) if isinstance(value, list) else value})
+    if chosen.one_cycle and (args.schedule or args.gammas):
+        raise NeuronMergingError("--schedule and --gammas belong to --recipe published: the fast one is a single cycle")
     if len(chosen.schedule) != len(chosen.gammas):
         raise NeuronMergingError(
             f"--schedule has {len(chosen.schedule)} epochs, --gammas {len(chosen.gammas)}: give one for each"
         )
-    if chosen.epochs < 1 or chosen.batch_size < 2 or chosen.lr <= 0:
-        raise NeuronMergingError("--epochs has to be at least 1, --batch-size at least 2, --lr above 0")
+    bounds = {
+        "--epochs has to be at least 1": chosen.epochs >= 1,
+        "--batch-size has to be at least 2": chosen.batch_size >= 2,
+        "--lr has to be above 0": 0 < chosen.lr < inf,
+        "--momentum has to be in [0, 1), above 0 in the fast recipe": (chosen.momentum > 0 or not chosen.nesterov)
+        and 0 <= chosen.momentum < 1,
+        "--weight-decay cannot be negative": 0 <= chosen.weight_decay < inf,
+        "--schedule is made of epochs, none negative": min(chosen.schedule, default=0) >= 0,
+        "--gammas are factors above 0": all(0 < gamma < inf for gamma in chosen.gammas),
+    }
+    for problem, fine in bounds.items():
+        if not fine:
+            raise NeuronMergingError(problem)
     return chosen
 
 
@@ -160,19 +183,20 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError(f"unknown network {args.arch!r}: choose one of {', '.join(settings.NETWORKS)}")
     if not 0 <= args.pruning_ratio < 1:
         raise NeuronMergingError(f"--pruning-ratio {args.pruning_ratio} is outside [0, 1)")
-    if args.test_batch_size < 1:
-        raise NeuronMergingError("--test-batch-size has to be at least 1")
+    if args.test_batch_size < 1 or args.log_interval < 0 or not 0 <= args.seed < 2**32:
+        raise NeuronMergingError(
+            "--test-batch-size has to be at least 1, --log-interval at least 0, --seed in [0, 2**32)"
+        )
     recipe(args)
     args.data = args.data or settings.data_folder()
     args.dataset = args.dataset or ("FashionMNIST" if args.arch == "LeNet_300_100" else "cifar10")
-    for path in (args.save, None if args.json in (None, "-") else Path(args.json)):
+    for path in (args.save, args.append, None if args.json in (None, "-") else Path(args.json)):
         if path is not None:
             check_writable(path)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the checked command line says; returns the result row."""
-    import data
     import experiment as xp
 
     device = xp.choose_device("cpu" if args.no_cuda else args.device)
@@ -182,78 +206,86 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.arch, args.dataset, args.pretrained or HERE / "pretrained" / name, depth_wide, args.model_type,
         args.criterion, args.pruning_ratio, args.widths, args.threshold, args.lamda,
     )  # fmt: skip
-    if args.evaluate:
-        model, checkpoint = xp.load(experiment)  # before the data: a missing checkpoint is no reason for a download
-        images = data.load(args.dataset, "test", args.data)
-        shrunk = xp.shrink(xp.placed(model, device), experiment)
-        row = xp.row(experiment, checkpoint, shrunk, images, device, args.test_batch_size)
-        if args.save:
-            save(args.save, shrunk.model, row)
-        return row
-    return train(args, experiment, device)
+    return (evaluate if args.evaluate else train)(args, experiment, device)
 
 
-def train(args: argparse.Namespace, experiment: Any, device: Any) -> dict[str, Any]:
-    """Train the original network from scratch or from --pretrained, or fine-tune what the experiment left of it."""
+def evaluate(args: argparse.Namespace, experiment: "Experiment", device: "torch.device") -> dict[str, Any]:
+    """Measure what the experiment leaves of the checkpoint, as the file holds it if it is saved."""
+    import data
+    import experiment as xp
+    import train as trainer
+    from models import stored
+
+    if trainer.launched():
+        raise NeuronMergingError("--evaluate is for one process: run it without torchrun")
+    model, checkpoint = xp.load(experiment)
+    shrunk = xp.shrink(xp.placed(model, device), experiment)
+    images = data.load(args.dataset, "test", args.data)  # last: no download for a command that cannot work
+    if args.save:
+        shrunk.model.load_state_dict(stored(shrunk.model))
+    row = xp.row(experiment, checkpoint, shrunk, images, device, args.test_batch_size)
+    if args.save:
+        save(args.save, shrunk.model, row)
+    return row
+
+
+def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.device") -> dict[str, Any]:
+    """Train the original network from scratch or from --pretrained, or fine-tune what the experiment leaves of it."""
     import torch
 
     import data
     import experiment as xp
     import train as trainer
-    from models import load_checkpoint
+    from models import stored
+    from models.checkpoint import sha256
 
-    target = args.save or HERE / "saves" / settings.checkpoint_name(args.arch, experiment.depth_wide, args.dataset)
-    check_writable(target)
     torch.manual_seed(args.seed)
-    if args.model_type == "original" and args.pretrained is None:
-        shrunk = xp.Shrunk(experiment.network(), None, 0.0)
+    name = settings.checkpoint_name(args.arch, experiment.depth_wide, args.dataset)
+    if args.model_type == "original" and args.pretrained is None and not args.retrain:
+        start, shrunk = None, xp.Shrunk(experiment.network(), None, 0.0)
     else:
-        shrunk = xp.shrink(xp.placed(xp.load(experiment)[0], device), experiment)
+        model, start = xp.load(experiment)
+        shrunk = xp.shrink(xp.placed(model, device), experiment)
+        ratio = experiment.effective_ratio
+        made = (
+            [args.model_type]
+            if args.model_type == "original"
+            else [args.model_type, args.criterion, str(ratio or "widths")]
+        )
+        name = name.replace("original", "_".join([*made, "retrained"]))
+    target = args.save or HERE / "saves" / name
+    check_writable(target)
     images, test = (data.load(args.dataset, split, args.data) for split in ("train", "test"))
-    with trainer.process_group(device) as device:
+    state, curve = (target.with_name(target.name + ending) for ending in (".state", ".csv"))
+    with trainer.process_group(device) as (device, rank):
         last = trainer.train(
-            shrunk.model, images, test, recipe(args), device=device, seed=args.seed, resume=args.resume,
-            state=target.with_name(target.name + ".state"), curve=target.with_name(target.name + ".csv"),
-            log_interval=args.log_interval, compiled=args.compile, say=lambda line: print(line, file=sys.stderr, flush=True),
+            shrunk.model, images, test, recipe(args), device=device, seed=args.seed, resume=args.resume, state=state,
+            curve=curve, experiment=experiment.settings() | {"start": start and start.sha256}, compiled=args.compile,
+            log_interval=args.log_interval, say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
-        first = os.environ.get("RANK", "0") == "0"
-    if not first:
+    if rank > 0:
         sys.exit(0)
-    about = {
-        "arch": args.arch,
-        "depth_wide": list(experiment.depth_wide),
-        "dataset": args.dataset,
-        "type": args.model_type,
-    }
-    about |= {"accuracy": last["test_accuracy"], "widths": shrunk.widths, "epochs": last["epoch"]}
-    save(target, shrunk.model, about | {"versions": xp.versions()})
+    shrunk.model.load_state_dict(stored(shrunk.model))  # what is measured is what is saved
+    row = xp.row(experiment, start, shrunk, test, device, args.test_batch_size)
+    save(target, shrunk.model, row | {"epochs": last["epoch"]})
     print(f"saved {target}", file=sys.stderr)
-    target.with_name(target.name + ".state").unlink(missing_ok=True)
-    return xp.row(
-        replace(experiment, pretrained=target), load_checkpoint(target), shrunk, test, device, args.test_batch_size
-    )
+    state.unlink(missing_ok=True)
+    return row | {"checkpoint": target.name, "checkpoint_sha256": sha256(target)}
 
 
-def save(path: Path, model: Any, row: dict[str, Any]) -> None:
+def save(path: Path, model: "torch.nn.Module", row: dict[str, Any]) -> None:
     """Write the network with what makes it reloadable and what is known of it."""
     from models import save_checkpoint
 
-    about = {
-        key: row[key]
-        for key in ("arch", "depth_wide", "dataset", "type", "criterion", "ratio", "epochs", "versions")
-        if key in row
-    }
-    if row["widths"] is not None:
-        about["widths"] = row["widths"]
-    command = shlex.join(["python", "main.py", *sys.argv[1:]])
-    save_checkpoint(path, model, acc=row["accuracy"], command=command, **about)
+    names = ("arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths", "epochs", "versions")
+    about = {name: row[name] for name in names if row.get(name) is not None}
+    save_checkpoint(path, model, acc=row["accuracy"], command=shlex.join(["python", "main.py", *sys.argv[1:]]), **about)
 
 
 def summary(row: dict[str, Any]) -> str:
     """A row for people."""
-    title = (
-        f"{' '.join([row['arch'], '-'.join(map(str, row['depth_wide']))]).strip()} on {row['dataset']}: {row['type']}"
-    )
+    network = " ".join([row["arch"], "-".join(map(str, row["depth_wide"]))]).strip()
+    title = f"{network} on {row['dataset']}: {row['type'] if row['criterion'] else row['checkpoint']}"
     if row["criterion"]:
         chosen = f"ratio {row['ratio']}" if row["ratio"] is not None else f"widths {','.join(map(str, row['widths']))}"
         title += f", {row['criterion']}, {chosen}"
@@ -269,25 +301,54 @@ def summary(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def report(args: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Print the summary and write the row where the command line wants it."""
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    print(summary(row), file=sys.stderr if args.json == "-" else sys.stdout)
+    if args.append:
+        from experiments.rows import append
+
+        append(row, args.append)
+    if args.json == "-":
+        if sys.stdout is None:
+            raise NeuronMergingError("--json -: standard output is closed")
+        print(text, end="", flush=True)
+    elif args.json:
+        write_atomically(Path(args.json), lambda file: file.write(text.encode()))
+
+
+def complain(message: object) -> None:
+    """One line on stderr, whatever is in the message."""
+    print("main.py:", " ".join(str(message).split("\n")), file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    if sys.stderr is None:  # closed by the caller
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
     try:
         args = parser().parse_args(argv)
         check(args)
-        row = run(args)
-        text = json.dumps(row, ensure_ascii=False) + "\n"
-        print(summary(row), file=sys.stderr if args.json == "-" else sys.stdout)
-        if args.json == "-":
-            print(text, end="")
-        elif args.json:
-            write_atomically(Path(args.json), lambda file: file.write(text.encode()))
+        report(args, run(args))
         return 0
     except NeuronMergingError as error:
-        print(f"main.py: {error}", file=sys.stderr)
+        complain(error)
+        return 2
+    except BrokenPipeError:  # who reads our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        complain(f"{error.filename or 'output'}: {error.strerror or error}")
+        return 2
+    except ModuleNotFoundError as error:
+        complain(f"the package {error.name} is missing: run make demo once and use .venv/bin/python")
         return 2
     except KeyboardInterrupt as stop:
-        print(f"main.py: {stop or 'stopped'}", file=sys.stderr)
+        complain(stop if str(stop) else "stopped")
         return 130
 
 

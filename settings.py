@@ -56,7 +56,7 @@ def uniform_widths(arch: str, depth_wide: Sequence[int], full: Sequence[int], ra
     if arch == "LeNet_300_100":
         widths = [round(n * (1 - ratio)) for n in full]
     else:
-        step = depth_wide[1] if arch == "WideResNet" else 1
+        step = depth_wide[1] if arch == "WideResNet" and all(n % depth_wide[1] == 0 for n in full) else 1
         widths = [step * floor(n // step * (1 - ratio)) for n in full]
     if min(widths) < 1:
         raise NeuronMergingError(

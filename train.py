@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Images
-from errors import NeuronMergingError, write_atomically
+from errors import NeuronMergingError
 from evaluate import accuracy
+from files import write_atomically
 from settings import Recipe
 
 SAVE_SECONDS = 300  # within an epoch, the state is written this often
@@ -92,6 +93,7 @@ def train(
     state: Path | None = None,
     resume: bool = False,
     curve: Path | None = None,
+    experiment: dict[str, Any] | None = None,
     log_interval: int = 0,
     compiled: bool = False,
     say: Callable[[str], None] = print,
@@ -99,11 +101,18 @@ def train(
     """Train `model` in place and return the last epoch's row: epoch, lr, loss, train and test accuracy in %, seconds.
 
     `state`: file that holds all that `resume` needs to go on as if nothing had happened (model, optimiser, RNG, place
-    in the epoch); written by rename after every epoch, every five minutes and at Ctrl-C. `curve`: a CSV, a row an epoch.
+    in the epoch), and what run it is: recipe, seed, network and `experiment`, plain values that the caller chooses. It is
+    written by rename after every epoch and, by a single process, every five minutes and at Ctrl-C. `curve`: a CSV, a row
+    an epoch. With several processes BatchNorm is synchronised on GPUs; on CPUs each normalises its own share.
     Raises NeuronMergingError where the loss is no longer finite or the state does not belong to this run.
     """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     torch.manual_seed(seed + rank)  # dropout; the batches have a generator of their own
+    if min(recipe.batch_size, len(images)) < 2 * world:
+        raise NeuronMergingError(
+            f"--batch-size and the training images have to be at least 2 a process, here {2 * world}"
+        )
+    identity = {"recipe": _plain(recipe), "seed": seed, "network": str(model), "experiment": experiment}
     model.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -111,14 +120,15 @@ def train(
     epoch, step, rows = 0, 0, []
     seen = torch.zeros(
         3, device=device
-    )  # summed loss, correct, images: read rarely, since reading waits for the device
-    identity = {"recipe": _plain(recipe), "seed": seed, "network": str(model)}
+    )  # loss, correct, images so far: read rarely, since reading waits for the device
     if resume:
         saved = _read_state(state, identity)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         epoch, step, rows, seen = saved["epoch"], saved["step"], saved["rows"], saved["seen"].to(device)
         torch.set_rng_state(saved["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng_cuda"], device)
     parallel = DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(parallel) if compiled else parallel
     images, test = images.to(device), test.to(device)
@@ -131,6 +141,8 @@ def train(
         if state is not None and rank == 0:
             content = {**identity, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             content |= {"epoch": epoch, "step": step, "seen": seen, "rows": rows, "rng": torch.get_rng_state()}
+            if device.type == "cuda":
+                content["rng_cuda"] = torch.cuda.get_rng_state(device)
             write_atomically(state, lambda file: torch.save(content, file))
         saved_at = time.monotonic()
 
@@ -165,11 +177,15 @@ def train(
                 if (stop.asked or time.monotonic() - saved_at > SAVE_SECONDS) and world == 1:
                     save()
                 if stop.asked:
-                    where = "" if state is None else f"; go on with --resume ({state})"
+                    there = state is not None and (world == 1 or epoch > 0)
+                    where = f"; go on with --resume ({state})" if there else ""
                     raise KeyboardInterrupt(f"stopped in epoch {epoch + 1} of {recipe.epochs}{where}")
             loss, hits, shown = _summed(seen)
             if not math.isfinite(loss):
                 raise NeuronMergingError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr")
+            if world > 1:
+                for buffer in model.buffers():  # the running statistics that are saved are those that are measured
+                    dist.broadcast(buffer, 0)
             correct, total = _summed(torch.tensor(accuracy(model, test, part=(rank, world)), device=device))
             epoch, step, seen = epoch + 1, 0, torch.zeros_like(seen)
             rows.append(
@@ -204,8 +220,13 @@ def _read_state(state: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
         raise NeuronMergingError(
             f"{state} is not a training state that can be read; run it without --resume"
         ) from error
+    if (
+        not isinstance(saved, dict)
+        or not {*identity, "model", "optimizer", "epoch", "step", "seen", "rows", "rng"} <= saved.keys()
+    ):
+        raise NeuronMergingError(f"{state} is not a training state; run it without --resume")
     for key, value in identity.items():
-        if saved.get(key) != value:
+        if saved[key] != value:
             raise NeuronMergingError(
                 f"{state} belongs to a run with another {key}: repeat that run's options to resume it"
             )
@@ -254,17 +275,22 @@ class _StopRequest:
             signal.signal(number, handler)
 
 
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did; gives the device of this process."""
-    if "WORLD_SIZE" not in os.environ:
-        yield device
+def process_group(device: torch.device) -> Iterator[tuple[torch.device, int]]:
+    """Join the processes that torchrun started, if it did; gives the device and the rank of this process."""
+    if not launched():
+        yield device, 0
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield device
+        yield device, dist.get_rank()
     finally:
         dist.destroy_process_group()

@@ -6,8 +6,8 @@ torchvision is imported where it reads: that takes seconds, which a wrong comman
 
 import contextlib
 import gzip
+import hashlib
 import os
-import pickle
 import sys
 import tempfile
 import warnings
@@ -22,6 +22,10 @@ from errors import NeuronMergingError
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "test")
+FASHION_MNIST_MD5 = {  # of the unpacked images and labels
+    "train": ("f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9"),
+    "test": ("8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,11 @@ def load(name: str, split: str, root: str | Path = HERE) -> Images:
     read = _fashion_mnist if name == "FashionMNIST" else _cifar
     pixels, labels = read(name, split, Path(root))
     dataset = DATASETS[name]
-    if pixels.shape[1:] != dataset.shape or len(pixels) != len(labels):
+    sound = len(pixels) > 0 and pixels.shape[1:] == dataset.shape and len(pixels) == len(labels)
+    if not sound or labels.min() < 0 or labels.max() >= dataset.classes:
         raise NeuronMergingError(
-            f"{name} in {root} is not what it should be: images {list(pixels.shape)}, {len(labels)} labels;"
+            f"{name} in {root} is not what it should be: images {list(pixels.shape)}, {len(labels)} labels"
+            f" that should be 0 to {dataset.classes - 1};"
             " delete it to download it again"
         )
     return Images(pixels, labels, dataset)
@@ -97,8 +103,10 @@ def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
     for raw in (root / name / "raw", HERE / name / "raw"):  # the test split is part of the repository
         found = [next((f for f in (raw / n, raw / f"{n}.gz") if f.is_file()), None) for n in names]
         if all(found):
-            images = _idx(found[0], read_image_file)
-            return images[:, None], _idx(found[1], read_label_file)
+            (images, first), (labels, second) = _idx(found[0], read_image_file), _idx(found[1], read_label_file)
+            if (first, second) != FASHION_MNIST_MD5[split]:
+                _warn_of_checksums(raw)
+            return images[:, None], labels
         if any(found):
             missing = names[found.index(None)]
             raise NeuronMergingError(
@@ -108,15 +116,15 @@ def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
     return _fashion_mnist(name, split, root)
 
 
-def _idx(path: Path, read: Callable[..., Tensor]) -> Tensor:
-    """An IDX file, gzipped or not, by torchvision's reader (which wants an unpacked file)."""
+def _idx(path: Path, read: Callable[..., Tensor]) -> tuple[Tensor, str]:
+    """The tensor and the unpacked MD5 of an IDX file, gzipped or not, by torchvision's reader (which wants it unpacked)."""
     try:
-        if path.suffix != ".gz":
-            return read(path)
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / path.stem
-            plain.write_bytes(gzip.decompress(path.read_bytes()))
-            return read(plain)
+            plain.write_bytes(content)
+            return read(plain), hashlib.md5(content).hexdigest()
     except Exception as error:  # torchvision asserts, indexes and reshapes its way through a damaged file
         raise NeuronMergingError(f"{path} is cut short or damaged; delete it to download it again") from error
 
@@ -137,14 +145,20 @@ def _cifar(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
         )
     try:
         images = _without_checksums(source)(root, train=split == "train")
-    except (OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
+        labels = torch.tensor(images.targets, dtype=torch.int64)
+    except Exception as error:  # a damaged file can raise nearly anything out of the unpickler and torchvision
         raise NeuronMergingError(
             f"{folder} is cut short or damaged ({type(error).__name__}); delete the folder to download it again"
         ) from error
     of_split = source.train_list if split == "train" else source.test_list
     if not all(check_integrity(folder / file, md5) for file, md5 in of_split):
-        warnings.warn(f"{folder} is complete, but its checksums are not those of the official archive", stacklevel=3)
-    return torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)
+        _warn_of_checksums(folder)
+    return pixels, labels
+
+
+def _warn_of_checksums(folder: Path) -> None:
+    warnings.warn(f"{folder} is complete, but its checksums are not those of the official archive", stacklevel=4)
 
 
 def _without_checksums(source: type) -> type:

@@ -12,10 +12,10 @@ import torch
 
 import settings
 from decompose import BatchNorm, decompose, read, rebuild, select
-from errors import write_atomically
 from experiment import versions
 from experiments.rows import RESULTS
 from experiments.tables import markdown
+from files import write_atomically
 from models import build
 from tests import literal
 from trace import units

@@ -13,10 +13,10 @@ from torchvision import transforms
 
 import settings
 from data import DATASETS, Images
-from errors import write_atomically
 from experiment import choose_device, versions
 from experiments.rows import RESULTS
 from experiments.tables import markdown
+from files import write_atomically
 from models import build
 from train import autocast_dtype, batches
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from data import Images, load
 from decompose import Decomposition, decompose, rebuild
-from errors import NeuronMergingError, write_atomically
+from errors import NeuronMergingError
 from experiment import Experiment, kept_widths
 from experiment import load as load_network
 from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
+from files import write_atomically
 from settings import data_folder
 from trace import Unit, units
 

@@ -8,9 +8,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from decompose import CRITERIA
-from errors import write_atomically
 from experiments.grid import Grid
 from experiments.rows import Row, published, published_key
+from files import write_atomically
 
 plt.switch_backend("Agg")  # files only: no display is needed
 plt.rcParams["svg.hashsalt"] = "neuron-merging"  # the same rows make the same file

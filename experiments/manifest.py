@@ -10,9 +10,10 @@ import torch
 
 import settings
 from data import load
-from errors import NeuronMergingError, write_atomically
+from errors import NeuronMergingError
 from experiment import Experiment, measure
 from experiments.grid import GRIDS, PRETRAINED, Grid
+from files import write_atomically
 from models import load_checkpoint
 
 MANIFEST = PRETRAINED / "MANIFEST.json"

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from decompose import CRITERIA
-from errors import NeuronMergingError, write_atomically
+from errors import NeuronMergingError
 from experiments import features, rows
 from experiments.grid import GRIDS, Grid
 from experiments.manifest import shipped
 from experiments.rows import Row
+from files import write_atomically
 
 TABLES = rows.RESULTS / "TABLES.md"
 FIGURES = rows.RESULTS / "figures"

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from errors import NeuronMergingError
-from models.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, stored
 from models.lenet import LeNet_300_100
 from models.resnet import ResNet
 from models.vgg import STAGES, VGG
 from models.wideresnet import WideResNet
 
-__all__ = ["NETWORKS", "Checkpoint", "build", "load_checkpoint", "load_weights", "save_checkpoint"]
+__all__ = ["NETWORKS", "Checkpoint", "build", "load_checkpoint", "load_weights", "save_checkpoint", "stored"]
 
 NETWORKS = {"LeNet_300_100": LeNet_300_100, "VGG": VGG, "ResNet": ResNet, "WideResNet": WideResNet}
 

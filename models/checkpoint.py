@@ -1,6 +1,7 @@
 """Checkpoints: dicts with at least `state_dict`, as the published ones; read without running anything they contain."""
 
 import hashlib
+import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import NeuronMergingError, write_atomically
+from errors import NeuronMergingError
+from files import write_atomically
 
 HALF_ABOVE = 16 * 2**20  # bytes of float32 weights above which a file is stored in half precision
 
@@ -27,6 +29,13 @@ class Checkpoint:
     def widths(self) -> list[int] | None:
         """Kept width of every unit if the file holds a pruned network."""
         return self.about.get("widths")
+
+    @property
+    def accuracy(self) -> float | None:
+        """What the file says of its accuracy on the test set in %, if it says anything sensible."""
+        acc = self.about.get("acc")
+        acc = float(acc) if isinstance(acc, int | float | Tensor) and torch.as_tensor(acc).numel() == 1 else math.nan
+        return acc if math.isfinite(acc) else None
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -50,6 +59,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         weights, about = about, {}
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
         raise NeuronMergingError(f"{path} holds no state_dict of tensors")
+    odd = next((name for name, w in weights.items() if w.layout != torch.strided or w.is_quantized), None)
+    if odd is not None:
+        raise NeuronMergingError(f"{path}: {odd} is a sparse or quantised tensor, which this program does not read")
     weights = {name: w.float() if w.is_floating_point() and w.itemsize == 2 else w for name, w in weights.items()}
     for name, w in weights.items():
         bad = 0 if not w.is_floating_point() else int((~torch.isfinite(w)).sum())
@@ -97,6 +109,23 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     return model
 
 
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as a checkpoint file holds them, on the CPU.
+
+    Of a model above `HALF_ABOVE` the weights of convolutions and linear layers are rounded to half precision, unless
+    one would overflow or vanish; BatchNorm, whose variances leave that range easily, stays float32.
+    """
+    weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
+    if sum(w.nbytes for w in weights.values()) <= HALF_ABOVE:
+        return weights
+    return {name: _halved(w) if w.dtype == torch.float32 and w.ndim > 1 else w for name, w in weights.items()}
+
+
+def _halved(w: Tensor) -> Tensor:
+    half = w.half()
+    return half if torch.isfinite(half).all() and torch.equal(half == 0, w == 0) else w
+
+
 def _create_biases(model: nn.Module, weights: dict[str, Tensor]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is None and f"{name}.bias" in weights:
@@ -110,10 +139,7 @@ def _and_more(names: list[str]) -> str:
 def save_checkpoint(path: str | Path, model: nn.Module, **about: Any) -> None:
     """Write `model` and what is known `about` it (plain numbers, strings, lists), whole or not at all.
 
-    Above `HALF_ABOVE` the weights of convolutions and linear layers are stored in half precision; the
-    BatchNorm statistics stay float32, since a running variance can leave the range of half precision.
+    Above `HALF_ABOVE` in half precision where that holds them: see `stored`.
     """
-    weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
-    if sum(w.nbytes for w in weights.values()) > HALF_ABOVE:
-        weights = {name: w.half() if w.is_floating_point() and w.ndim > 1 else w for name, w in weights.items()}
+    weights = stored(model)
     write_atomically(Path(path), lambda file: torch.save({**about, "state_dict": weights}, file))

@@ -12,7 +12,8 @@ import torch
 import main
 import settings
 from decompose import COMPENSATIONS, CRITERIA
-from errors import NeuronMergingError, write_atomically
+from errors import NeuronMergingError
+from files import write_atomically
 from models import NETWORKS
 from tests.conftest import ROOT
 
