@@ -44,7 +44,7 @@ clean: ## remove the environment and everything a run leaves behind
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
-	@$(PYTHON) -m venv .venv || { echo "python's venv module is missing: on Debian and Ubuntu, apt install python3-venv" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "python's venv module is missing: on Debian and Ubuntu, apt install python3-venv" >&2; exit 2; }
 
 .venv/runtime: requirements.txt | .venv/bin/python
 	@echo "installing requirements.txt into .venv (a minute or two, once)"
@@ -55,4 +55,5 @@ clean: ## remove the environment and everything a run leaves behind
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
+.NOTPARALLEL: # rows before tables
 .PHONY: help demo test lint rows features reproduce tables check-tables manifest bench bench-train clean

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-import settings
 from decompose import BatchNorm, decompose, read, rebuild, select
 from experiment import versions
+from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
 from experiments.tables import markdown
 from files import write_atomically
@@ -20,13 +20,11 @@ from models import build
 from tests import literal
 from trace import units
 
-NAMES = {"LeNet_300_100": "LeNet-300-100", "VGG": "VGG-16", "ResNet": "ResNet-56", "WideResNet": "WideResNet-40-4"}
 
-
-def bench(arch: str, repeats: int = 5) -> dict[str, Any]:
+def bench(grid: Grid, repeats: int = 5) -> dict[str, Any]:
     """Seconds of tracing, of decompose + rebuild (median of `repeats`) and of the loop: l1-norm, merge, half of every unit."""
     torch.manual_seed(0)
-    model = build(arch, settings.NETWORKS[arch].depth_wide).eval()
+    model = build(grid.arch, grid.depth_wide).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # statistics that are not all alike
             module.running_mean.normal_()
@@ -54,7 +52,7 @@ def bench(arch: str, repeats: int = 5) -> dict[str, Any]:
         assert abs(Z - part.Z.numpy()).max() < 1e-9, unit  # the same result, or there is nothing to compare
     loop = time.perf_counter() - start
     return {
-        "network": NAMES[arch],
+        "network": grid.title.split()[0],
         "units": len(found),
         "trace": seconds_trace,
         "decompose_rebuild": ours,
@@ -70,7 +68,7 @@ def arrays(bn: BatchNorm | None) -> tuple | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Time every network and write the table."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
-    measured = [bench(arch) for arch in settings.NETWORKS]
+    measured = [bench(grid) for grid in GRIDS.values()]
     lines = [
         [
             m["network"],

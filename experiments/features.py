@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Images, load
-from decompose import Decomposition, decompose, rebuild
+from decompose import COMPENSATIONS, Decomposition, decompose, rebuild
 from errors import NeuronMergingError
 from experiment import Experiment, kept_widths
 from experiment import load as load_network
@@ -22,7 +22,6 @@ from settings import data_folder
 from trace import Unit, units
 
 FEATURES = RESULTS / "features.jsonl"
-TYPES = ("prune", "merge", "merge-derived")
 CRITERION, RATIO, BATCH = "l2-norm", 0.5, 256
 
 
@@ -58,14 +57,16 @@ def relative_errors(
 
 def measure(grid: Grid, images: Images) -> dict[str, Any]:
     """The errors of every type of compensation on the first test images: one row of features.jsonl."""
-    experiment = Experiment(grid.arch, grid.dataset, grid.checkpoint, model_type="prune", ratio=RATIO)
+    experiment = Experiment(
+        grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, "prune", criterion=CRITERION, ratio=RATIO
+    )
     model, checkpoint = load_network(experiment)
     model.eval()
     found = units(model)
     widths = kept_widths(model, found, experiment)
     x = images.normalised(images.pixels[:BATCH])
     errors = {}
-    for kind in TYPES:
+    for kind in COMPENSATIONS:
         parts = decompose(model, found, widths, CRITERION, kind, t=experiment.threshold, lam=experiment.lamda)
         errors[kind] = [round(e, 6) for e in relative_errors(model, rebuild(model, found, parts), found, parts, x)]
     return {

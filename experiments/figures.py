@@ -16,6 +16,7 @@ plt.switch_backend("Agg")  # files only: no display is needed
 plt.rcParams["svg.hashsalt"] = "neuron-merging"  # the same rows make the same file
 
 # Okabe & Ito's colours, which stay apart for colour-blind readers; the marker says the same once more.
+OTHER = ("#009E73", "d", "-")  # a compensation that has no style of its own yet
 STYLES = {"prune": ("#999999", "s", "-"), "merge": ("#0072B2", "o", "-"), "merge-derived": ("#D55E00", "^", ":")}
 
 
@@ -27,7 +28,7 @@ def accuracy_against_ratio(grid: Grid, measured: Sequence[Row], paths: Sequence[
     for axis, criterion in zip(axes, CRITERIA):
         of_criterion = [row for row in measured if row["criterion"] == criterion]
         for kind in dict.fromkeys(row["type"] for row in of_criterion):
-            color, marker, dash = STYLES[kind]
+            color, marker, dash = STYLES.get(kind, OTHER)
             line = sorted((row for row in of_criterion if row["type"] == kind), key=lambda row: row["ratio"])
             ratios = [100 * row["ratio"] for row in line]
             axis.plot(
@@ -64,7 +65,7 @@ def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) 
     figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
     places = range(1, len(measured["consumers"]) + 1)
     for kind, errors in measured["errors"].items():
-        color, marker, dash = STYLES[kind]
+        color, marker, dash = STYLES.get(kind, OTHER)
         axis.plot(places, errors, color=color, marker=marker, linestyle=dash, markersize=4, label=kind)
     axis.set_xticks(places, measured["consumers"], rotation=90, fontsize=7)
     axis.set_xlabel("consumer of the pruned layer")

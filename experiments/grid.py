@@ -27,37 +27,37 @@ class Grid:
 
     title: str
     arch: str
+    depth_wide: tuple[int, ...]
     dataset: str
     ratios: tuple[float, ...]
 
     @property
     def checkpoint(self) -> Path:
         """Where the network's own checkpoint is shipped."""
-        depth_wide = settings.NETWORKS[self.arch].depth_wide
-        return PRETRAINED / settings.checkpoint_name(self.arch, depth_wide, self.dataset)
+        return PRETRAINED / settings.checkpoint_name(self.arch, self.depth_wide, self.dataset)
 
     @property
     def figure(self) -> str:
         """Name of the figure's files, without their ending."""
-        return "_".join([self.arch, *map(str, settings.NETWORKS[self.arch].depth_wide), self.dataset])
+        return "_".join([self.arch, *map(str, self.depth_wide), self.dataset])
 
     def experiments(self, pretrained: Path | None = None) -> Iterator[Experiment]:
         """The original, then every compensation by criterion and ratio."""
         pretrained = pretrained or self.checkpoint
-        yield Experiment(self.arch, self.dataset, pretrained)
+        yield Experiment(self.arch, self.dataset, pretrained, self.depth_wide)
         for criterion in CRITERIA:
             for ratio in self.ratios:
                 for compensation in COMPENSATIONS:
                     yield Experiment(
-                        self.arch, self.dataset, pretrained, model_type=compensation, criterion=criterion, ratio=ratio
+                        self.arch, self.dataset, pretrained, self.depth_wide, compensation, criterion, ratio
                     )
 
 
 GRIDS = {
-    "lenet": Grid("LeNet-300-100 on FashionMNIST", "LeNet_300_100", "FashionMNIST", (0.5, 0.6, 0.7, 0.8)),
-    "vgg": Grid("VGG-16 on CIFAR-10", "VGG", "cifar10", (0.5,)),
-    "resnet": Grid("ResNet-56 on CIFAR-10", "ResNet", "cifar10", CIFAR_RATIOS),
-    "wideresnet": Grid("WideResNet-40-4 on CIFAR-10", "WideResNet", "cifar10", CIFAR_RATIOS),
+    "lenet": Grid("LeNet-300-100 on FashionMNIST", "LeNet_300_100", (), "FashionMNIST", (0.5, 0.6, 0.7, 0.8)),
+    "vgg": Grid("VGG-16 on CIFAR-10", "VGG", (16,), "cifar10", (0.5,)),
+    "resnet": Grid("ResNet-56 on CIFAR-10", "ResNet", (56,), "cifar10", CIFAR_RATIOS),
+    "wideresnet": Grid("WideResNet-40-4 on CIFAR-10", "WideResNet", (40, 4), "cifar10", CIFAR_RATIOS),
 }
 
 
@@ -84,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=rows.ROWS, help="file the rows go to [%(default)s]")
     args = parser.parse_args(argv)
     try:
+        if args.pretrained and (args.network is None or not args.pretrained.exists()):
+            raise NeuronMergingError(
+                f"--pretrained {args.pretrained}: name a file that is there, and the network it is of"
+            )
         device = choose_device(args.device)
         for name, grid in GRIDS.items():
             if args.network not in (None, name):

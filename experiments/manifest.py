@@ -33,7 +33,7 @@ def entry(grid: Grid) -> dict[str, Any]:
     """Evaluate the file as it is shipped and put down what it says of itself."""
     about = load_checkpoint(grid.checkpoint).about
     row = measure(
-        Experiment(grid.arch, grid.dataset, grid.checkpoint),
+        Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide),
         load(grid.dataset, "test", settings.data_folder()),
         torch.device("cpu"),
     )

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from errors import NeuronMergingError
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROWS = RESULTS / "rows.jsonl"
 PUBLISHED = RESULTS / "published.csv"
@@ -35,7 +37,10 @@ def load(path: Path = ROWS) -> list[Row]:
     """All rows of a file, none where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise NeuronMergingError(f"{path} has a line that is no JSON object: {error}") from error
 
 
 def append(row: Row, path: Path = ROWS) -> bool:

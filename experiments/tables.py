@@ -72,7 +72,7 @@ def short_table(measured: Sequence[Row], criterion: str) -> str:
     """Prune and merge side by side for one criterion: published, measured with the published checkpoint (if so), with ours."""
     paper = rows.published()
     whose = [name for name in CHECKPOINTS if any(checkpoint(row) == name for row in measured)]
-    columns = [("paper", None), *((f"measured, {name} checkpoint", name) for name in whose)]
+    columns = [("paper", None), *((f"measured, {name.replace('ours', 'our')} checkpoint", name) for name in whose)]
     header = ["ratio", *(f"{kind}: {title}" for kind in ("prune", "merge") for title, _ in columns)]
     cells: dict[str, dict[tuple, str]] = {}
     for row in measured:
@@ -95,36 +95,51 @@ def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
     ]
 
 
+INTRODUCTION = """# Results
+
+Made by `make tables` from `rows.jsonl` and `published.csv`; never edited by hand.
+
+Accuracy on the test set in %, without fine-tuning. `merge` is the published form of the method, `merge-derived` the form
+that follows from the formulas (ours).
+"""
+
+
 def documents(everything: Sequence[Row]) -> dict[Path, str]:
     """What TABLES.md and README.md have to say."""
-    tables, summary = (
-        ["# Results", "", "Made by `make tables` from `rows.jsonl` and `published.csv`; never edited by hand.", ""],
-        [],
-    )
-    tables += [
-        "Accuracy on the test set in %, without fine-tuning. `merge` is the published form of the method, `merge-derived` the",
-        "",
-    ]
-    tables[-2] += " form that follows from the formulas (ours)."
-    tables += [*(f"- checkpoint *{name}*: {what}" for name, what in CHECKPOINTS.items()), ""]
+    tables = [INTRODUCTION, *(f"- checkpoint *{name}*: {what}" for name, what in CHECKPOINTS.items()), ""]
+    summary = []
     for grid in GRIDS.values():
         measured = of_grid(grid, everything)
-        if measured:
-            tables += [
-                f"## {grid.title}",
-                "",
-                f"![{grid.title}](figures/{grid.figure}.png)",
-                "",
-                full_table(measured),
-                "",
-            ]
-            summary += [f"**{grid.title}, l1-norm** (accuracy in %)", "", short_table(measured, "l1-norm"), ""]
+        if not measured:
+            continue
+        tables += [f"## {grid.title}", "", full_table(measured), ""]
+        summary += [f"**{grid.title}, l1-norm** (accuracy in %)", "", short_table(measured, "l1-norm"), ""]
+        if has_figure(grid, measured):
+            tables += [f"![{grid.title}: accuracy against pruning ratio](figures/{grid.figure}.png)", ""]
             summary += [f"![{grid.title}: accuracy against pruning ratio](results/figures/{grid.figure}.png)", ""]
+        if any(has_feature_figure(grid, row) for row in features.read()):
+            tables += [f"![{grid.title}: error of the feature maps](figures/{grid.figure}_features.png)", ""]
     readme = README.read_text(encoding="utf-8")
     if BEGIN not in readme or END not in readme:
         raise NeuronMergingError(f"README.md has lost the lines {BEGIN} and {END}")
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]
     return {TABLES: "\n".join(tables), README: f"{before}{BEGIN}\n" + "\n".join(summary) + END + after}
+
+
+def ours(measured: Sequence[Row]) -> list[Row]:
+    """The rows measured with the shipped checkpoint: those that are drawn."""
+    return [row for row in measured if checkpoint(row) == "ours"]
+
+
+def has_figure(grid: Grid, measured: Sequence[Row]) -> bool:
+    """Whether there is a curve to draw."""
+    return len(grid.ratios) > 1 and bool(ours(measured))
+
+
+def has_feature_figure(grid: Grid, row: dict) -> bool:
+    """Whether `row` of features.jsonl is this network's, with its shipped checkpoint, and more than two points."""
+    of_this = (row["arch"], row["dataset"]) == (grid.arch, grid.dataset) and row["checkpoint_sha256"] in shipped()
+    return of_this and len(row["consumers"]) > 2
 
 
 def _both(name: str) -> list[Path]:
@@ -147,13 +162,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from experiments import figures
 
             for grid in GRIDS.values():
-                ours = [row for row in of_grid(grid, everything) if checkpoint(row) == "ours"]
-                if ours and len(grid.ratios) > 1:
-                    figures.accuracy_against_ratio(grid, ours, _both(grid.figure))
-            for row in features.read():
-                grid = next(g for g in GRIDS.values() if (g.arch, g.dataset) == (row["arch"], row["dataset"]))
-                if len(row["consumers"]) > 2:
-                    figures.feature_errors(grid.title, row, _both(f"{grid.figure}_features"))
+                measured = of_grid(grid, everything)
+                if has_figure(grid, measured):
+                    figures.accuracy_against_ratio(grid, ours(measured), _both(grid.figure))
+                for row in features.read():
+                    if has_feature_figure(grid, row):
+                        figures.feature_errors(grid.title, row, _both(f"{grid.figure}_features"))
         return 0
     except NeuronMergingError as error:
         print(error, file=sys.stderr)

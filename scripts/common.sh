@@ -32,7 +32,7 @@ experiment() {
         -h | --help) usage "$synopsis" && exit 0 ;;
         -t | -c | -r)
             if [[ " $flags " != *" $1 "* ]]; then wrong "has no $1" "$synopsis"; fi
-            if (($# < 2)); then wrong "$1 needs a value" "$synopsis"; fi
+            if (($# < 2)) || [[ $2 == -[tcrh-] ]]; then wrong "$1 needs a value" "$synopsis"; fi
             case $1 in
             -t) options+=(--model-type "$2") ;;
             -c) options+=(--criterion "$2") ;;
@@ -53,6 +53,6 @@ wrong() {
 
 run() { # the environment that make made, else whatever python is on the PATH
     local python=$here/.venv/bin/python
-    [[ -x $python ]] || python=$(command -v python3 || command -v python)
+    [[ -x $python ]] || python=$(command -v python3 || command -v python || echo python3)
     exec "$python" "$here/main.py" "$@"
 }

@@ -4,6 +4,8 @@ from math import inf, sqrt
 
 import numpy as np
 
+FORMS = ("prune", "merge", "merge-derived")  # what `scaling_matrix` knows
+
 
 def scores(W: np.ndarray, criterion: str) -> list[float]:
     """One score a neuron (row of W)."""

@@ -16,6 +16,7 @@ from errors import NeuronMergingError
 from files import write_atomically
 from models import NETWORKS
 from tests.conftest import ROOT
+from tests.literal import FORMS
 
 PUBLISHED_LENET = {  # ratio: (prune, merge), l1-norm, Table 1
     0.5: (88.40, 88.69), 0.6: (85.17, 86.92), 0.7: (71.26, 82.75), 0.8: (66.76, 80.02),
@@ -201,7 +202,7 @@ def test_help_names_everything_that_can_be_chosen_and_needs_no_pytorch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"}
     )
     assert done.returncode == 0, done.stderr
-    for name in [*NETWORKS, *CRITERIA, *COMPENSATIONS]:
+    for name in [*NETWORKS, *CRITERIA, *FORMS]:
         assert name in done.stdout
     assert list(NETWORKS) == list(settings.NETWORKS)
 
