@@ -1,5 +1,6 @@
 """The loader: whole splits as uint8, folders of other checksums, folders half there, downloads that stop."""
 
+import gzip
 import pickle
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from data import DATASETS, load
+from data.loader import HERE
 from errors import NeuronMergingError
 
 
@@ -120,3 +122,26 @@ def test_unknown_names_are_refused():
         load("mnist", "test")
     with pytest.raises(NeuronMergingError, match="unknown split 'validation'"):
         load("cifar10", "validation")
+
+
+def test_fashion_mnist_of_other_checksums_is_used_with_one_warning(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for packed in (HERE / "FashionMNIST" / "raw").glob("t10k*.gz"):
+        content = bytearray(gzip.decompress(packed.read_bytes()))
+        content[-1] = 0 if "labels" in packed.name else 77
+        (raw / packed.stem).write_bytes(content)
+    with pytest.warns(UserWarning, match="checksums") as caught:
+        assert load("FashionMNIST", "test", tmp_path).pixels[-1, 0, -1, -1] == 77
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("labels", [["cat"] * 20, [10] * 20, [1] * 19])
+def test_labels_that_cannot_be_are_refused(tmp_path, labels):
+    folder = cifar(tmp_path, CIFAR10)
+    entry = pickle.loads((folder / "test_batch").read_bytes()) | {"labels": labels}
+    (folder / "test_batch").write_bytes(pickle.dumps(entry))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(NeuronMergingError, match=r"damaged|not what it should be"):
+            load("cifar10", "test", tmp_path)

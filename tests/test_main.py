@@ -230,6 +230,11 @@ def damaged(tmp_path: Path, pretrained: Path, how: str) -> Path:
                 return os.system, (f"touch {tmp_path / 'executed'}",)
 
         path.write_bytes(pickle.dumps({"state_dict": Evil()}))
+    elif how == "wide":
+        torch.save(content | {"widths": [10**9, 3]}, path)
+    elif how == "sparse":
+        content["state_dict"]["ip2.weight"] = content["state_dict"]["ip2.weight"].to_sparse()
+        torch.save(content, path)
     elif how == "no-weights":
         torch.save({"acc": 90.0}, path)
     return path
@@ -265,6 +270,16 @@ BAD = {
     "device": (["--device", "abacus"], "unknown --device 'abacus'"),
     "unknown flag": (["--prunning-ratio", "0.5"], "unrecognized arguments: --prunning-ratio"),
     "schedule": (["--schedule", "10"], "--schedule has 1 epochs, --gammas 3"),
+    "schedule of the fast recipe": (["--recipe", "fast", "--schedule", "10"], "belong to --recipe published"),
+    "momentum": (["--momentum", "-1"], "--momentum has to be in [0, 1)"),
+    "learning rate": (["--lr", "nan"], "--lr has to be above 0"),
+    "weight decay": (["--weight-decay", "-1"], "--weight-decay cannot be negative"),
+    "seed": (["--seed", str(2**80)], "--seed in [0, 2**32)"),
+    "a name too long": (["--pretrained", "x" * 5000], "File name too long"),
+    "a name of two lines": (["--pretrained", "no\nthing"], "is not there"),
+    "a pipe to save into": (["--save", "/dev/null"], "no regular file"),
+    "widths beyond the network": (["--pretrained", "{wide}"], "its kept widths are [1000000000, 3]"),
+    "sparse": (["--pretrained", "{sparse}"], "sparse or quantised"),
     "recipe": (["--recipe", "slow"], "unknown recipe 'slow'"),
     "epochs": (["--epochs", "0"], "at least 1"),
     "save into a file's folder": (["--save", "{lenet}/small.pth.tar"], "cannot write"),
@@ -277,9 +292,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_in_one_line_and_exit_code_2(cli, pretrained, tmp_path, name):
     options, message = BAD[name]
-    files = {
-        how: damaged(tmp_path, pretrained, how) for how in ("truncated", "empty", "text", "nan", "code", "no-weights")
-    }
+    harms = ("truncated", "empty", "text", "nan", "code", "no-weights", "wide", "sparse")
+    files = {how: damaged(tmp_path, pretrained, how) for how in harms}
     places = {"tmp": tmp_path, "lenet": pretrained, **files}
     target = tmp_path / "small.pth.tar"
     options = [option.format(**places) for option in options]
@@ -355,3 +369,56 @@ def test_a_bare_state_dict_is_read_too(cli, pretrained, tmp_path):
     path = tmp_path / "bare.pt"
     torch.save(torch.load(pretrained, weights_only=True)["state_dict"], path)
     assert cli("--pretrained", path, "--evaluate").code == 0
+
+
+@pytest.mark.parametrize("acc", ["high", float("nan"), torch.tensor(81.5)])
+def test_an_accuracy_of_any_kind_in_the_file_is_no_reason_to_fail(cli, pretrained, tmp_path, acc):
+    path = tmp_path / "odd.pt"
+    torch.save(torch.load(pretrained, weights_only=True) | {"acc": acc}, path)
+    row = json.loads(cli("--pretrained", path, "--evaluate", "--json", "-").out)
+    assert row["accuracy_checkpoint"] == (81.5 if isinstance(acc, torch.Tensor) else None)
+
+
+def test_a_link_is_written_through(cli, pretrained, tmp_path):
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("old")
+    link.symlink_to(real)
+    assert cli("--pretrained", pretrained, "--evaluate", "--json", link).code == 0
+    assert link.is_symlink()
+    assert json.loads(real.read_text())["total"] == 10_000
+
+
+def test_a_result_is_appended_as_a_row(cli, pretrained, tmp_path):
+    for _ in range(2):
+        assert cli("--pretrained", pretrained, "--evaluate", "--append", tmp_path / "rows.jsonl").code == 0
+    (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()  # the same measurement is one row
+    assert json.loads(line)["checkpoint"] == pretrained.name
+
+
+def test_a_pruned_file_is_not_called_the_original(cli, pretrained, tmp_path):
+    small = tmp_path / "small.pth.tar"
+    cli("--pretrained", pretrained, "--model-type", "merge", "--evaluate", "--save", small)
+    lines = cli("--pretrained", small, "--evaluate").out.splitlines()
+    assert lines[0] == "LeNet_300_100 on FashionMNIST: small.pth.tar"
+    assert lines[2].split()[2] == "%"  # one accuracy only: no accuracy of an original is known
+    assert "125,810" in lines[3]
+
+
+def shell(command: str, **env: str) -> subprocess.CompletedProcess:
+    command = f"exec {sys.executable} main.py {command}"
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+
+
+def test_output_that_nobody_takes():
+    full = shell("--evaluate --json - > /dev/full")
+    assert full.returncode == 2
+    assert full.stderr.splitlines()[-1] == "main.py: output: No space left on device"
+    assert "Traceback" not in full.stderr
+    assert shell("--help", PYTHONIOENCODING="ascii").returncode == 0
+
+
+def test_a_missing_package_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    done = shell("--evaluate", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the package torch is missing: run make demo" in done.stderr

@@ -61,6 +61,20 @@ def run(model, recipe=RECIPE, **options):
     return last, lines
 
 
+def interrupt_at(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """Send this process a signal in the middle of a training step."""
+    steps, cross_entropy = 0, F.cross_entropy
+
+    def interrupted(*args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            os.kill(os.getpid(), number)
+        return cross_entropy(*args, **kwargs)
+
+    patch.setattr(train.F, "cross_entropy", interrupted)
+
+
 @pytest.mark.parametrize(
     "recipe",
     [RECIPE, replace(RECIPE, one_cycle=True, schedule=(), gammas=(), decay_all=False)],
@@ -70,19 +84,9 @@ def run(model, recipe=RECIPE, **options):
 def test_a_resumed_run_gives_the_same_network(tmp_path, monkeypatch, recipe, stop_at):
     whole = tiny()
     run(whole, recipe, curve=tmp_path / "whole.csv")
-    steps = 0
-    cross_entropy = F.cross_entropy
-
-    def interrupted(*args, **kwargs):
-        nonlocal steps
-        steps += 1
-        if steps == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)  # comes in the middle of a step
-        return cross_entropy(*args, **kwargs)
-
     state = tmp_path / "state"
     with monkeypatch.context() as patch:
-        patch.setattr(train.F, "cross_entropy", interrupted)
+        interrupt_at(patch, stop_at)
         with pytest.raises(KeyboardInterrupt, match="go on with --resume"):
             run(tiny(), recipe, state=state)
     resumed = tiny()
@@ -106,6 +110,11 @@ def test_what_cannot_be_resumed_is_said(tmp_path):
         run(tiny(), replace(RECIPE, lr=1.0), state=tmp_path / "state", resume=True)
     with pytest.raises(NeuronMergingError, match="another seed"):
         run(tiny(), state=tmp_path / "state", resume=True, seed=2)
+    torch.save(["no state"], tmp_path / "list")
+    with pytest.raises(NeuronMergingError, match="not a training state"):
+        run(tiny(), state=tmp_path / "list", resume=True)
+    with pytest.raises(NeuronMergingError, match="at least 2 a process"):
+        run(tiny(), replace(RECIPE, batch_size=1))
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:1000])
     with pytest.raises(NeuronMergingError, match="not a training state"):
         run(tiny(), state=tmp_path / "state", resume=True)
@@ -235,17 +244,55 @@ def test_training_and_fine_tuning_on_the_command_line(cli, fashion, tmp_path):
     assert done.code == 0, done.err
     row = json.loads(cli("--pretrained", tuned, "--evaluate", "--json", "-").out)
     assert (row["params"], row["widths"]) == (48_530, [60, 20])
+    again = tmp_path / "again.pth.tar"
+    done = cli("--pretrained", tuned, "--retrain", "--epochs", 1, "--schedule", 1, "--gammas", 1, "--save", again)
+    assert done.code == 0, done.err  # a pruned file fine-tuned keeps its widths
+    assert json.loads(cli("--pretrained", again, "--evaluate", "--json", "-").out)["widths"] == [60, 20]
+
+
+def test_a_state_belongs_to_one_experiment(cli, fashion, tmp_path, pretrained, monkeypatch):
+    options = [
+        "--pretrained",
+        pretrained,
+        "--retrain",
+        "--epochs",
+        2,
+        "--schedule",
+        1,
+        "--gammas",
+        1,
+        "--save",
+        tmp_path / "x",
+    ]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        assert cli("--model-type", "prune", *options).code == 130
+    done = cli("--model-type", "merge", *options, "--resume")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "another experiment" in done.err
+    assert cli("--model-type", "prune", *options, "--resume").code == 0
+
+
+def test_what_is_saved_is_what_is_measured(monkeypatch, tmp_path):
+    """Half precision where it holds the weights; where one would overflow or vanish, the tensor stays float32."""
+    from models import checkpoint
+
+    monkeypatch.setattr(checkpoint, "HALF_ABOVE", 0)
+    model = Tiny()
+    with torch.no_grad():
+        model.fc.weight[0, 0], model.conv.weight[0, 0, 0, 0] = 1e6, 0.123456789
+    stored = checkpoint.stored(model)
+    assert stored["fc.weight"].dtype == stored["bn.running_var"].dtype == torch.float32
+    assert stored["conv.weight"].dtype == torch.float16
+    checkpoint.save_checkpoint(tmp_path / "x", model)
+    model.load_state_dict(stored)
+    again = checkpoint.load_weights(Tiny(), checkpoint.load_checkpoint(tmp_path / "x"))
+    assert same(model, again)
 
 
 def test_ctrl_c_on_the_command_line(cli, fashion, tmp_path, monkeypatch):
-    cross_entropy = F.cross_entropy
-
-    def interrupted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return cross_entropy(*args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train.F, "cross_entropy", interrupted)
+        interrupt_at(patch, 1, signal.SIGTERM)
         done = cli("--save", tmp_path / "x")
     assert done.code == 130
     assert done.err == f"main.py: stopped in epoch 1 of 60; go on with --resume ({tmp_path / 'x.state'})\n"
