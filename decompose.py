@@ -253,7 +253,7 @@ def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
     M = layer.weight.shape[0]
     W = layer.weight.detach().double().reshape(M, N, -1)  # [M, N, k]: kernel positions, or inputs per neuron
     rest = layer.weight.shape[2:]
-    absorbed = torch.einsum("mnk,pn->mpk", W, part.Z)
+    absorbed = _times(W, part.Z)
     _set(layer, "weight", absorbed.reshape(M, P, *rest) if rest else absorbed.reshape(M, -1))
     if isinstance(layer, nn.Linear):
         layer.in_features = layer.weight.shape[1]
@@ -268,6 +268,14 @@ def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
     else:
         bias = constant if layer.bias is None else layer.bias.detach().double() + constant
         _set(layer, "bias", bias)
+
+
+def _times(W: Tensor, Z: Tensor) -> Tensor:
+    """W ×₂ Z: [M, N, k] and [P, N] → [M, P, k]; with at most one entry a column, as in the paper, no zeros are multiplied."""
+    if (Z != 0).sum(0).max() > 1:
+        return torch.einsum("mnk,pn->mpk", W, Z)
+    scale, partner = Z.sum(0), Z.abs().argmax(0)  # [N]
+    return W.new_zeros(len(W), len(Z), W.shape[2]).index_add_(1, partner, W * scale[:, None])
 
 
 def _keep_rows(model: nn.Module, unit: Unit, keep: Tensor) -> None:
