@@ -1,1 +1,24 @@
 """The paper's experiments: which there are, their rows, tables, figures and benchmarks."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+from errors import NeuronMergingError
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Let a command end as main.py does: one line and exit code 2 for what the user can mend, 130 for Ctrl-C."""
+
+    @functools.wraps(main)
+    def wrapped(*args: object) -> int:
+        try:
+            return main(*args)
+        except NeuronMergingError as error:
+            print(error, file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+
+    return wrapped

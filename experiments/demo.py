@@ -3,9 +3,8 @@
 import sys
 
 from data import load
-from errors import NeuronMergingError
 from experiment import choose_device
-from experiments import rows
+from experiments import command, rows
 from experiments.figures import accuracy_against_ratio
 from experiments.grid import GRIDS, run
 from settings import data_folder
@@ -28,18 +27,15 @@ def table(measured: list[rows.Row], criterion: str = "l1-norm") -> str:
     return "\n".join(lines)
 
 
+@command
 def main() -> int:
     """Measure prune and merge for every criterion and ratio, print l1-norm, draw all three."""
     grid = GRIDS["lenet"]
-    try:
-        path = FOLDER / "rows.jsonl"
-        path.unlink(missing_ok=True)  # the demo measures, it does not remember
-        measured = run(grid, load(grid.dataset, "test", data_folder()), choose_device("auto"), path)
-        figure = FOLDER / f"{grid.figure}.png"
-        accuracy_against_ratio(grid, measured, [figure])
-    except NeuronMergingError as error:
-        print(error, file=sys.stderr)
-        return 2
+    path = FOLDER / "rows.jsonl"
+    path.unlink(missing_ok=True)  # the demo measures, it does not remember
+    measured = run(grid, load(grid.dataset, "test", data_folder()), choose_device("auto"), path)
+    figure = FOLDER / f"{grid.figure}.png"
+    accuracy_against_ratio(grid, measured, [figure])
     seconds = sum(row["seconds_decompose"] + row["seconds_evaluate"] for row in measured)
     print(f"{grid.title}, l1-norm, no fine-tuning: accuracy in %\n")
     print(table(measured))

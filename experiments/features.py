@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from data import Images, load
 from decompose import COMPENSATIONS, Decomposition, decompose, rebuild
-from errors import NeuronMergingError
 from experiment import Experiment, kept_widths
 from experiment import load as load_network
+from experiments import command
 from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
 from files import write_atomically
@@ -87,18 +87,15 @@ def read(path: Path = FEATURES) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every network of the grid whose checkpoint is there."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
-    try:
-        there = [grid for grid in GRIDS.values() if grid.checkpoint.exists()]
-        measured = [measure(grid, load(grid.dataset, "test", data_folder())) for grid in there]
-        text = "".join(json.dumps(row) + "\n" for row in measured)
-        write_atomically(FEATURES, lambda file: file.write(text.encode()))
-        return 0
-    except NeuronMergingError as error:
-        print(error, file=sys.stderr)
-        return 2
+    there = [grid for grid in GRIDS.values() if grid.checkpoint.exists()]
+    measured = [measure(grid, load(grid.dataset, "test", data_folder())) for grid in there]
+    text = "".join(json.dumps(row) + "\n" for row in measured)
+    write_atomically(FEATURES, lambda file: file.write(text.encode()))
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from data import Images, load
 from decompose import COMPENSATIONS, CRITERIA
 from errors import NeuronMergingError
 from experiment import Experiment, choose_device, measure
-from experiments import rows
+from experiments import command, rows
 from models.checkpoint import sha256
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
@@ -74,6 +74,7 @@ def run(grid: Grid, images: Images, device: torch.device, path: Path, pretrained
     return [row for row in rows.load(path) if row["checkpoint_sha256"] == checkpoint]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the grids of all checkpoints that are there, or of one network and checkpoint."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -83,25 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=Path, default=rows.ROWS, help="file the rows go to [%(default)s]")
     args = parser.parse_args(argv)
-    try:
-        if args.pretrained and (args.network is None or not args.pretrained.exists()):
-            raise NeuronMergingError(
-                f"--pretrained {args.pretrained}: name a file that is there, and the network it is of"
-            )
-        device = choose_device(args.device)
-        for name, grid in GRIDS.items():
-            if args.network not in (None, name):
-                continue
-            if not (args.pretrained or grid.checkpoint).exists():
-                print(f"{grid.title}: no checkpoint yet ({grid.checkpoint.name})")
-                continue
-            images = load(grid.dataset, "test", args.data or settings.data_folder())
-            measured = run(grid, images, device, args.rows, args.pretrained)
-            print(f"{grid.title}: {len(measured)} rows in {args.rows}")
-        return 0
-    except NeuronMergingError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if args.pretrained and (args.network is None or not args.pretrained.exists()):
+        raise NeuronMergingError(f"--pretrained {args.pretrained}: name a file that is there, and the network it is of")
+    device = choose_device(args.device)
+    for name, grid in GRIDS.items():
+        if args.network not in (None, name):
+            continue
+        if not (args.pretrained or grid.checkpoint).exists():
+            print(f"{grid.title}: no checkpoint yet ({grid.checkpoint.name})")
+            continue
+        images = load(grid.dataset, "test", args.data or settings.data_folder())
+        measured = run(grid, images, device, args.rows, args.pretrained)
+        print(f"{grid.title}: {len(measured)} rows in {args.rows}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import torch
 
 import settings
 from data import load
-from errors import NeuronMergingError
 from experiment import Experiment, measure
+from experiments import command
 from experiments.grid import GRIDS, PRETRAINED, Grid
 from files import write_atomically
 from models import load_checkpoint
@@ -49,18 +49,15 @@ def entry(grid: Grid) -> dict[str, Any]:
     }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild the manifest from the checkpoints in pretrained/."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
-    try:
-        entries = {grid.checkpoint.name: entry(grid) for grid in GRIDS.values() if grid.checkpoint.exists()}
-        text = json.dumps(entries, indent=2) + "\n"
-        write_atomically(MANIFEST, lambda file: file.write(text.encode()))
-        print(text, end="")
-        return 0
-    except NeuronMergingError as error:
-        print(error, file=sys.stderr)
-        return 2
+    entries = {grid.checkpoint.name: entry(grid) for grid in GRIDS.values() if grid.checkpoint.exists()}
+    text = json.dumps(entries, indent=2) + "\n"
+    write_atomically(MANIFEST, lambda file: file.write(text.encode()))
+    print(text, end="")
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from decompose import CRITERIA
 from errors import NeuronMergingError
-from experiments import features, rows
+from experiments import command, features, rows
 from experiments.grid import GRIDS, Grid
 from experiments.manifest import shipped
 from experiments.rows import Row
@@ -90,8 +90,9 @@ def short_table(measured: Sequence[Row], criterion: str) -> str:
 
 def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
     """The rows of a network that were measured with a checkpoint we can name."""
+    network = (grid.arch, list(grid.depth_wide), grid.dataset)
     return [
-        r for r in everything if (r["arch"], r["dataset"]) == (grid.arch, grid.dataset) and checkpoint(r) is not None
+        r for r in everything if (r["arch"], r["depth_wide"], r["dataset"]) == network and checkpoint(r) is not None
     ]
 
 
@@ -146,32 +147,29 @@ def _both(name: str) -> list[Path]:
     return [FIGURES / f"{name}.{ending}" for ending in ("png", "svg")]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild tables and figures from the rows; with --check, fail where a table no longer matches them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
-    try:
-        everything = rows.load()
-        for path, text in documents(everything).items():
-            if not args.check:
-                write_atomically(path, lambda file, text=text: file.write(text.encode()))
-            elif not path.exists() or path.read_text(encoding="utf-8") != text:
-                raise NeuronMergingError(f"{path.name} does not match results/rows.jsonl: run make tables")
+    everything = rows.load()
+    for path, text in documents(everything).items():
         if not args.check:
-            from experiments import figures
+            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            raise NeuronMergingError(f"{path.name} does not match results/rows.jsonl: run make tables")
+    if not args.check:
+        from experiments import figures
 
-            for grid in GRIDS.values():
-                measured = of_grid(grid, everything)
-                if has_figure(grid, measured):
-                    figures.accuracy_against_ratio(grid, ours(measured), _both(grid.figure))
-                for row in features.read():
-                    if has_feature_figure(grid, row):
-                        figures.feature_errors(grid.title, row, _both(f"{grid.figure}_features"))
-        return 0
-    except NeuronMergingError as error:
-        print(error, file=sys.stderr)
-        return 2
+        for grid in GRIDS.values():
+            measured = of_grid(grid, everything)
+            if has_figure(grid, measured):
+                figures.accuracy_against_ratio(grid, ours(measured), _both(grid.figure))
+            for row in features.read():
+                if has_feature_figure(grid, row):
+                    figures.feature_errors(grid.title, row, _both(f"{grid.figure}_features"))
+    return 0
 
 
 if __name__ == "__main__":
