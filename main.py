@@ -304,7 +304,7 @@ def summary(row: dict[str, Any]) -> str:
 def report(args: argparse.Namespace, row: dict[str, Any]) -> None:
     """Print the summary and write the row where the command line wants it."""
     text = json.dumps(row, ensure_ascii=False) + "\n"
-    print(summary(row), file=sys.stderr if args.json == "-" else sys.stdout)
+    print(summary(row), file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     if args.append:
         from experiments.rows import append
 

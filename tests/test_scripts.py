@@ -5,8 +5,10 @@ import os
 import subprocess
 
 import pytest
+from torchvision.datasets import CIFAR100
 
 from tests.conftest import ROOT
+from tests.test_data import cifar
 
 SCRIPTS = {
     "LeNet_300_100_FashionMNIST": "-t -c -r",
@@ -62,3 +64,16 @@ def test_a_checkpoint_that_is_not_there_says_how_to_train_it(name, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "missing.pth.tar is not there; train it with: python main.py --arch" in done.stderr
+
+
+def test_the_training_script_trains_on_data_of_cifar100s_shape(tmp_path):
+    cifar(tmp_path, CIFAR100, per_file=24)
+    short = ["--epochs", "1", "--schedule", "1", "--gammas", "1", "--batch-size", "12", "--device", "cpu"]
+    target = tmp_path / "VGG.cifar100.original.pth.tar"
+    done = run("VGG16_CIFAR100_train", "--", "--data", str(tmp_path), "--save", str(target), *short)
+    assert done.returncode == 0, done.stderr
+    done = run(
+        "VGG16_CIFAR100", *["-t", "merge", "-c", "l2-GM", "--"], "--data", str(tmp_path), "--pretrained", str(target)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8,393,348" in done.stdout
