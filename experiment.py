@@ -137,7 +137,7 @@ def shrink(model: nn.Module, experiment: Experiment) -> Shrunk:
 
 
 def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> list[int]:
-    """Kept width of every unit. Raises NeuronMergingError for a list that does not fit the network."""
+    """Kept width of every unit. Raises NeuronMergingError for a list of another length (`decompose` checks its numbers)."""
     full = [model.get_submodule(unit.layer).weight.shape[0] for unit in found]
     widths = experiment.widths
     if experiment.effective_ratio is not None:
@@ -146,11 +146,6 @@ def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> 
         widths = experiment.published_widths
     if len(widths) != len(full):
         raise NeuronMergingError(f"--widths has {len(widths)} numbers, {experiment.arch} has {len(full)} units")
-    for unit, kept, width in zip(found, widths, full):
-        if not 1 <= kept <= width:
-            raise NeuronMergingError(
-                f"--widths: {kept} of {width} neurons cannot be kept in {unit.layer}: give 1 to {width}"
-            )
     return list(widths)
 
 

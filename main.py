@@ -246,12 +246,10 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
     else:
         model, start = xp.load(experiment)
         shrunk = xp.shrink(xp.placed(model, device), experiment)
-        ratio = experiment.effective_ratio
-        made = (
-            [args.model_type]
-            if args.model_type == "original"
-            else [args.model_type, args.criterion, str(ratio or "widths")]
-        )
+        made = [args.model_type]
+        if shrunk.widths is not None:
+            ratio = experiment.effective_ratio
+            made += [args.criterion, "widths" if ratio is None else str(ratio)]
         name = name.replace("original", "_".join([*made, "retrained"]))
     target = args.save or HERE / "saves" / name
     check_writable(target)

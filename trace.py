@@ -8,6 +8,7 @@ Inputs are batches: dimension 0 is the batch, dimension 1 of a convolution's out
 """
 
 import operator
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,10 @@ POOLS = {  # by the dimension of the convolution: another one would pool over th
     2: {torch.max_pool2d},
     3: {torch.max_pool3d},
 }
-for _d, _pools in POOLS.items():
+for _d, _operations in POOLS.items():
     for _kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool"):
         _class = "".join(part.title() for part in _kind.split("_"))
-        _pools |= {getattr(F, f"{_kind}{_d}d"), getattr(nn, f"{_class}{_d}d")}
+        _operations |= {getattr(F, f"{_kind}{_d}d"), getattr(nn, f"{_class}{_d}d")}
 
 
 def units(model: nn.Module) -> list[Unit]:
@@ -86,8 +87,7 @@ class _Graph:
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         self.modules = dict(model.named_modules())
-        called = [self.modules[n.target] for n in graph.nodes if n.op == "call_module"]
-        self.calls = {module: called.count(module) for module in set(called)}
+        self.calls = Counter(self.modules[n.target] for n in graph.nodes if n.op == "call_module")
         owners: dict[nn.Parameter, set[nn.Module]] = {}
         for module in model.modules():
             for parameter in module.parameters(recurse=False):

@@ -118,9 +118,8 @@ def train(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = _optimizer(model, recipe)
     epoch, step, rows = 0, 0, []
-    seen = torch.zeros(
-        3, device=device
-    )  # loss, correct, images so far: read rarely, since reading waits for the device
+    # Loss, correct and images of the epoch so far: on the device and read rarely, since reading waits for it.
+    seen = torch.zeros(3, device=device)
     if resume:
         saved = _read_state(state, identity)
         model.load_state_dict(saved["model"])

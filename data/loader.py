@@ -88,8 +88,7 @@ def load(name: str, split: str, root: str | Path = HERE) -> Images:
     if not sound or labels.min() < 0 or labels.max() >= dataset.classes:
         raise NeuronMergingError(
             f"{name} in {root} is not what it should be: images {list(pixels.shape)}, {len(labels)} labels"
-            f" that should be 0 to {dataset.classes - 1};"
-            " delete it to download it again"
+            f" that should be 0 to {dataset.classes - 1}; delete it to download it again"
         )
     return Images(pixels, labels, dataset)
 
