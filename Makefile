@@ -32,6 +32,9 @@ check-tables: .venv/runtime ## fail where a table no longer matches its rows
 manifest: .venv/runtime ## evaluate the shipped checkpoints and rebuild pretrained/MANIFEST.json
 	@$(RUN) -m experiments.manifest
 
+tuning: .venv/runtime ## how restoration's settings were chosen, on held-out training images (results/tuning/)
+	@$(RUN) -m experiments.tuning
+
 bench: .venv/runtime ## time the method against a literal loop (results/BENCH.md)
 	@$(RUN) -m experiments.bench
 
@@ -56,4 +59,4 @@ clean: ## remove the environment and everything a run leaves behind
 	@touch $@
 
 .NOTPARALLEL: # rows before tables
-.PHONY: help demo test lint rows features reproduce tables check-tables manifest bench bench-train clean
+.PHONY: help demo test lint rows features reproduce tables check-tables manifest tuning bench bench-train clean

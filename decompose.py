@@ -198,21 +198,37 @@ def decompose(
     """Select `widths[i]` neurons of every unit and decompose the rest; reads `model`'s original weights, changes nothing.
 
     t: least cosine similarity for a merge, 0 for none at all (negative ones merge too); lam: the paper's λ.
-    Raises NeuronMergingError for an unknown criterion or compensation, widths that are not between 1 and N, NaN weights.
+    Raises NeuronMergingError for an unknown criterion or compensation, widths that are not between 1 and N, NaN weights,
+    and a merge through an activation that does not let a positive scale pass.
     """
-    for what, name, known in (("criterion", criterion, CRITERIA), ("compensation", compensation, COMPENSATIONS)):
-        if name not in known:
-            raise NeuronMergingError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+    if compensation not in COMPENSATIONS:
+        raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(COMPENSATIONS)}")
+    bent = next((unit for unit in units if unit.activation), None)
+    if bent is not None and compensation != "prune":
+        raise NeuronMergingError(
+            f"{bent.layer} goes through {bent.activation}: {compensation} needs an activation that a positive scale"
+            " passes, as it does ReLU; use prune or restore"
+        )
+    kept = choose(model, units, widths, criterion)
+    return [COMPENSATIONS[compensation](read(model, unit), keep, t=t, lam=lam) for unit, keep in zip(units, kept)]
+
+
+def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str) -> list[Tensor]:
+    """Indices [P], ascending, of the `widths[i]` neurons of every unit that the criterion keeps.
+
+    Raises NeuronMergingError for an unknown criterion, widths that are not between 1 and N, NaN weights.
+    """
+    if criterion not in CRITERIA:
+        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
     if len(widths) != len(units):
         raise NeuronMergingError(f"{len(widths)} widths for {len(units)} units")
-    parts = []
+    kept = []
     for unit, P in zip(units, widths):
-        neurons = read(model, unit)
-        N = len(neurons.W)
-        if not 1 <= P <= N:
-            raise NeuronMergingError(f"{P} of {N} neurons cannot be kept in {unit.layer}: give 1 to {N}")
-        parts.append(COMPENSATIONS[compensation](neurons, select(neurons.W, P, criterion), t=t, lam=lam))
-    return parts
+        W = read(model, unit).W
+        if not 1 <= P <= len(W):
+            raise NeuronMergingError(f"{P} of {len(W)} neurons cannot be kept in {unit.layer}: give 1 to {len(W)}")
+        kept.append(select(W, P, criterion))
+    return kept
 
 
 def read(model: nn.Module, unit: Unit) -> Neurons:

@@ -12,11 +12,12 @@ from data import Images
 
 @torch.inference_mode()
 def accuracy(
-    model: nn.Module, images: Images, batch_size: int = 1000, part: tuple[int, int] = (0, 1)
+    model: nn.Module, images: Images, batch_size: int = 1000, part: tuple[int, int] = (0, 1), share: float = 1.0
 ) -> tuple[int, int]:
     """(correct, total) of `model` on `images`; both have to lie on the same device.
 
-    `part` = (rank, world size): of several processes each counts its share of the images.
+    `part` = (rank, world size): of several processes each counts its part of the images. `share`: of their sides, at which
+    the network is shown them.
     """
     model.eval()
     rank, world = part
@@ -24,7 +25,7 @@ def accuracy(
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     # Silent when not a terminal (disable=None), and gone when done.
     for start in tqdm(range(0, len(labels), batch_size), "evaluate", unit="batch", leave=False, disable=None):
-        x = images.normalised(pixels[start : start + batch_size])
+        x = images.normalised(pixels[start : start + batch_size], share)
         logits = model(x.contiguous(memory_format=torch.channels_last))
         correct += (logits.argmax(1) == labels[start : start + batch_size]).sum()
     return int(correct), len(labels)

@@ -5,26 +5,37 @@ import shlex
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import data
+import memory
 import settings
 from data import DATASETS, Images
-from decompose import COMPENSATIONS, CRITERIA, decompose, rebuild
+from decompose import CRITERIA
 from errors import NeuronMergingError
 from evaluate import accuracy, count_macs, count_parameters
+from methods import LOOKING, METHODS, SEEDED
+from methods import Settings as MethodSettings
 from models import Checkpoint, build, load_checkpoint, load_weights
+from probe import PROBES
+from restore import Options
 from trace import Unit, units
 
-MODEL_TYPES = ("original", *COMPENSATIONS)
+MODEL_TYPES = ("original", *METHODS)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is measured. `widths`: "published", "uniform", or the kept width of every unit; None elsewhere: as published."""
+    """What is measured. `widths`: "published", "uniform", or the kept width of every unit; None elsewhere: as published.
+
+    `probe`, `probe_samples`, `ridge`, `seed`: of restoration, see probe.py and restore.py. `calibrate`: real images that a
+    method is to look at instead (data.calibration), None for none.
+    """
 
     arch: str
     dataset: str
@@ -36,6 +47,11 @@ class Experiment:
     widths: str | tuple[int, ...] = "published"
     threshold: float | None = None
     lamda: float | None = None
+    probe: str = "auto"
+    probe_samples: int | None = None
+    ridge: float = Options.ridge
+    seed: int = 1
+    calibrate: str | None = None
 
     def __post_init__(self) -> None:
         """Fill in the published settings; raises NeuronMergingError for what does not exist or does not fit together."""
@@ -64,6 +80,17 @@ class Experiment:
             raise NeuronMergingError(f"--lamda {self.lamda} is outside [0, 1]")
         if not -1 <= self.threshold <= 1:
             raise NeuronMergingError(f"--threshold {self.threshold} is no cosine: choose one in [-1, 1]")
+        _one_of("--probe", self.probe, PROBES)
+        if not 0 <= self.ridge < inf or (self.probe_samples is not None and self.probe_samples < 2):
+            raise NeuronMergingError("--ridge cannot be negative, --probe-samples has to be at least 2")
+        if self.calibrate is None and self.model_type in LOOKING:
+            raise NeuronMergingError(
+                f"{self.model_type} measures BatchNorm on real images: give --calibrate, such as {self.dataset}:512"
+            )
+        if self.calibrate is not None and self.model_type not in (*LOOKING, "restore"):
+            raise NeuronMergingError(
+                f"--calibrate is for restore, {' and '.join(LOOKING)}: {self.model_type} needs no data"
+            )
 
     @property
     def effective_ratio(self) -> float | None:
@@ -79,6 +106,7 @@ class Experiment:
     def settings(self) -> dict[str, Any]:
         """All that decides the result beside the checkpoint, as plain JSON values."""
         compressed = self.model_type != "original"
+        restored = self.model_type == "restore"
         return {
             "arch": self.arch,
             "depth_wide": list(self.depth_wide),
@@ -89,6 +117,11 @@ class Experiment:
             "widths_rule": (self.widths if isinstance(self.widths, str) else list(self.widths)) if compressed else None,
             "threshold": self.threshold if compressed else None,
             "lamda": self.lamda if compressed else None,
+            "probe": self.probe if restored and self.calibrate is None else None,
+            "probe_samples": self.probe_samples if restored and self.calibrate is None else None,
+            "ridge": self.ridge if restored else None,
+            "seed": self.seed if self.model_type in SEEDED or self.calibrate else None,
+            "calibrate": self.calibrate,
         }
 
     def network(self, widths: list[int] | None = None) -> nn.Module:
@@ -103,6 +136,7 @@ class Shrunk:
     model: nn.Module
     widths: list[int] | None
     seconds: float
+    peak_mb: float | None = None
 
 
 def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
@@ -122,18 +156,24 @@ def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
     return load_weights(network, checkpoint), checkpoint
 
 
-def shrink(model: nn.Module, experiment: Experiment) -> Shrunk:
-    """`model` compressed as the experiment says; the model itself is left as it is."""
+def shrink(model: nn.Module, experiment: Experiment, images: Tensor | None = None) -> Shrunk:
+    """`model` compressed as the experiment says; the model itself is left as it is.
+
+    `images`: the network inputs that `experiment.calibrate` names, for the methods that look at data.
+    """
     if experiment.model_type == "original":
         return Shrunk(model, None, 0.0)
+    device = next(model.parameters()).device
+    memory.reset(device)
     start = time.perf_counter()
     found = units(model)
     widths = kept_widths(model, found, experiment)
-    parts = decompose(
-        model, found, widths, experiment.criterion, experiment.model_type, t=experiment.threshold, lam=experiment.lamda
-    )
-    small = rebuild(model, found, parts)
-    return Shrunk(small, widths, time.perf_counter() - start)
+    told = MethodSettings(
+        settings.NETWORKS[experiment.arch].shape, experiment.threshold, experiment.lamda, experiment.probe,
+        experiment.probe_samples, experiment.ridge, experiment.seed, None if images is None else images.to(device),
+    )  # fmt: skip
+    small = METHODS[experiment.model_type](model, found, widths, experiment.criterion, told)
+    return Shrunk(small, widths, time.perf_counter() - start, memory.peak(device))
 
 
 def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> list[int]:
@@ -152,7 +192,16 @@ def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> 
 def measure(experiment: Experiment, images: Images, device: torch.device, batch_size: int = 1000) -> dict[str, Any]:
     """Load, compress, evaluate: the result row."""
     model, checkpoint = load(experiment)
-    return row(experiment, checkpoint, shrink(placed(model, device), experiment), images, device, batch_size)
+    looked_at = calibration(experiment)
+    return row(experiment, checkpoint, shrink(placed(model, device), experiment, looked_at), images, device, batch_size)
+
+
+def calibration(experiment: Experiment, root: Path | None = None) -> Tensor | None:
+    """The network inputs [N, …] that `experiment.calibrate` names, None where it names none."""
+    if experiment.calibrate is None:
+        return None
+    images = data.calibration(experiment.calibrate, experiment.dataset, root or settings.data_folder(), experiment.seed)
+    return images.normalised(images.pixels)
 
 
 def row(
@@ -180,11 +229,13 @@ def row(
         "accuracy_checkpoint": checkpoint.accuracy if checkpoint and not pruned_before else None,
         "correct": correct,
         "total": total,
+        "split": images.split,
         "params": count_parameters(model),
         "params_original": count_parameters(original),
         "macs": count_macs(model, shape),
         "macs_original": count_macs(original, shape),
         "seconds_decompose": round(shrunk.seconds, 4),
+        "peak_mb": shrunk.peak_mb,
         "seconds_evaluate": round(seconds_evaluate, 4),
         "checkpoint": checkpoint.path.name if checkpoint else None,
         "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,

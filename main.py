@@ -69,11 +69,19 @@ def parser() -> Parser:
         "--data", type=Path, metavar="DIR", help="folder of the data sets [$NEURON_MERGING_DATA, or data]"
     )
     network.add_argument(
+        "--split",
+        default="test",
+        help="images to measure on: test, or val, 5,000 training images that training then leaves out [%(default)s]",
+    )
+    network.add_argument(
         "--pretrained", type=Path, metavar="FILE", help="checkpoint to start from [the published name in pretrained/]"
     )
     method = p.add_argument_group("method")
     method.add_argument(
-        "--model-type", default="original", help="original, prune, merge (the published form) or merge-derived"
+        "--model-type",
+        default="original",
+        help="original; prune, merge (the published form), merge-derived; restore (ours); lbyl, fold (others');"
+        " prune-bn, merge-bn (BatchNorm measured anew on real images) [%(default)s]",
     )
     method.add_argument(
         "--criterion", default="l1-norm", help="which neurons stay: l1-norm, l2-norm or l2-GM [%(default)s]"
@@ -101,6 +109,18 @@ def parser() -> Parser:
         type=float,
         metavar="L",
         help="weight of cosine against bias distance [the published one]",
+    )
+    method.add_argument(
+        "--probe", default="auto", help="restore: made-up inputs, auto, pink or white noise [%(default)s]"
+    )
+    method.add_argument(
+        "--probe-samples", type=int, metavar="N", help="restore: how many of them [as the network asks]"
+    )
+    method.add_argument("--ridge", type=float, default=0.03, metavar="L", help="restore: ridge λ [%(default)s]")
+    method.add_argument(
+        "--calibrate",
+        metavar="WHAT",
+        help="let restore, prune-bn or merge-bn look at real images: DATASET:N of its training images, or a folder",
     )
     method.add_argument("--target", help=argparse.SUPPRESS)  # conv or ip: found by tracing now
     work = p.add_argument_group(
@@ -187,6 +207,8 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError(
             "--test-batch-size has to be at least 1, --log-interval at least 0, --seed in [0, 2**32)"
         )
+    if args.split not in ("test", "val"):
+        raise NeuronMergingError(f"unknown --split {args.split!r}: choose test or val")
     recipe(args)
     args.data = args.data or settings.data_folder()
     args.dataset = args.dataset or ("FashionMNIST" if args.arch == "LeNet_300_100" else "cifar10")
@@ -204,7 +226,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     name = settings.checkpoint_name(args.arch, depth_wide, args.dataset)
     experiment = xp.Experiment(
         args.arch, args.dataset, args.pretrained or HERE / "pretrained" / name, depth_wide, args.model_type,
-        args.criterion, args.pruning_ratio, args.widths, args.threshold, args.lamda,
+        args.criterion, args.pruning_ratio, args.widths, args.threshold, args.lamda, args.probe, args.probe_samples,
+        args.ridge, args.seed, args.calibrate,
     )  # fmt: skip
     return (evaluate if args.evaluate else train)(args, experiment, device)
 
@@ -219,8 +242,8 @@ def evaluate(args: argparse.Namespace, experiment: "Experiment", device: "torch.
     if trainer.launched():
         raise NeuronMergingError("--evaluate is for one process: run it without torchrun")
     model, checkpoint = xp.load(experiment)
-    shrunk = xp.shrink(xp.placed(model, device), experiment)
-    images = data.load(args.dataset, "test", args.data)  # last: no download for a command that cannot work
+    shrunk = xp.shrink(xp.placed(model, device), experiment, xp.calibration(experiment, args.data))
+    images = data.load(args.dataset, args.split, args.data)  # last: no download for a command that cannot work
     if args.save:
         shrunk.model.load_state_dict(stored(shrunk.model))
     row = xp.row(experiment, checkpoint, shrunk, images, device, args.test_batch_size)
@@ -245,7 +268,7 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
         start, shrunk = None, xp.Shrunk(experiment.network(), None, 0.0)
     else:
         model, start = xp.load(experiment)
-        shrunk = xp.shrink(xp.placed(model, device), experiment)
+        shrunk = xp.shrink(xp.placed(model, device), experiment, xp.calibration(experiment, args.data))
         made = [args.model_type]
         if shrunk.widths is not None:
             ratio = experiment.effective_ratio
@@ -253,12 +276,14 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
         name = name.replace("original", "_".join([*made, "retrained"]))
     target = args.save or HERE / "saves" / name
     check_writable(target)
-    images, test = (data.load(args.dataset, split, args.data) for split in ("train", "test"))
+    splits = ("fit", "val") if args.split == "val" else ("train", "test")
+    images, test = (data.load(args.dataset, split, args.data) for split in splits)
     state, curve = (target.with_name(target.name + ending) for ending in (".state", ".csv"))
+    identity = experiment.settings() | {"start": start and start.sha256, "split": args.split}
     with trainer.process_group(device) as (device, rank):
         last = trainer.train(
             shrunk.model, images, test, recipe(args), device=device, seed=args.seed, resume=args.resume, state=state,
-            curve=curve, experiment=experiment.settings() | {"start": start and start.sha256}, compiled=args.compile,
+            curve=curve, experiment=identity, compiled=args.compile,
             log_interval=args.log_interval, say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
     if rank > 0:
@@ -294,7 +319,8 @@ def summary(row: dict[str, Any]) -> str:
     for label, key in (("parameters", "params"), ("MACs", "macs")):
         original, now = row[f"{key}_original"], row[key]
         lines.append(f"{label:<12}{original:>16,}{now:>16,}   {100 * (now / original - 1):+.1f} %")
-    lines.append(f"{'decompose':<12}{'':>16}{row['seconds_decompose']:>14.3f} s")
+    peak = "" if row["peak_mb"] is None else f"   peak memory {row['peak_mb']:,.0f} MB"
+    lines.append(f"{'decompose':<12}{'':>16}{row['seconds_decompose']:>14.3f} s{peak}")
     lines.append(f"{'evaluate':<12}{'':>16}{row['seconds_evaluate']:>14.3f} s   on {row['device']}")
     return "\n".join(lines)
 

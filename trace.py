@@ -1,9 +1,10 @@
 """Which neurons of a network can be pruned: found by tracing it with torch.fx, never by a table of architectures.
 
 A unit is a convolution or linear layer whose output reaches exactly one consumer, another such layer, through
-operations that act on every neuron by itself and let a positive scale pass: BatchNorm right behind the layer (whose
-form the paper gives for convolutions), ReLU, max and average pooling, dropout, flatten. Whatever else happens to the
-output (a residual sum, a second consumer, an operation that is not in this file) leaves the layer out, with a reason.
+operations that act on every neuron by itself: BatchNorm right behind the layer (whose form the paper gives for
+convolutions), ReLU, max and average pooling, dropout, flatten, which let a positive scale pass, and activations that do
+not, such as GELU: those cannot be merged through. Whatever else happens to the output (a residual sum, a second
+consumer, an operation that is not in this file) leaves the layer out, with a reason.
 Inputs are batches: dimension 0 is the batch, dimension 1 of a convolution's output its filters.
 """
 
@@ -25,6 +26,7 @@ class Unit:
     """Neurons that can be pruned, by module name: `layer` → `bn` → … → `next` → `next_bn`.
 
     `relu`: the neurons are rectified on their way. `next_bn`: the BatchNorm that reads nothing but `next`, if any.
+    `activation`: one on the way that a positive scale does not pass, by name; None where there is none.
     """
 
     layer: str
@@ -32,11 +34,19 @@ class Unit:
     relu: bool
     next: str
     next_bn: str | None
+    activation: str | None = None
 
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 RELU = {nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+ACTIVATIONS = {  # elementwise, and not positively homogeneous or not known to the paper
+    nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, nn.ReLU6, F.relu6, nn.GELU, F.gelu, nn.SiLU, F.silu, nn.Mish, F.mish,
+    nn.Hardswish, F.hardswish, nn.ELU, F.elu, F.elu_, nn.SELU, F.selu, F.selu_, nn.CELU, F.celu, F.celu_,
+    nn.Softplus, F.softplus, nn.Softsign, F.softsign, nn.Hardtanh, F.hardtanh, F.hardtanh_, nn.Hardsigmoid,
+    F.hardsigmoid, nn.LogSigmoid, F.logsigmoid, nn.Sigmoid, F.sigmoid, torch.sigmoid, "sigmoid", nn.Tanh, F.tanh,
+    torch.tanh, "tanh",
+}  # fmt: skip
 DROPOUT = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity}
 DROPOUT |= {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 FLATTEN = {nn.Flatten, torch.flatten, "flatten"}
@@ -138,7 +148,7 @@ def _unit(network: _Graph, node: fx.Node) -> Unit:
     if dimension and layer.groups > 1:
         raise _NotAUnit("it is a grouped convolution")
     neurons = layer.weight.shape[0]
-    name, bn, relu, flat = node.target, None, False, False
+    name, bn, relu, activation, flat = node.target, None, False, None, False
     path = [*node.args[:1], node]  # nodes of one batch size
     while True:
         before, node = node, network.reader(node)
@@ -150,6 +160,8 @@ def _unit(network: _Graph, node: fx.Node) -> Unit:
             bn = node.target
         elif kind in RELU:
             relu = True
+        elif kind in ACTIVATIONS:
+            activation = activation or _name(kind)
         elif kind in DROPOUT or (dimension and not flat and _pools(network, node, dimension)):
             pass
         elif dimension and not flat and _flattens(network, node, kind, path):
@@ -167,7 +179,7 @@ def _unit(network: _Graph, node: fx.Node) -> Unit:
         raise _NotAUnit(f"{node.target} reads it without a flatten")
     elif consumer.in_features % neurons or (not dimension and consumer.in_features != neurons):
         raise _NotAUnit(f"{node.target} has {consumer.in_features} inputs for {neurons} neurons")
-    return Unit(name, bn, relu, node.target, _next_norm(network, node))
+    return Unit(name, bn, relu, node.target, _next_norm(network, node), activation)
 
 
 def _next_norm(network: _Graph, node: fx.Node) -> str | None:
@@ -239,6 +251,9 @@ def _asks_no_width(node: fx.Node) -> bool:
 def _obstacle(network: _Graph, node: fx.Node) -> str:
     if node.op == "output":
         return "its output is an output of the network"
-    kind = network.kind(node)
-    what = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    what = _name(network.kind(node))
     return f"its output goes through {what}" + (f" ({node.target})" if node.op == "call_module" else "")
+
+
+def _name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))

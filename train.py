@@ -43,6 +43,11 @@ def learning_rate(recipe: Recipe, epoch: int, progress: float) -> float:
     return recipe.lr * math.prod(g for start, g in zip(recipe.schedule, recipe.gammas) if epoch >= start)
 
 
+def image_share(recipe: Recipe, progress: float) -> float:
+    """The side of the training images, as a share of the full one, when `progress` (0…1) of the training is done."""
+    return max((entry for entry in recipe.sizes if entry[0] <= progress + 1e-9), default=(0.0, 1.0))[1]
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the hardware computes in it, None (float32) elsewhere: emulated, it is many times slower."""
     if device.type == "cuda":
@@ -54,12 +59,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def batches(
-    images: Images, batch_size: int, seed: int, part: tuple[int, int] = (0, 1)
+    images: Images, batch_size: int, seed: int, part: tuple[int, int] = (0, 1), share: float = 1.0
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """One epoch of (network input, labels, size of the global batch) in a random order, augmented where the data set says so.
 
     The order and the crops are those of `seed` alone: the same for one process and for the shares of many. `part` =
-    (rank, world size) picks every world-th image of each global batch. A last batch too small for BatchNorm is left out.
+    (rank, world size) picks every world-th image of each global batch. `share`: the sides of the images are shrunk to it,
+    after the crop. A last batch too small for BatchNorm is left out.
     """
     rank, world = part
     device, count = images.labels.device, len(images)
@@ -79,7 +85,7 @@ def batches(
         y = rows + shift[0, i, None]  # [B, H]
         x = torch.where(flip[i, None], columns.flip(0), columns) + shift[1, i, None]  # [B, W]
         crops = padded[i[:, None, None], :, y[:, :, None], x[:, None, :]]  # [B, H, W, C]
-        yield images.normalised(crops.permute(0, 3, 1, 2)), images.labels[i], size
+        yield images.normalised(crops.permute(0, 3, 1, 2), share), images.labels[i], size
 
 
 def train(
@@ -129,7 +135,7 @@ def train(
         if device.type == "cuda":
             torch.cuda.set_rng_state(saved["rng_cuda"], device)
     parallel = DistributedDataParallel(model) if world > 1 else model
-    forward = torch.compile(parallel) if compiled else parallel
+    forward = torch.compile(parallel, dynamic=False) if compiled else parallel
     images, test = images.to(device), test.to(device)
     steps = math.ceil(len(images) / recipe.batch_size)
     dtype = autocast_dtype(device)
@@ -149,8 +155,9 @@ def train(
         while epoch < recipe.epochs:
             started, done = time.monotonic(), step
             forward.train()
+            share = image_share(recipe, epoch / recipe.epochs)
             bar = tqdm(
-                batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world)),
+                batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world), share),
                 f"epoch {epoch + 1}/{recipe.epochs}", steps, unit="batch", leave=False, disable=None if rank == 0 else True,
             )  # fmt: skip
             for number, (x, labels, size) in enumerate(bar):
@@ -185,11 +192,12 @@ def train(
             if world > 1:
                 for buffer in model.buffers():  # the running statistics that are saved are those that are measured
                     dist.broadcast(buffer, 0)
-            correct, total = _summed(torch.tensor(accuracy(model, test, part=(rank, world)), device=device))
+            counts = accuracy(model, test, part=(rank, world), share=share)
+            correct, total = _summed(torch.tensor(counts, device=device))
             epoch, step, seen = epoch + 1, 0, torch.zeros_like(seen)
             rows.append(
                 {
-                    "epoch": epoch, "lr": round(lr, 6), "loss": round(loss / shown, 4),
+                    "epoch": epoch, "lr": round(lr, 6), "image_share": share, "loss": round(loss / shown, 4),
                     "train_accuracy": round(100 * hits / shown, 2), "test_accuracy": round(100 * correct / total, 2),
                     "seconds": round(time.monotonic() - started, 1),
                 }

@@ -12,16 +12,18 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from errors import NeuronMergingError
 
 HERE = Path(__file__).resolve().parent
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "val", "fit")
+HELD_OUT = 5000  # images of the training split that are its `val` part; `fit` is the rest
 FASHION_MNIST_MD5 = {  # of the unpacked images and labels
     "train": ("f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9"),
     "test": ("8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965"),
@@ -57,23 +59,35 @@ class Images:
     pixels: Tensor
     labels: Tensor
     dataset: Dataset
+    split: str = "test"
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, part: slice | Tensor) -> "Images":
+        """Some of the images."""
+        return replace(self, pixels=self.pixels[part], labels=self.labels[part])
+
     def to(self, device: torch.device | str) -> "Images":
         """The same images on `device`."""
-        return Images(self.pixels.to(device), self.labels.to(device), self.dataset)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
-    def normalised(self, batch: Tensor) -> Tensor:
-        """uint8 pixels [B, C, H, W] → float32 network input of the same shape, on the batch's device."""
+    def normalised(self, batch: Tensor, share: float = 1.0) -> Tensor:
+        """uint8 pixels [B, C, H, W] → float32 network input on the batch's device, its sides shrunk to `share` of theirs."""
         mean = torch.tensor(self.dataset.mean, device=batch.device).view(-1, 1, 1)
         std = torch.tensor(self.dataset.std, device=batch.device).view(-1, 1, 1)
-        return (batch.float() / 255 - mean) / std
+        batch = (batch.float() / 255 - mean) / std
+        if share == 1:
+            return batch
+        side = [round(n * share) for n in batch.shape[2:]]
+        return F.interpolate(batch, side, mode="bilinear", antialias=True)
 
 
 def load(name: str, split: str, root: str | Path = HERE) -> Images:
-    """The `split` ("train" or "test") of data set `name`, from `root` in torchvision's layout or downloaded into it.
+    """The `split` of data set `name`, from `root` in torchvision's layout or downloaded into it.
+
+    "train" and "test" are the official ones; "val" holds 5,000 of the training images, always the same, for choosing
+    settings without a look at the test set, and "fit" the training images that are not in it.
 
     Raises NeuronMergingError for an unknown name, a folder that is half there, or a download that does not work.
     """
@@ -82,7 +96,7 @@ def load(name: str, split: str, root: str | Path = HERE) -> Images:
     if split not in SPLITS:
         raise NeuronMergingError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     read = _fashion_mnist if name == "FashionMNIST" else _cifar
-    pixels, labels = read(name, split, Path(root))
+    pixels, labels = read(name, "test" if split == "test" else "train", Path(root))
     dataset = DATASETS[name]
     sound = len(pixels) > 0 and pixels.shape[1:] == dataset.shape and len(pixels) == len(labels)
     if not sound or labels.min() < 0 or labels.max() >= dataset.classes:
@@ -90,7 +104,57 @@ def load(name: str, split: str, root: str | Path = HERE) -> Images:
             f"{name} in {root} is not what it should be: images {list(pixels.shape)}, {len(labels)} labels"
             f" that should be 0 to {dataset.classes - 1}; delete it to download it again"
         )
-    return Images(pixels, labels, dataset)
+    images = Images(pixels, labels, dataset, split)
+    if split in ("val", "fit"):
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        held_out = min(HELD_OUT, len(labels) // 10)
+        return images[(order[:held_out] if split == "val" else order[held_out:]).sort().values]
+    return images
+
+
+def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1) -> Images:
+    """Real images for a method to look at: "cifar10:512" for 512 training images outside "val", or a folder of image files.
+
+    A folder's images ("DIR" or "DIR:N") are cut to the shape of `dataset`; their labels, unknown, are 0.
+    Raises NeuronMergingError where there are none.
+    """
+    source, _, number = text.rpartition(":") if text.rpartition(":")[2].isdigit() else (text, "", "")
+    if number and int(number) < 2:
+        raise NeuronMergingError(f"--calibrate {text}: at least 2 images are needed")
+    if source == dataset:
+        images = load(dataset, "fit", root)
+    elif source in DATASETS:
+        raise NeuronMergingError(f"--calibrate {text}: the network was trained on {dataset}; use that, or a folder")
+    else:
+        pixels = _image_files(Path(source), DATASETS[dataset].shape)
+        images = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), DATASETS[dataset], "calibrate")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order[: int(number) if number else None]]
+
+
+def _image_files(folder: Path, shape: tuple[int, int, int]) -> Tensor:
+    """Every image file below `folder`: uint8 [N, C, H, W]."""
+    from torchvision import transforms
+    from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if folder.is_dir() else []
+    if len(files) < 2:
+        raise NeuronMergingError(
+            f"--calibrate {folder}: neither a data set's name nor a folder with two images or more"
+        )
+    channels, height, width = shape
+    cut = transforms.Compose(
+        [
+            transforms.Resize(min(height, width)),
+            transforms.CenterCrop((height, width)),
+            *([transforms.Grayscale()] if channels == 1 else []),
+            transforms.PILToTensor(),
+        ]
+    )
+    try:
+        return torch.stack([cut(default_loader(file)) for file in files])
+    except (OSError, ValueError) as error:
+        raise NeuronMergingError(f"--calibrate {folder}: a file is no image that can be read: {error}") from error
 
 
 def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:

@@ -24,13 +24,15 @@ _SETTINGS = (
     "lamda",
     "checkpoint_sha256",
 )
+_OPTIONAL = ("probe", "probe_samples", "ridge", "seed", "calibrate")  # of methods that came later
 
 Row = dict[str, Any]
 
 
 def key(row: Row) -> str:
     """What makes two rows the same measurement: all settings and the checkpoint's content."""
-    return json.dumps([row[name] for name in _SETTINGS])
+    split = row.get("split", "test")
+    return json.dumps([*(row[name] for name in _SETTINGS), *(row.get(name) for name in _OPTIONAL), split])
 
 
 def load(path: Path = ROWS) -> list[Row]:

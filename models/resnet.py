@@ -58,5 +58,5 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
-        x = F.avg_pool2d(F.relu(x), 8)  # [B, 64, 1, 1]
+        x = F.adaptive_avg_pool2d(F.relu(x), 1)  # [B, 64, 1, 1]
         return self.fc(x.flatten(1))

@@ -34,7 +34,7 @@ class VGG(nn.Module):
                 before, width = width, next(left)
                 layers += [conv3x3(before, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         self.feature = nn.Sequential(*layers)
-        self.pool = nn.AvgPool2d(2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(
             nn.Linear(width, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, num_classes)
         )

@@ -69,5 +69,5 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        x = F.avg_pool2d(F.relu(self.bn1(x)), 8)  # [B, 64k, 1, 1]
+        x = F.adaptive_avg_pool2d(F.relu(self.bn1(x)), 1)  # [B, 64k, 1, 1]
         return self.fc(x.flatten(1))

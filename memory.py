@@ -1,0 +1,31 @@
+"""Peak memory of a piece of work, in MB (10⁶ bytes)."""
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset(device: torch.device) -> None:
+    """Begin to measure; where the system cannot forget an earlier peak (not Linux, not CUDA), it stays part of the answer."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+
+
+def peak(device: torch.device) -> float:
+    """The most memory that the GPU, or this process with all its libraries on a CPU, has held since `reset`."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    try:
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    except (OSError, StopIteration):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
+        return round(most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6, 1)

@@ -1,0 +1,101 @@
+"""Inputs made up from the network itself: what restoration and the choice of widths look at instead of data (ours).
+
+Noise with the statistics of images (or of nothing, for a network that does not look at images) is moved one step along
+the gradient of a random class, so that it says a little of what the network tells apart.
+"""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from errors import NeuronMergingError
+from trace import CONVS, NORMS
+
+CHUNK = 64  # samples that are normalised together in the class step
+PINK, WHITE = 1.2, 0.15  # standard deviations of the two kinds of noise
+
+
+def make(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    samples: int | None = None,
+    *,
+    kind: str = "auto",
+    step: float = 0.4,
+    seed: int = 1,
+) -> Tensor:
+    """A probe [samples, *shape] for `model`, float32 on its device; the same for the same seed on a CPU.
+
+    kind: "pink", "white", or "auto": pink noise where the network normalises what it sees and the first layer is a
+    convolution, weak white noise elsewhere. samples: 256, or 4096 where the first layer is linear, which sees a single
+    row in every sample. step: length of the class step in standard deviations of the noise, 0 for none.
+    Raises NeuronMergingError for an unknown kind or a shape that the network does not take.
+    """
+    if kind not in PROBES:
+        raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(PROBES)}")
+    convolves = isinstance(next(m for m in model.modules() if isinstance(m, (*CONVS, nn.Linear))), CONVS)
+    if kind == "auto":
+        kind = "pink" if convolves and any(isinstance(m, NORMS) for m in model.modules()) else "white"
+    samples = samples or (256 if convolves else 4096)
+    random = torch.Generator().manual_seed(seed)
+    parameter = next(model.parameters())
+    noise = PROBES[kind](samples, shape, random).to(parameter.device)
+    if step == 0:
+        return noise
+    return noise + step * noise.std() * _class_direction(model, noise, random)
+
+
+def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """[samples, C, …]: amplitude 1/f as in photographs, cut out of larger noise; channels correlated by 0.9, std `PINK`."""
+    channels, *sides = shape
+    large = [2 * side for side in sides]
+    axes = tuple(range(2, 2 + len(sides)))
+    white = torch.randn(samples, 1 + channels, *large, generator=random)
+    spectrum = torch.fft.rfftn(white, dim=axes)
+    noise = torch.fft.irfftn(spectrum * _frequency(large, 1.0), s=large, dim=axes)
+    corner = [torch.randint(0, side + 1, (1,), generator=random).item() for side in sides]
+    for axis, start, side in zip(axes, corner, sides):
+        noise = noise.narrow(axis, start, side)
+    noise = math.sqrt(0.9) * noise[:, :1] + math.sqrt(0.1) * noise[:, 1:]
+    return PINK * noise / noise.std(dim=(0, *axes), keepdim=True)
+
+
+def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """[samples, …]: independent Gaussian values of std `WHITE`."""
+    return WHITE * torch.randn(samples, *shape, generator=random)
+
+
+PROBES = {"auto": None, "pink": pink, "white": white}
+
+
+def _frequency(sides: list[int], power: float) -> Tensor:
+    """|f|^−power on the grid of rfftn, 0 at f = 0."""
+    grids = [torch.fft.fftfreq(side) for side in sides[:-1]] + [torch.fft.rfftfreq(sides[-1])]
+    f = sum(g**2 for g in torch.meshgrid(*grids, indexing="ij")).sqrt()
+    return torch.where(f > 0, f.clamp(min=1e-12) ** -power, 0)
+
+
+def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Tensor:
+    """The gradient of a random class's logit by every sample, smoothed (amplitude · f^−½), each of rms 1 (or 0)."""
+    model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            module.train()
+            module.momentum = 0.0
+    gradients = []
+    for part in x.float().chunk(math.ceil(len(x) / CHUNK)):
+        part = part.clone().requires_grad_()
+        with torch.enable_grad():
+            logits = model(part).flatten(1)
+            chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
+            gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
+    g = torch.cat(gradients)
+    sides = list(g.shape[2:])
+    if sides and min(sides) > 1:
+        axes = tuple(range(2, g.ndim))
+        spectrum = torch.fft.rfftn(g, dim=axes) * _frequency(sides, 0.5).to(g.device)
+        g = torch.fft.irfftn(spectrum, s=sides, dim=axes)
+    rms = g.flatten(1).pow(2).mean(1).sqrt().view(-1, *[1] * (g.ndim - 1))
+    return torch.where(rms > 0, g / rms, 0)

@@ -1,0 +1,121 @@
+"""Rivals of merging and restoration, for comparison: other people's compensations, with the same kept widths.
+
+lbyl: every dropped filter as a ridge combination of all kept ones ("Look before you leap", arXiv 2502.08474).
+fold: filters clustered, each cluster one filter, with a data-free repair of its variance (arXiv 2502.10216).
+re-estimation: BatchNorm statistics measured anew on real images; not data-free.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+
+from decompose import Decomposition, Neurons, read, rebuild
+from trace import NORMS, Unit
+
+LBYL_RIDGE = 1e-2  # λ₁ and λ₂
+
+
+def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
+    """Z [P, N] of the least-squares combination of kept filters, with terms for what BatchNorm makes of it.
+
+    For filter p with X = W[keep]ᵀ, y = w_p and g = γ_p/σ_p:
+        α = (XᵀX + λ₁ g² a aᵀ + λ₂ diag(k²))⁻¹ (Xᵀy + λ₁ g (g μ_p − β_p) a)
+    with a_j = μ_j − σ_j β_j / γ_j and k_j = (γ_p/γ_j)(σ_j/σ_p), and Z[:, p] = k ∘ α. Without BatchNorm a = 0, k = 1.
+    """
+    W, N = neurons.W, len(neurons.W)
+    drop = torch.ones(N, dtype=torch.bool, device=W.device)
+    drop[keep] = False
+    drop = drop.nonzero().squeeze(1)
+    X, Y = W[keep], W[drop]  # [P, D], [Q, D]
+    a, k = W.new_zeros(len(keep)), W.new_ones(len(drop), len(keep))
+    g, b = W.new_zeros(len(drop)), W.new_zeros(len(drop))
+    if neurons.bn is not None:
+        gamma, beta, mu, _, sigma = neurons.bn.of(keep)
+        usable = gamma.abs() > 1e-6
+        a = torch.where(usable, mu - sigma * beta / gamma, 0)
+        gamma_p, beta_p, mu_p, _, sigma_p = neurons.bn.of(drop)
+        g, b = gamma_p / sigma_p, gamma_p * mu_p / sigma_p - beta_p  # [Q]
+        k = torch.where(usable, g[:, None] * sigma / gamma, 0)
+    size = X.pow(2).sum(1).mean()  # the ridge is relative to the filters' own scale
+    penalty = (LBYL_RIDGE * k**2).clamp(min=1e-8 * size)
+    matrix = X @ X.T + LBYL_RIDGE * (g**2)[:, None, None] * torch.outer(a, a) + torch.diag_embed(penalty)  # [Q, P, P]
+    right = Y @ X.T + LBYL_RIDGE * (g * b)[:, None] * a  # [Q, P]
+    alpha = torch.linalg.solve(matrix, right)
+    Z = W.new_zeros(len(keep), N)
+    Z[torch.arange(len(keep)), keep] = 1
+    Z[:, drop] = (k * alpha).T
+    return Decomposition(keep, Z)
+
+
+def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: int = 0) -> nn.Module:
+    """A smaller copy of `model`: the neurons of every unit in `widths[i]` clusters, each replaced by its centroid.
+
+    All members of a cluster are made equal to it, then one stands in for the others, which is exact. With BatchNorm the
+    filters are compared and averaged as it scales them, and the centroid's variance is brought back to that of its members
+    by N_c / √(N_c + (N_c² − N_c) c̄) with c̄ their mean cosine.
+    """
+    clustered, parts = copy.deepcopy(model), []
+    for unit, P in zip(units, widths):
+        neurons = read(model, unit)
+        W, bn = neurons.W, neurons.bn
+        if bn is not None:
+            slope = bn.gamma / (bn.var + bn.eps).sqrt()
+            W, shift = W * slope[:, None], slope * bn.mu
+        points = W if bn is None else torch.cat([W, (bn.beta - shift)[:, None]], 1)
+        label = torch.from_numpy(KMeans(P, n_init=3, random_state=seed).fit(points.cpu().numpy()).labels_).long()
+        Z = F.one_hot(label.to(W.device), P).T.double()  # [P, N]
+        keep, order = Z.argmax(1).sort()  # the first member of every cluster
+        parts.append(Decomposition(keep, Z[order]))
+        count = Z.sum(1, keepdim=True)
+        average = Z.T @ (Z / count)  # [N, N]: the mean over a neuron's cluster
+        layer = clustered.get_submodule(unit.layer)
+        mean = average @ W
+        if bn is None and layer.bias is not None:
+            mean, bias = mean[:, :-1], mean[:, -1]
+        else:
+            bias = torch.zeros_like(label)  # a BatchNorm has taken it in
+        _fill(layer.weight, mean)
+        if layer.bias is not None:
+            _fill(layer.bias, bias)
+        if bn is not None:
+            direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            gamma = count.squeeze(1) / (Z @ direction).norm(dim=1).clamp(
+                min=1e-12
+            )  # Σ of all cosines = ‖Σ directions‖²
+            _replace_norm(clustered.get_submodule(unit.bn), Z.T @ gamma, average @ bn.beta, average @ shift)
+    return rebuild(clustered, units, parts)
+
+
+def _fill(parameter: nn.Parameter, value: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value.view_as(parameter))
+
+
+def _replace_norm(bn: nn.Module, gamma: Tensor, beta: Tensor, mean: Tensor) -> None:
+    """Make a BatchNorm compute γ (u − mean) + β."""
+    bn.running_mean.copy_(mean)
+    bn.running_var.fill_(1 - bn.eps)
+    bn.affine = True
+    bn.weight, bn.bias = (nn.Parameter(value.to(bn.running_mean.dtype)) for value in (gamma, beta))
+
+
+def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
+    """Measure the statistics of every BatchNorm anew on `images` [B, …]; changes and returns `model`."""
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    momenta = [bn.momentum for bn in norms]
+    model.eval()
+    for bn in norms:
+        bn.reset_running_stats()
+        bn.momentum = None  # the plain average over batches
+        bn.train()
+    with torch.no_grad():
+        for part in images.chunk(math.ceil(len(images) / batch_size)):
+            model(part)
+    for bn, momentum in zip(norms, momenta):
+        bn.momentum = momentum
+    return model.eval()

@@ -1,0 +1,436 @@
+"""Restoration: what it must not lose, what it must not touch, the activations and graphs it takes, its probe, its rivals."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import Ridge as ScikitRidge
+from torch import nn
+
+import probe
+import restore as R
+from data import calibration
+from decompose import choose, decompose, rebuild
+from errors import NeuronMergingError
+from methods import METHODS, Settings
+from models import build
+from restore import Options, patches, restore
+from rivals import fold, lbyl, reestimate
+from tests.conftest import example
+from tests.test_rebuild import plant_multiples, without_batchnorm
+from trace import units
+
+DEFAULT = Options()
+RIVALS = ("lbyl", "fold", "prune-bn", "merge-bn")
+
+
+NARROW = {  # one of each family, thin: what is tested does not depend on the width
+    "LeNet": ("LeNet_300_100", (), None),
+    "VGG-11": ("VGG", (11,), (16, 16, 24, 24, 32, 32, 32, 32)),
+    "ResNet-8": ("ResNet", (8,), None),
+    "WRN-10-2": ("WideResNet", (10, 2), None),
+}
+
+
+@pytest.fixture(params=NARROW)
+def network(request):
+    torch.manual_seed(0)
+    arch, depth_wide, widths = NARROW[request.param]
+    model = build(arch, depth_wide, widths=widths)
+    with torch.no_grad():
+        for bn in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            bn.weight.uniform_(0.5, 1.5)
+            bn.bias.normal_(0, 0.3)
+            bn.momentum = 1.0
+        model.train()(example(model, 64))
+    return model.eval()
+
+
+def widths_of(model, found):
+    return [len(model.get_submodule(unit.layer).weight) for unit in found]
+
+
+def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=DEFAULT):
+    found = units(model)
+    widths = widths or [n // 2 for n in widths_of(model, found)]
+    X = probe.make(model, shape, samples, seed=seed)
+    return restore(model, found, choose(model, found, widths, criterion), X, options)
+
+
+def shape_of(model):
+    return tuple(example(model, 1).shape[1:])
+
+
+def duplicate(model):
+    """Make every neuron of the second half of a unit the twin of one of the first half, which is to be kept."""
+    kept = []
+    for unit in units(model):
+        for module in (model.get_submodule(name) for name in (unit.layer, unit.bn) if name):
+            for w in (*module.parameters(recurse=False), *(b for b in module.buffers() if b.ndim)):
+                half = len(w) // 2
+                w[half : 2 * half] = w[:half]
+        N = len(model.get_submodule(unit.layer).weight)
+        kept.append(torch.tensor([*range(N // 2), *range(N // 2 * 2, N)]))
+    return kept
+
+
+def distance(a, b, x):
+    with torch.no_grad():
+        return float((a(x) - b(x)).norm() / a(x).norm())
+
+
+@torch.no_grad()
+def test_keeping_everything_changes_nothing(network):
+    small = restored(network, shape_of(network), widths_of(network, units(network)))
+    x = example(network)
+    assert torch.allclose(small(x), network(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("batchnorm", [True, False], ids=["batchnorm", "no-batchnorm"])
+@torch.no_grad()
+def test_exact_duplicates_are_lossless(network, batchnorm):
+    model = copy.deepcopy(network) if batchnorm else without_batchnorm(network)
+    kept = duplicate(model)
+    x = example(model)
+    small = restore(model, units(model), kept, probe.make(model, shape_of(model), 64))
+    assert model(x).std() > 0.05
+    assert torch.allclose(small(x), model(x), atol=1e-3)
+
+
+@torch.no_grad()
+def test_exact_multiples_without_batchnorm_are_lossless(network):
+    model = without_batchnorm(network)
+    widths = plant_multiples(model)
+    x = example(model)
+    assert torch.allclose(restored(model, shape_of(model), widths)(x), model(x), atol=1e-3)
+
+
+def test_nearer_to_the_original_than_pruning_and_merging(network):
+    """On the inputs that the network was normalised for, with random weights: half of every unit's neurons."""
+    if type(network).__name__ == "LeNet_300_100":
+        pytest.skip("random linear layers without structure: nothing to restore")
+    found, x = units(network), example(network, 64)
+    widths = [n // 2 for n in widths_of(network, found)]
+    kept = choose(network, found, widths, "l2-norm")
+    small = restore(network, found, kept, x)
+    for kind in ("prune", "merge"):
+        rival = rebuild(network, found, decompose(network, found, widths, "l2-norm", kind, t=0.1, lam=0.85))
+        assert distance(network, small, x) < 0.8 * distance(network, rival, x)
+
+
+def test_topology_and_widths_are_those_of_pruning(network):
+    found = units(network)
+    widths = [n // 2 for n in widths_of(network, found)]
+    small = restored(network, shape_of(network), widths)
+    pruned = rebuild(network, found, decompose(network, found, widths, "l2-norm", "prune"))
+    before, after = pruned.state_dict(), small.state_dict()
+    assert {name: w.shape for name, w in before.items()} == {n: w.shape for n, w in after.items() if n in before}
+    assert all(name.endswith("conv2.bias") for name in after.keys() - before.keys())  # intercepts without a BatchNorm
+
+
+def test_the_original_is_left_as_it_was(network):
+    network.train()
+    before = copy.deepcopy(network.state_dict())
+    small = restored(network, shape_of(network))
+    assert all(torch.equal(w, network.state_dict()[name]) for name, w in before.items())
+    assert all(module.training for module in [*network.modules(), *small.modules()])
+    assert all(parameter.requires_grad for parameter in small.parameters())
+
+
+@torch.no_grad()
+def test_the_same_seed_gives_the_same_network(network):
+    first, second, third = (restored(network, shape_of(network), seed=seed) for seed in (1, 1, 2))
+    x = example(network)
+    assert torch.equal(first(x), second(x))
+    assert not torch.equal(first(x), third(x))
+
+
+# ---------------------------------------------------------------- graphs
+
+
+class Chain(nn.Module):
+    """conv–BatchNorm–activation twice, then a linear layer behind a pooled flatten."""
+
+    def __init__(self, activation):
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, stride=2, padding=2, dilation=2)
+        self.na, self.nb = nn.BatchNorm2d(16), nn.BatchNorm2d(24)
+        self.activation, self.fc = activation, nn.Linear(24 * 4, 10)
+        self.na.momentum = self.nb.momentum = 1.0
+        self.train()(torch.randn(64, 3, 16, 16))
+        self.eval()
+
+    def forward(self, x):
+        x = self.activation(self.nb(self.b(self.activation(self.na(self.a(x))))))
+        return self.fc(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.GELU(), nn.SiLU(), nn.LeakyReLU(0.1), nn.ReLU6(), nn.ReLU(inplace=True), nn.SiLU(inplace=True)],
+    ids=lambda a: type(a).__name__ + ("_" if getattr(a, "inplace", False) else ""),
+)
+def test_any_elementwise_activation(activation):
+    model, x = Chain(activation), torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    found = units(model)
+    kept = choose(model, found, [8, 12], "l2-norm")
+    small = restore(model, found, kept, x)
+    pruned = rebuild(model, found, decompose(model, found, [8, 12], "l2-norm", "prune"))
+    assert distance(model, small, x) < 0.9 * distance(model, pruned, x)
+    assert getattr(small.activation, "inplace", False) == getattr(activation, "inplace", False)
+    if not isinstance(activation, nn.ReLU):
+        with pytest.raises(NeuronMergingError, match=f"goes through {type(activation).__name__}.*prune or restore"):
+            decompose(model, found, [8, 12], "l2-norm", "merge")
+
+
+class Late(nn.Module):
+    """A residual block as torchvision writes it: the shortcut is computed after the branch, and the sum is in place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 1)
+        self.conv1, self.bn1 = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(12, 10)
+        self.bn1.momentum = self.bn2.momentum = 1.0
+        self.train()(torch.randn(64, 3, 8, 8))
+        self.eval()
+
+    def forward(self, x):
+        x = self.relu(self.stem(x))
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += self.down(x)
+        return self.fc(self.relu(out).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_a_stream_is_known_before_the_branch_that_repairs_it():
+    model, x = Late(), torch.randn(32, 3, 8, 8)
+    found = units(model)
+    walk = R._Lockstep(*(copy.deepcopy(model) for _ in range(2)), found, [torch.arange(16)], Options())
+    (stream,) = (walk._stream(n) for n in walk.graph.nodes if n.target == "conv2")
+    assert stream.target == "down"
+    small = restore(model, found, [torch.arange(16)], x)
+    assert torch.allclose(
+        small(x), model(x), atol=1e-5
+    )  # nothing dropped: sums in place are computed as they are written
+    kept = choose(model, found, [8], "l2-norm")
+    pruned = rebuild(model, found, decompose(model, found, [8], "l2-norm", "prune"))
+    assert distance(model, restore(model, found, kept, x), x) < 0.8 * distance(model, pruned, x)
+
+
+def test_what_is_read_after_being_overwritten_is_what_overwrote_it():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = x * 1.0
+            F.relu(x, inplace=True)
+            return self.c(self.b(F.relu(self.a(x)))) + x.sum(1, keepdim=True)
+
+    model, x = Net().eval(), torch.randn(16, 8)
+    found = units(model)
+    small = restore(model, found, [torch.arange(len(model.get_submodule(u.layer).weight)) for u in found], x)
+    with torch.no_grad():
+        assert torch.allclose(small(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121", "efficientnet_b0", "squeezenet1_1"])
+@torch.no_grad()
+def test_networks_that_nobody_here_wrote(name):
+    import torchvision
+
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=10)
+    x = torch.randn(8, 3, 64, 64)
+    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        bn.momentum = 1.0
+    model.train()(x)
+    model.eval()
+    found = units(model)
+    assert found
+    full = [torch.arange(n) for n in widths_of(model, found)]
+    X = probe.make(model, (3, 64, 64), 8)
+    assert torch.allclose(restore(model, found, full, X)(x), model(x), atol=1e-3)
+    small = restore(model, found, choose(model, found, [max(1, n // 2) for n in widths_of(model, found)], "l1-norm"), X)
+    assert torch.isfinite(small(x)).all() and small(x).shape == model(x).shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions_come_back_as_they_were(dtype):
+    model = Chain(nn.ReLU()).to(dtype)
+    small = restored(model, (3, 16, 16))
+    assert {w.dtype for w in small.state_dict().values() if w.is_floating_point()} == {dtype}
+
+
+def test_inputs_that_do_not_fit_are_named():
+    model = Chain(nn.ReLU())
+    found = units(model)
+    with pytest.raises(NeuronMergingError, match=r"cannot be restored on inputs of shape \[4, 5, 16, 16\]"):
+        restore(model, found, choose(model, found, [8, 12], "l1-norm"), torch.randn(4, 5, 16, 16))
+
+
+# ---------------------------------------------------------------- the regression
+
+
+@pytest.mark.parametrize("n", [200, 20], ids=["primal", "dual"])
+def test_ridge_is_scikit_learns(n):
+    random = torch.Generator().manual_seed(0)
+    U, R_ = torch.randn(n, 30, generator=random) + 2, torch.randn(n, 5, generator=random)
+    ridge = 0.1
+    energy = U.var(0, correction=0).double()
+    penalty = ridge * energy + 0.1 * ridge * energy.mean() + 1e-10
+    scaled = (U.double() / penalty.sqrt()).numpy()  # a penalty per feature is a scaling of the features
+    oracle = ScikitRidge(alpha=n, fit_intercept=True).fit(scaled, R_.double().numpy())
+    ours = R.Ridge(U, ridge)(R_)
+    assert np.allclose(ours.numpy(), oracle.coef_ / penalty.sqrt().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, (3, 5), stride=2, padding=(0, 2)), nn.Conv2d(3, 4, 3, dilation=2),
+        nn.Conv2d(3, 4, 3, padding="same"), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv1d(3, 4, 5, padding=2, stride=3), nn.Conv3d(3, 4, 3, padding=1),
+    ],
+    ids=str,
+)  # fmt: skip
+@torch.no_grad()
+def test_patches_are_what_a_convolution_sees(conv):
+    sides = len(conv.kernel_size)
+    x = torch.randn(2, 3, *[9, 8, 7][:sides])
+    y = conv(x)
+    rows = torch.arange(y.numel() // y.shape[1])
+    computed = patches(x, conv, rows) @ R._matrix(conv).T + conv.bias
+    assert torch.allclose(computed, y.movedim(1, -1).flatten(0, -2), atol=1e-5)
+    assert torch.equal(patches(x, conv, rows[3::5]), patches(x, conv, rows)[3::5])
+
+
+@pytest.mark.parametrize(
+    "switch",
+    ["patches", "probe_statistics", "closed_loop", "repair", "refit", "relu_steps"],
+)
+def test_every_part_can_be_left_out(switch):
+    torch.manual_seed(0)
+    model = build("ResNet", (8,))
+    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        bn.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(64, 3, 32, 32))
+    model.eval()
+    whole, without = (restored(model, (3, 32, 32), options=o) for o in (Options(), Options(**{switch: False})))
+    x = torch.randn(4, 3, 32, 32)
+    assert distance(whole, without, x) > 1e-4
+    assert distance(model, without, x) < 1
+
+
+# ---------------------------------------------------------------- probes and calibration
+
+
+def test_pink_noise_has_the_spectrum_of_photographs():
+    x = probe.pink(64, (3, 32, 32), torch.Generator().manual_seed(0))
+    assert x.shape == (64, 3, 32, 32)
+    assert torch.allclose(x.std(dim=(0, 2, 3)), torch.full((3,), probe.PINK), atol=1e-3)
+    power = torch.fft.rfft2(x).abs().mean((0, 1))
+    assert power[0, 2] > 2.5 * power[0, 8] > 0
+    between = np.corrcoef(x[:, 0].flatten(), x[:, 1].flatten())[0, 1]
+    assert 0.8 < between < 0.97
+
+
+def test_the_class_step_raises_a_class(network):
+    """The added direction is of the stated length and moves logits more than noise of the same length does."""
+    shape = shape_of(network)
+    noise, moved = (probe.make(network, shape, 32, step=step) for step in (0, 0.4))
+    step = moved - noise
+    rms = step.flatten(1).pow(2).mean(1).sqrt()
+    assert torch.allclose(rms, 0.4 * noise.std().expand(32), rtol=1e-3)
+
+
+def test_the_probe_chooses_itself(network):
+    shape = shape_of(network)
+    made = probe.make(network, shape)
+    linear = len(shape_of(network)) == 3 and shape[0] == 1
+    assert len(made) == (4096 if linear else 256)
+    assert torch.equal(made, probe.make(network, shape, kind="white" if linear else "pink"))
+    with pytest.raises(NeuronMergingError, match="unknown --probe 'brown'"):
+        probe.make(network, shape, kind="brown")
+
+
+def test_a_network_that_is_constant_has_no_class_direction():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    nn.init.zeros_(model[1].weight)
+    assert torch.equal(probe.make(model, (4,), 8), probe.make(model, (4,), 8, step=0))
+
+
+def test_calibration_reads_a_folder_of_images(tmp_path):
+    from torchvision.transforms.functional import to_pil_image
+
+    for i in range(3):
+        to_pil_image(torch.full((3, 40, 50), 40 * i, dtype=torch.uint8)).save(tmp_path / f"{i}.png")
+    images = calibration(str(tmp_path), "cifar10", tmp_path)
+    assert images.pixels.shape == (3, 3, 32, 32)
+    assert sorted(images.pixels[:, 0, 0, 0].tolist()) == [0, 40, 80]
+    assert len(calibration(f"{tmp_path}:2", "cifar10", tmp_path)) == 2
+    (tmp_path / "3.png").write_bytes(b"no image")
+    with pytest.raises(NeuronMergingError, match="a file is no image"):
+        calibration(str(tmp_path), "cifar10", tmp_path)
+    with pytest.raises(NeuronMergingError, match="neither a data set's name nor a folder"):
+        calibration(str(tmp_path / "nothing"), "cifar10", tmp_path)
+
+
+# ---------------------------------------------------------------- rivals
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+@torch.no_grad()
+def test_rivals_give_the_same_topology(network, kind):
+    found, x = units(network), example(network, 64)
+    widths = [n // 2 for n in widths_of(network, found)]
+    small = METHODS[kind](network, found, widths, "l2-norm", Settings(shape_of(network), images=x))
+    pruned = METHODS["prune"](network, found, widths, "l2-norm", Settings())
+    assert {n: w.shape for n, w in small.state_dict().items()} == {n: w.shape for n, w in pruned.state_dict().items()}
+    assert torch.isfinite(small(x)).all()
+
+
+@torch.no_grad()
+def test_lbyl_is_exact_for_combinations_of_kept_filters_without_an_activation():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    model[0].weight[3:] = torch.randn(2, 3) @ model[0].weight[:3]
+    model[0].bias[3:] = torch.linalg.lstsq(model[0].weight[:3].T, model[0].weight[3:].T)[0].T @ model[0].bias[:3]
+    found = units(model)
+    import rivals
+    from decompose import read
+
+    rivals_ridge, rivals.LBYL_RIDGE = rivals.LBYL_RIDGE, 0.0
+    try:
+        part = lbyl(read(model, found[0]), torch.arange(3))
+    finally:
+        rivals.LBYL_RIDGE = rivals_ridge
+    x = torch.randn(8, 6)
+    assert torch.allclose(rebuild(model, found, [part])(x), model(x), atol=1e-4)
+
+
+@torch.no_grad()
+def test_folding_equal_filters_is_lossless(network):
+    model = copy.deepcopy(network)
+    widths = [len(kept) for kept in duplicate(model)]
+    found = units(model)
+    x = example(model)
+    assert torch.allclose(fold(model, found, widths)(x), model(x), atol=1e-3)
+
+
+@torch.no_grad()
+def test_reestimation_measures_the_images_it_is_given():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+    x = torch.randn(256, 3, 4, 4) * 3 + 1
+    again = reestimate(model, x)
+    assert not any(module.training for module in again.modules())
+    assert torch.allclose(again[1].running_mean, again[0](x).mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(again[1].running_var, again[0](x).var((0, 2, 3)), rtol=0.05)
