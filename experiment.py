@@ -112,7 +112,7 @@ class Experiment:
             "depth_wide": list(self.depth_wide),
             "dataset": self.dataset,
             "type": self.model_type,
-            "criterion": self.criterion if compressed else None,
+            "criterion": self.criterion if compressed and self.model_type != "fold" else None,  # clusters need none
             "ratio": self.effective_ratio,
             "widths_rule": (self.widths if isinstance(self.widths, str) else list(self.widths)) if compressed else None,
             "threshold": self.threshold if compressed else None,

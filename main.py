@@ -308,12 +308,15 @@ def save(path: Path, model: "torch.nn.Module", row: dict[str, Any]) -> None:
 def summary(row: dict[str, Any]) -> str:
     """A row for people."""
     network = " ".join([row["arch"], "-".join(map(str, row["depth_wide"]))]).strip()
-    title = f"{network} on {row['dataset']}: {row['type'] if row['criterion'] else row['checkpoint']}"
-    if row["criterion"]:
+    shrunk = row["type"] != "original"
+    title = f"{network} on {row['dataset']}: {row['type'] if shrunk else row['checkpoint']}"
+    if shrunk:
         chosen = f"ratio {row['ratio']}" if row["ratio"] is not None else f"widths {','.join(map(str, row['widths']))}"
-        title += f", {row['criterion']}, {chosen}"
+        title += "".join(f", {part}" for part in (row["criterion"], chosen) if part)
+        if row["calibrate"]:
+            title += f", looking at {row['calibrate']}"
     known = row["accuracy_checkpoint"]
-    lines = [title, f"{'':<12}{'original':>16}{row['type'] if row['criterion'] else 'measured':>16}"]
+    lines = [title, f"{'':<12}{'original':>16}{row['type'] if shrunk else 'measured':>16}"]
     before = "" if known is None else f"{known:.2f} %"
     lines.append(f"{'accuracy':<12}{before:>16}{row['accuracy']:>14.2f} %   {row['correct']:,} of {row['total']:,}")
     for label, key in (("parameters", "params"), ("MACs", "macs")):

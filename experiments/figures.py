@@ -3,11 +3,13 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from decompose import CRITERIA
+from experiments.beyond import IMAGES
 from experiments.grid import Grid
 from experiments.rows import Row, published, published_key
 from files import write_atomically
@@ -17,33 +19,48 @@ plt.rcParams["svg.hashsalt"] = "neuron-merging"  # the same rows make the same f
 
 # Okabe & Ito's colours, which stay apart for colour-blind readers; the marker says the same once more.
 OTHER = ("#009E73", "d", "-")  # a compensation that has no style of its own yet
-STYLES = {"prune": ("#999999", "s", "-"), "merge": ("#0072B2", "o", "-"), "merge-derived": ("#D55E00", "^", ":")}
+STYLES = {
+    "prune": ("#999999", "s", "-"),
+    "merge": ("#0072B2", "o", "-"),
+    "merge-derived": ("#D55E00", "^", ":"),
+    "lbyl": ("#E69F00", "v", "-"),
+    "fold": ("#CC79A7", "P", "-"),
+    "restore": ("#009E73", "d", "-"),
+    f"restore, {IMAGES} real images": ("#009E73", "d", ":"),
+}
+PAPER = ("prune", "merge", "merge-derived")
+BEYOND = tuple(name for name in STYLES if name != "merge-derived")
 
 
-def accuracy_against_ratio(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) -> None:
-    """Draw the rows of one grid and checkpoint, published accuracies as hollow markers, into each of `paths`."""
+def accuracy_against_ratio(
+    grid: Grid, measured: Sequence[Row], paths: Sequence[Path], kinds: Sequence[str] = PAPER
+) -> None:
+    """Draw the rows of one grid and checkpoint, the mean where there are seeds, into each of `paths`.
+
+    `kinds`: the lines, by the names of STYLES. Published accuracies are hollow markers.
+    """
     paper = published()
     baseline = next((row["accuracy"] for row in measured if row["type"] == "original"), None)
     figure, axes = plt.subplots(1, len(CRITERIA), figsize=(10, 3.4), sharey=True, layout="constrained")
     for axis, criterion in zip(axes, CRITERIA):
-        of_criterion = [row for row in measured if row["criterion"] == criterion]
-        for kind in dict.fromkeys(row["type"] for row in of_criterion):
+        for kind in kinds:
+            line = _line(measured, kind, criterion, grid)
+            if not line:
+                continue
             color, marker, dash = STYLES.get(kind, OTHER)
-            line = sorted((row for row in of_criterion if row["type"] == kind), key=lambda row: row["ratio"])
-            ratios = [100 * row["ratio"] for row in line]
-            axis.plot(
-                ratios,
-                [row["accuracy"] for row in line],
-                color=color,
-                marker=marker,
-                linestyle=dash,
-                markersize=6 if dash == "-" else 3,
-                label=kind,
-            )
-            known = [(100 * row["ratio"], paper[published_key(row)]) for row in line if published_key(row) in paper]
+            ratios = [100 * ratio for ratio in line]
+            size = 6 if dash == "-" else 3
+            axis.plot(ratios, line.values(), color=color, marker=marker, linestyle=dash, markersize=size, label=kind)
+            keys = [published_key(r) for r in measured if (r["type"], r["criterion"]) == (kind, criterion)]
+            known = {(100 * key[-1], paper[key]) for key in keys if key in paper}
             if known:
                 axis.scatter(
-                    *zip(*known), marker=marker, s=90, facecolors="none", edgecolors=color, label=f"{kind} (published)"
+                    *zip(*sorted(known)),
+                    marker=marker,
+                    s=90,
+                    facecolors="none",
+                    edgecolors=color,
+                    label=f"{kind} (published)",
                 )
         if baseline is not None:
             axis.axhline(baseline, color="black", linewidth=0.8, linestyle="--", label="original")
@@ -55,9 +72,22 @@ def accuracy_against_ratio(grid: Grid, measured: Sequence[Row], paths: Sequence[
     handles = {}
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=8
+    )
     figure.suptitle(f"{grid.title}: accuracy without fine-tuning")
-    _write(figure, paths)
+    write(figure, paths)
+
+
+def _line(measured: Sequence[Row], kind: str, criterion: str, grid: Grid) -> dict[float, float]:
+    """Ratio → accuracy, the mean over seeds, in order. Clusters have no criterion: they are drawn with the grid's main one."""
+    name, looks = kind.removesuffix(f", {IMAGES} real images"), kind.endswith("real images")
+    of = criterion if name != "fold" else None if criterion == grid.criterion else "nowhere"
+    values: dict[float, list[float]] = {}
+    for row in measured:
+        if (row["type"], row["criterion"], row.get("calibrate") is not None) == (name, of, looks) and row["ratio"]:
+            values.setdefault(row["ratio"], []).append(row["accuracy"])
+    return {ratio: mean(values[ratio]) for ratio in sorted(values)}
 
 
 def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) -> None:
@@ -77,10 +107,11 @@ def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) 
         "the paper's widths" if measured["ratio"] is None else f"{100 * measured['ratio']:.0f} % of the neurons dropped"
     )
     axis.set_title(f"{title}, {measured['criterion']}, {ratio}: feature maps of {measured['images']} test images")
-    _write(figure, paths)
+    write(figure, paths)
 
 
-def _write(figure: plt.Figure, paths: Sequence[Path]) -> None:
+def write(figure: plt.Figure, paths: Sequence[Path]) -> None:
+    """Save `figure` into each of `paths`, in the format of its ending, the same bytes for the same content."""
     for path in paths:
         buffer = io.BytesIO()
         figure.savefig(

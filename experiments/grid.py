@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,8 @@ class Grid:
     depth_wide: tuple[int, ...]
     dataset: str
     ratios: tuple[float, ...]
+    criterion: str = "l2-norm"  # what rivals are compared with
+    uniform_ratios: tuple[float, ...] = ()  # for restoration, where the paper fixes the widths
 
     @property
     def checkpoint(self) -> Path:
@@ -41,34 +43,43 @@ class Grid:
         """Name of the figure's files, without their ending."""
         return "_".join([self.arch, *map(str, self.depth_wide), self.dataset])
 
-    def experiments(self, pretrained: Path | None = None) -> Iterator[Experiment]:
-        """The original, then every compensation by criterion and ratio."""
-        pretrained = pretrained or self.checkpoint
-        yield Experiment(self.arch, self.dataset, pretrained, self.depth_wide)
+    def experiments(self) -> Iterator[Experiment]:
+        """The paper's: the original, then every compensation by criterion and ratio."""
+        yield Experiment(self.arch, self.dataset, self.checkpoint, self.depth_wide)
         for criterion in CRITERIA:
             for ratio in self.ratios:
                 for compensation in COMPENSATIONS:
                     yield Experiment(
-                        self.arch, self.dataset, pretrained, self.depth_wide, compensation, criterion, ratio
+                        self.arch, self.dataset, self.checkpoint, self.depth_wide, compensation, criterion, ratio
                     )
 
 
 GRIDS = {
-    "lenet": Grid("LeNet-300-100 on FashionMNIST", "LeNet_300_100", (), "FashionMNIST", (0.5, 0.6, 0.7, 0.8)),
-    "vgg": Grid("VGG-16 on CIFAR-10", "VGG", (16,), "cifar10", (0.5,)),
+    "lenet": Grid(
+        "LeNet-300-100 on FashionMNIST", "LeNet_300_100", (), "FashionMNIST", (0.5, 0.6, 0.7, 0.8), "l1-norm"
+    ),
+    "vgg": Grid("VGG-16 on CIFAR-10", "VGG", (16,), "cifar10", (0.5,), uniform_ratios=(0.1, 0.2, 0.3, 0.4, 0.5)),
     "resnet": Grid("ResNet-56 on CIFAR-10", "ResNet", (56,), "cifar10", CIFAR_RATIOS),
     "wideresnet": Grid("WideResNet-40-4 on CIFAR-10", "WideResNet", (40, 4), "cifar10", CIFAR_RATIOS),
 }
 
 
-def run(grid: Grid, images: Images, device: torch.device, path: Path, pretrained: Path | None = None) -> list[rows.Row]:
-    """Measure the experiments of a grid whose rows `path` does not hold yet; all rows of the grid's checkpoint.
+def run(
+    grid: Grid,
+    images: Images,
+    device: torch.device,
+    path: Path,
+    pretrained: Path | None = None,
+    experiments: Iterable[Experiment] | None = None,
+) -> list[rows.Row]:
+    """Measure the experiments (the grid's own) whose rows `path` does not hold yet; all rows of the grid's checkpoint.
 
-    Interrupt it when you like: every row is on disk before the next begins.
+    Interrupt it when you like: every row is on disk before the next begins. `pretrained`: another checkpoint than shipped.
     """
     done = {rows.key(row) for row in rows.load(path)}
     checkpoint = sha256(pretrained or grid.checkpoint)
-    for experiment in tqdm(list(grid.experiments(pretrained)), grid.title, unit="row", leave=False, disable=None):
+    wanted = [replace(e, pretrained=pretrained or grid.checkpoint) for e in experiments or grid.experiments()]
+    for experiment in tqdm(wanted, grid.title, unit="row", leave=False, disable=None):
         if rows.key(experiment.settings() | {"checkpoint_sha256": checkpoint}) not in done:
             rows.append(measure(experiment, images, device), path)
     return [row for row in rows.load(path) if row["checkpoint_sha256"] == checkpoint]
@@ -76,10 +87,15 @@ def run(grid: Grid, images: Images, device: torch.device, path: Path, pretrained
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the grids of all checkpoints that are there, or of one network and checkpoint."""
+    """Run the experiments of all checkpoints that are there, or of one network and checkpoint."""
+    from experiments import beyond  # which builds on the grids
+
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("network", nargs="?", choices=GRIDS, help="[every network whose checkpoint is there]")
     parser.add_argument("--pretrained", type=Path, help="another checkpoint of that network")
+    parser.add_argument(
+        "--paper", action="store_true", help="the paper's experiments only, without ours and its rivals"
+    )
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=Path, default=rows.ROWS, help="file the rows go to [%(default)s]")
@@ -94,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{grid.title}: no checkpoint yet ({grid.checkpoint.name})")
             continue
         images = load(grid.dataset, "test", args.data or settings.data_folder())
-        measured = run(grid, images, device, args.rows, args.pretrained)
+        wanted = [*grid.experiments(), *(() if args.paper else beyond.experiments(grid))]
+        measured = run(grid, images, device, args.rows, args.pretrained, wanted)
         print(f"{grid.title}: {len(measured)} rows in {args.rows}")
     return 0
 

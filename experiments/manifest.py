@@ -12,7 +12,7 @@ import settings
 from data import load
 from experiment import Experiment, measure
 from experiments import command
-from experiments.grid import GRIDS, PRETRAINED, Grid
+from experiments.grid import GRIDS, PRETRAINED
 from files import write_atomically
 from models import load_checkpoint
 
@@ -29,31 +29,36 @@ def shipped() -> set[str]:
     return {entry["sha256"] for entry in read().values()}
 
 
-def entry(grid: Grid) -> dict[str, Any]:
-    """Evaluate the file as it is shipped and put down what it says of itself."""
-    about = load_checkpoint(grid.checkpoint).about
-    row = measure(
-        Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide),
-        load(grid.dataset, "test", settings.data_folder()),
-        torch.device("cpu"),
-    )
+def entry(title: str, experiment: Experiment, split: str) -> dict[str, Any]:
+    """Evaluate the file as it is shipped, on the `split` of its data set, and put down what it says of itself."""
+    path = experiment.pretrained
+    about = load_checkpoint(path).about
+    row = measure(experiment, load(experiment.dataset, split, settings.data_folder()), torch.device("cpu"))
     return {
-        "what": f"{grid.title}, epoch {about.get('epochs')} (the last)",
+        "what": f"{title}, epoch {about.get('epochs')} (the last)",
         "command": about.get("command"),
         "accuracy": row["accuracy"],
         "correct": row["correct"],
         "total": row["total"],
+        "split": row["split"],
         "parameters": row["params"],
-        "bytes": grid.checkpoint.stat().st_size,
+        "bytes": path.stat().st_size,
         "sha256": row["checkpoint_sha256"],
     }
+
+
+def workbench() -> Experiment:
+    """The network that settings are chosen on (experiments/tuning.py)."""
+    return Experiment("ResNet", "cifar10", PRETRAINED / "ResNet.cifar10.fit.20.pth.tar", (20,))
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild the manifest from the checkpoints in pretrained/."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
-    entries = {grid.checkpoint.name: entry(grid) for grid in GRIDS.values() if grid.checkpoint.exists()}
+    files = [(g.title, Experiment(g.arch, g.dataset, g.checkpoint, g.depth_wide), "test") for g in GRIDS.values()]
+    files.append(("ResNet-20 on CIFAR-10 without the val images, to choose settings on", workbench(), "val"))
+    entries = {e.pretrained.name: entry(title, e, split) for title, e, split in files if e.pretrained.exists()}
     text = json.dumps(entries, indent=2) + "\n"
     write_atomically(MANIFEST, lambda file: file.write(text.encode()))
     print(text, end="")

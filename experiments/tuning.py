@@ -20,6 +20,7 @@ import probe
 import settings
 from data import Images, load
 from decompose import choose
+from errors import NeuronMergingError
 from evaluate import accuracy
 from experiment import Experiment, calibration, kept_widths
 from experiment import load as load_network
@@ -32,6 +33,8 @@ from restore import Options, restore
 from trace import units
 
 FOLDER = RESULTS / "tuning"
+DOCS = RESULTS.parent / "docs" / "restore.md"
+BEGIN, END = "<!-- ablation: made by `make tuning` -->", "<!-- end of ablation -->"
 SEEDS = (1, 2)
 IMAGES = 2000  # of the held-out ones
 
@@ -152,6 +155,13 @@ def table(rows: Sequence[dict[str, Any]], variants: Sequence[str]) -> str:
     return markdown(["", *(f"{name} {100 * ratio:.0f} %" for name, ratio in columns)], lines)
 
 
+def with_ablation(text: str, rows: Sequence[dict[str, Any]]) -> str:
+    """docs/restore.md with its ablation table rebuilt."""
+    if BEGIN not in text or END not in text:
+        raise NeuronMergingError(f"{DOCS.name} has lost the lines {BEGIN} and {END}")
+    return f"{text.split(BEGIN)[0]}{BEGIN}\n{table(rows, list(ABLATIONS))}\n{END}{text.split(END)[1]}"
+
+
 def document(rows: Sequence[dict[str, Any]]) -> str:
     """results/tuning/TABLES.md."""
     return (
@@ -169,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     rows = run(FOLDER / "rows.jsonl")
     text = document(rows)
-    write_atomically(FOLDER / "TABLES.md", lambda file: file.write(text.encode()))
+    docs = with_ablation(DOCS.read_text(encoding="utf-8"), rows)
+    for path, content in ((FOLDER / "TABLES.md", text), (DOCS, docs)):
+        write_atomically(path, lambda file, content=content: file.write(content.encode()))
     print(text)
     return 0
 

@@ -8,7 +8,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
     echo "usage: bash scripts/$(basename "$0")$1 [-- main.py's options]"
-    [[ $1 == *-t* ]] && echo "  -t  original, prune, merge (published form) or merge-derived   [merge]"
+    [[ $1 == *-t* ]] && echo "  -t  original, prune, merge (published form), merge-derived, restore (ours), lbyl or fold   [merge]"
     [[ $1 == *-c* ]] && echo "  -c  which neurons stay: l1-norm, l2-norm or l2-GM              [l1-norm]"
     [[ $1 == *-r* ]] && echo "  -r  share of neurons to drop, in [0, 1)                        [0.5]"
     echo "  -h  this text; main.py's options: python main.py --help"

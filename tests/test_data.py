@@ -145,3 +145,14 @@ def test_labels_that_cannot_be_are_refused(tmp_path, labels):
         warnings.simplefilter("ignore")
         with pytest.raises(NeuronMergingError, match=r"damaged|not what it should be"):
             load("cifar10", "test", tmp_path)
+
+
+def test_the_held_out_split_is_fixed_and_apart(data_folder):
+    whole, held_out, rest = (load("FashionMNIST", split, data_folder) for split in ("train", "val", "fit"))
+    assert (len(held_out), len(rest)) == (5000, 55000)
+    assert held_out.split == "val"
+    again = load("FashionMNIST", "val", data_folder)
+    assert torch.equal(held_out.pixels, again.pixels)
+    total = whole.pixels.double().sum()
+    assert held_out.pixels.double().sum() + rest.pixels.double().sum() == total
+    assert held_out.labels.bincount().min() > 400  # every class is there

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from decompose import decompose, rebuild
-from experiments import demo, features, figures, grid, manifest, rows, tables
+from experiments import beyond, demo, features, figures, grid, manifest, rows, tables, tuning
 from experiments.grid import GRIDS
 from trace import units
 
@@ -141,3 +142,47 @@ def test_figures_are_written_whole(tmp_path):
     figures.feature_errors("A network", measured, [tmp_path / "errors.png", tmp_path / "errors.svg"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.png", "errors.svg"]
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+
+
+def test_what_goes_beyond_the_paper_is_listed_once():
+    listed = list(beyond.experiments(GRIDS["vgg"]))
+    assert len({json.dumps(e.settings()) for e in listed}) == len(listed)
+    assert {e.model_type for e in listed} == {"prune", "merge", *beyond.DATA_FREE, *beyond.LOOKS}
+    assert all(e.calibrate == "cifar10:512" for e in listed if e.model_type.endswith("-bn"))
+    assert {e.ratio for e in listed if e.widths == "uniform"} == {0.1, 0.2, 0.3, 0.4, 0.5}
+
+
+def test_a_table_beyond_the_paper_shows_means_and_says_what_looked_at_images():
+    base = {"criterion": "l1-norm", "ratio": 0.5, "widths_rule": "published", "calibrate": None}
+    measured = [base | {"type": "restore", "seed": seed, "accuracy": 80.0 + seed} for seed in (1, 2, 3)]
+    measured += [base | {"type": "lbyl", "accuracy": 70.0}]
+    measured += [base | {"type": "fold", "criterion": None, "seed": 1, "accuracy": 60.0}]
+    measured += [base | {"type": "restore", "calibrate": "cifar10:512", "seed": 1, "accuracy": 90.0}]
+    header, lines = beyond.table(measured)
+    assert lines == [["l1-norm", "50 %", "", "", "70.00", "60.00", "82.00 ± 1.00", "", "", "90.00"]]
+    assert header[-1] == "restore (512 images)"
+
+
+def test_tuning_measures_what_is_missing_and_rebuilds_the_tables(tmp_path, monkeypatch, data_folder, capsys):
+    bench = replace(tuning.BENCHES["LeNet-300-100"], ratios=(0.8,))
+    monkeypatch.setattr(tuning, "BENCHES", {"LeNet-300-100": bench})
+    monkeypatch.setattr(tuning, "SWEEP", {})
+    monkeypatch.setattr(
+        tuning, "ABLATIONS", {"restore, as it is": tuning.Variant(), "half": tuning.Variant({"ridge": 0.5})}
+    )
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    docs = tmp_path / "restore.md"
+    docs.write_text(f"before\n{tuning.BEGIN}\nold\n{tuning.END}\nafter\n")
+    monkeypatch.setattr(tuning, "DOCS", docs)
+    assert tuning.main([]) == 0
+    measured = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(measured) == 4
+    assert tuning.main([]) == 0  # nothing is left to do
+    assert (tmp_path / "rows.jsonl").read_text().splitlines() == measured
+    assert "| half |" in docs.read_text() and "old" not in docs.read_text()
+
+
+def test_the_tuning_tables_match_their_rows():
+    measured = [json.loads(line) for line in (tuning.FOLDER / "rows.jsonl").read_text().splitlines()]
+    assert (tuning.FOLDER / "TABLES.md").read_text() == tuning.document(measured)
+    assert tuning.DOCS.read_text() == tuning.with_ablation(tuning.DOCS.read_text(), measured)

@@ -14,6 +14,7 @@ import settings
 from decompose import COMPENSATIONS, CRITERIA
 from errors import NeuronMergingError
 from files import write_atomically
+from methods import METHODS
 from models import NETWORKS
 from tests.conftest import ROOT
 from tests.literal import FORMS
@@ -202,9 +203,40 @@ def test_help_names_everything_that_can_be_chosen_and_needs_no_pytorch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"}
     )
     assert done.returncode == 0, done.stderr
-    for name in [*NETWORKS, *CRITERIA, *FORMS]:
+    for name in [*NETWORKS, *CRITERIA, *FORMS, *METHODS]:
         assert name in done.stdout
     assert list(NETWORKS) == list(settings.NETWORKS)
+
+
+def test_restoration_by_command_reloads_and_says_what_it_took(cli, pretrained, tmp_path):
+    saved = tmp_path / "small.pth.tar"
+    options = ["--pretrained", pretrained, "--model-type", "restore", "--pruning-ratio", 0.8, "--probe-samples", 512]
+    done = cli(*options, "--evaluate", "--save", saved, "--json", "-")
+    row = json.loads(done.out)
+    assert (row["type"], row["probe"], row["probe_samples"], row["ridge"], row["seed"]) == (
+        "restore",
+        "auto",
+        512,
+        0.03,
+        1,
+    )
+    assert row["peak_mb"] > 50
+    assert "peak memory" in done.err
+    merged = json.loads(
+        cli(
+            "--pretrained", pretrained, "--model-type", "merge", "--pruning-ratio", 0.8, "--evaluate", "--json", "-"
+        ).out
+    )
+    assert row["accuracy"] > merged["accuracy"] + 3
+    assert (row["params"], row["macs"], row["widths"]) == (merged["params"], merged["macs"], merged["widths"])
+    again = json.loads(cli("--pretrained", saved, "--evaluate", "--json", "-").out)
+    assert again["correct"] == row["correct"]
+
+
+def test_settings_are_chosen_on_held_out_images(cli, pretrained, data_folder):
+    done = cli("--pretrained", pretrained, "--evaluate", "--split", "val", "--data", data_folder, "--json", "-")
+    row = json.loads(done.out)
+    assert (row["split"], row["total"]) == ("val", 5000)
 
 
 # ---------------------------------------------------------------- bad input
@@ -282,6 +314,16 @@ BAD = {
     "sparse": (["--pretrained", "{sparse}"], "sparse or quantised"),
     "recipe": (["--recipe", "slow"], "unknown recipe 'slow'"),
     "epochs": (["--epochs", "0"], "at least 1"),
+    "split": (["--split", "train"], "unknown --split 'train': choose test or val"),
+    "probe": (["--model-type", "restore", "--probe", "brown"], "unknown --probe 'brown'"),
+    "ridge": (["--model-type", "restore", "--ridge", "-1"], "--ridge cannot be negative"),
+    "ridge nan": (["--model-type", "restore", "--ridge", "nan"], "--ridge cannot be negative"),
+    "probe samples": (["--model-type", "restore", "--probe-samples", "1"], "--probe-samples has to be at least 2"),
+    "nothing to look at": (["--model-type", "merge-bn"], "give --calibrate, such as FashionMNIST:512"),
+    "nobody who looks": (["--model-type", "merge", "--calibrate", "FashionMNIST:9"], "merge needs no data"),
+    "another network's images": (["--model-type", "restore", "--calibrate", "cifar10:9"], "was trained on FashionMNIST"),
+    "no images": (["--model-type", "restore", "--calibrate", "{tmp}:9"], "neither a data set's name nor a folder"),
+    "one image": (["--model-type", "restore", "--calibrate", "{tmp}:1"], "at least 2 images"),
     "save into a file's folder": (["--save", "{lenet}/small.pth.tar"], "cannot write"),
     "save into nowhere": (["--save", "/proc/nowhere/small.pth.tar"], "cannot write"),
     "save onto a folder": (["--save", "{tmp}"], "is a folder"),

@@ -13,9 +13,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_example_runs(capsys):
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_python_examples_run(capsys):
+    example, restoration = blocks("python")
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    merged = names["small"]
+    exec(compile(restoration, "README.md", "exec"), names)
+    restored = names["small"]
+    assert [w.shape for w in restored.parameters()] == [w.shape for w in merged.parameters()]
     out = capsys.readouterr().out
     assert "0 -> 4" in out and "4 -> 9" in out
     assert "9 stays whole: its output is an output of the network" in out

@@ -83,9 +83,25 @@ def test_what_passes(name):
     assert [unit.layer for unit in units(Net(between, **modules))] == ["first"]
 
 
+BENDS = {
+    "sigmoid": (lambda m, x: x.sigmoid(), {}),
+    "GELU": (lambda m, x: m.act(x.relu()), {"act": nn.GELU()}),
+    "leaky_relu": (lambda m, x: F.leaky_relu(x), {}),
+    "ReLU6": (lambda m, x: m.act(x), {"act": nn.ReLU6()}),
+}
+
+
+@pytest.mark.parametrize("name", BENDS)
+def test_activations_that_a_scale_does_not_pass_are_named(name):
+    between, modules = BENDS[name]
+    (unit,) = units(Net(between, **modules))
+    assert unit.activation == name
+    assert unit.relu == (name == "GELU")
+
+
 LEFT_OUT = {
-    "a sigmoid": (lambda m, x: x.sigmoid(), {}, "sigmoid"),
-    "a GELU": (lambda m, x: m.act(x), {"act": nn.GELU()}, "GELU"),
+    "a softmax": (lambda m, x: x.softmax(1), {}, "softmax"),
+    "a PReLU": (lambda m, x: m.act(x), {"act": nn.PReLU(8)}, "PReLU"),
     "a residual sum": (lambda m, x: x + x.relu(), {}, "2 times"),
     "a constant": (lambda m, x: x + 1, {}, "add"),
     "a permutation": (lambda m, x: x.permute(0, 1, 3, 2), {}, "permute"),

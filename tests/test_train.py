@@ -299,3 +299,18 @@ def test_ctrl_c_on_the_command_line(cli, fashion, tmp_path, monkeypatch):
     short = ["--epochs", 1, "--schedule", 1, "--gammas", 1]
     assert "another recipe" in cli("--save", tmp_path / "x", "--resume", *short).err
     assert main.main(["--save", str(tmp_path / "y"), "--resume", *map(str, short)]) == 2
+
+
+def test_the_fast_recipe_shows_small_images_first():
+    recipe = settings.recipe("ResNet", "fast")
+    assert [train.image_share(recipe, p) for p in (0, 0.39, 0.4, 0.69, 0.7, 1)] == [0.5, 0.5, 0.75, 0.75, 1, 1]
+    assert train.image_share(settings.recipe("LeNet_300_100", "fast"), 0) == 1
+    assert train.image_share(settings.recipe("ResNet"), 0) == 1
+    x, _, _ = next(train.batches(images("cifar10"), 16, seed=1, share=0.75))
+    assert x.shape == (16, 3, 24, 24)
+
+
+@pytest.mark.parametrize(("arch", "depth_wide"), [("ResNet", (8,)), ("WideResNet", (10, 1)), ("VGG", (11,))])
+def test_convolutional_networks_take_small_images(arch, depth_wide):
+    for side in (16, 24, 32):
+        assert build(arch, depth_wide)(torch.randn(2, 3, side, side)).shape == (2, 10)

@@ -1,0 +1,70 @@
+"""What goes beyond the paper: restoration (ours) and its rivals, in the paper's cells; experiments and their table."""
+
+from collections.abc import Iterator, Sequence
+from statistics import mean
+
+from decompose import CRITERIA
+from experiment import Experiment
+from experiments.grid import Grid
+from experiments.rows import Row
+from methods import LOOKING
+
+SEEDS = (1, 2, 3)
+IMAGES = 512  # that the data-using references look at
+DATA_FREE, LOOKS = ("prune", "merge", "lbyl", "fold", "restore"), (*LOOKING, "restore")
+
+
+def experiments(grid: Grid) -> Iterator[Experiment]:
+    """Restoration for every criterion and ratio; rivals and, named as such, data-using references for the main criterion.
+
+    VGG-16, whose widths the paper fixes, also with uniform ones.
+    """
+    cells = [(criterion, ratio, "published") for criterion in CRITERIA for ratio in grid.ratios]
+    cells += [(grid.criterion, ratio, "uniform") for ratio in grid.uniform_ratios]
+    for criterion, ratio, widths in cells:
+        about = {"criterion": criterion, "ratio": ratio, "widths": widths}
+        if widths == "uniform":
+            yield from (_experiment(grid, kind, **about) for kind in ("prune", "merge"))
+        yield from (_experiment(grid, "restore", seed=seed, **about) for seed in SEEDS)
+        if criterion == grid.criterion:
+            yield _experiment(grid, "lbyl", **about)
+            yield from (_experiment(grid, "fold", seed=seed, **about) for seed in SEEDS)
+            yield from (_experiment(grid, kind, calibrate=f"{grid.dataset}:{IMAGES}", **about) for kind in LOOKS)
+
+
+def _experiment(grid: Grid, kind: str, **about: object) -> Experiment:
+    return Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, kind, **about)
+
+
+def kind(row: Row) -> tuple[str, bool]:
+    """The type of a row, and whether it looked at real images."""
+    return row["type"], row.get("calibrate") is not None
+
+
+def cell(measured: Sequence[Row]) -> str:
+    """An accuracy, or the mean over seeds ± half the range."""
+    values = [row["accuracy"] for row in measured]
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return f"{mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
+
+
+def table(measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: a line for every criterion and ratio, data-free methods first, then those that look at images."""
+    columns = [*((name, False) for name in DATA_FREE), *((name, True) for name in LOOKS)]
+    shrunk = [row for row in measured if row["type"] != "original"]
+    lines = []
+    for criterion in CRITERIA:
+        for rule, ratio in sorted(
+            {(str(r["widths_rule"]), r["ratio"]) for r in shrunk}, key=lambda c: (c[0], c[1] or 0)
+        ):
+            here = [r for r in shrunk if (str(r["widths_rule"]), r["ratio"]) == (rule, ratio)]
+            # clusters have no criterion: fold stands in the lines of the one that its rivals are measured with
+            chosen = {c: [r for r in here if kind(r) == c and r["criterion"] == criterion] for c in columns}
+            if chosen["lbyl", False]:
+                chosen["fold", False] = [r for r in here if r["type"] == "fold"]
+            if chosen["restore", False]:
+                label = "published widths" if ratio is None else f"{100 * ratio:.0f} %"
+                lines.append([criterion, label, *(cell(chosen[c]) for c in columns)])
+    header = ["criterion", "ratio", *DATA_FREE[:-1], "**restore (ours)**"]
+    return [*header, *(f"{name} ({IMAGES} images)" for name in LOOKS)], lines
