@@ -114,8 +114,8 @@ def _gram(U: Tensor, blocks: int = 8) -> Tensor:
     A, size = U.new_empty(features, features), max(64, -(-features // blocks))
     for start in range(0, features, size):
         rows = slice(start, start + size)
-        A[rows, start:] = U[:, rows].T @ U[:, start:]
-        A[start:, rows] = A[rows, start:].T
+        block = U[:, rows].T @ U[:, start:]
+        A[rows, start:], A[start:, rows] = block, block.T
     return A
 
 
