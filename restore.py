@@ -175,7 +175,7 @@ class _Lockstep:
             return probe
         if node.args:
             return node.args[0]
-        raise NeuronMergingError(f"the network takes a second input, {node.target}: restoration knows how to make one")
+        raise NeuronMergingError(f"the network takes a second input, {node.target}: restoration can make up one only")
 
     def _run(self, node: fx.Node, modules: dict[str, nn.Module], values: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)

@@ -126,6 +126,14 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
             of_checkpoint = [row for row in measured if checkpoint(row) == name]
             header, lines = beyond.table(of_checkpoint)
             if lines:
+                brief = [line[1 : 2 + len(beyond.DATA_FREE)] for line in lines if line[0] == grid.criterion]
+                title = f"**Beyond the paper: {grid.title}, {grid.criterion}**"
+                summary += [
+                    f"{title}, checkpoint *{name}*, no data used (accuracy in %)",
+                    "",
+                    markdown(header[1 : 2 + len(beyond.DATA_FREE)], brief),
+                    "",
+                ]
                 tables += [
                     f"### Beyond the paper: {grid.title}, checkpoint *{name}*",
                     "",
