@@ -35,6 +35,9 @@ manifest: .venv/runtime ## evaluate the shipped checkpoints and rebuild pretrain
 tuning: .venv/runtime ## how restoration's settings were chosen, on held-out training images (results/tuning/)
 	@$(RUN) -m experiments.tuning
 
+sketch: .venv/runtime ## redraw the figure of docs/restore.md
+	@$(RUN) -m experiments.sketch
+
 bench: .venv/runtime ## time the method against a literal loop (results/BENCH.md)
 	@$(RUN) -m experiments.bench
 
@@ -59,4 +62,4 @@ clean: ## remove the environment and everything a run leaves behind
 	@touch $@
 
 .NOTPARALLEL: # rows before tables
-.PHONY: help demo test lint rows features reproduce tables check-tables manifest tuning bench bench-train clean
+.PHONY: help demo test lint rows features reproduce tables check-tables manifest tuning sketch bench bench-train clean

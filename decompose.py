@@ -103,7 +103,7 @@ def merge(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposit
     of BatchNorm (see `merge_derived`) and are kept, since the published numbers were made with them: the variance v
     stands where the standard deviation is meant, and n and m have changed places against s.
     """
-    drop = _others(neurons.W, keep)
+    drop = others(neurons.W, keep)
     cos, s = _similarity(neurons.W, keep, drop)
     usable = s > 0  # a filter of zeros can neither be scaled up nor be replaced
     scale = s
@@ -126,7 +126,7 @@ def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> De
     """
     if neurons.bn is None:
         return merge(neurons, keep, t=t, lam=lam)
-    drop = _others(neurons.W, keep)
+    drop = others(neurons.W, keep)
     cos, s = _similarity(neurons.W, keep, drop)
     gamma, beta, mu, _, sigma = neurons.bn.of(drop)  # [Q]
     gamma_m, beta_m, mu_m, _, sigma_m = neurons.bn.of(keep, column=True)  # [P, 1]
@@ -140,7 +140,7 @@ def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> De
     return Decomposition(keep, Z, shift if shift.any() else None)
 
 
-def _others(W: Tensor, keep: Tensor) -> Tensor:
+def others(W: Tensor, keep: Tensor) -> Tensor:
     """Indices [Q], ascending, of the neurons that are not kept."""
     dropped = torch.ones(len(W), dtype=torch.bool, device=W.device)
     dropped[keep] = False

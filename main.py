@@ -116,7 +116,9 @@ def parser() -> Parser:
     method.add_argument(
         "--probe-samples", type=int, metavar="N", help="restore: how many of them [as the network asks]"
     )
-    method.add_argument("--ridge", type=float, default=0.03, metavar="L", help="restore: ridge λ [%(default)s]")
+    method.add_argument(
+        "--ridge", type=float, default=settings.RIDGE, metavar="L", help="restore: ridge λ [%(default)s]"
+    )
     method.add_argument(
         "--calibrate",
         metavar="WHAT",

@@ -35,16 +35,25 @@ def make(
     """
     if kind not in PROBES:
         raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(PROBES)}")
-    convolves = isinstance(next(m for m in model.modules() if isinstance(m, (*CONVS, nn.Linear))), CONVS)
     if kind == "auto":
-        kind = "pink" if convolves and any(isinstance(m, NORMS) for m in model.modules()) else "white"
-    samples = samples or (256 if convolves else 4096)
+        kind = "pink" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
+    samples = samples or default_samples(model)
     random = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
     noise = PROBES[kind](samples, shape, random).to(parameter.device)
     if step == 0:
         return noise
     return noise + step * noise.std() * _class_direction(model, noise, random)
+
+
+def default_samples(model: nn.Module) -> int:
+    """How many samples a probe for `model` has where nothing else is said."""
+    return 256 if _convolves(model) else 4096
+
+
+def _convolves(model: nn.Module) -> bool:
+    """Whether the first layer is a convolution."""
+    return isinstance(next(m for m in model.modules() if isinstance(m, (*CONVS, nn.Linear))), CONVS)
 
 
 def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -88,7 +97,12 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
     for part in x.float().chunk(math.ceil(len(x) / CHUNK)):
         part = part.clone().requires_grad_()
         with torch.enable_grad():
-            logits = model(part).flatten(1)
+            try:
+                logits = model(part).flatten(1)
+            except RuntimeError as error:
+                raise NeuronMergingError(
+                    f"{type(model).__name__} does not take inputs of shape {list(x.shape)}: {str(error).splitlines()[0]}"
+                ) from error
             chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
             gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
     g = torch.cat(gradients)

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from decompose import Decomposition, merge_derived, prune, read, rebuild
 from errors import NeuronMergingError
+from settings import RIDGE
 from trace import CONVS, DROPOUT, NORMS, RELU, Unit
 
 ENTRIES = 2**27  # numbers in a matrix of patches, at most: 512 MB
@@ -34,7 +35,7 @@ ADDITIONS = {operator.add, torch.add, "add"}
 class Options:
     """What restoration does: one set for all networks and ratios. The switches are there to be ablated."""
 
-    ridge: float = 3e-2  # λ
+    ridge: float = RIDGE  # λ
     patches: bool = True  # regress on the whole receptive patch; else only mix channels
     probe_statistics: bool = True  # BatchNorms normalise the probe with its own statistics; else with the running ones
     closed_loop: bool = True  # regress on what the student sees; else on the teacher's kept activations
@@ -147,9 +148,7 @@ class _Lockstep:
         """Fit every layer; afterwards the student is ready for use."""
         streams = {node: self._stream(node) for node in self.graph.nodes if node.target in self.producer}
         order = _order(self.graph, streams)
-        last = {
-            source: node for node in order for source in (*node.all_input_nodes, *filter(None, [streams.get(node)]))
-        }
+        last = {source: node for node in order for source in _sources(node, streams)}
         expiring: dict[fx.Node, list[fx.Node]] = {}
         for source, node in last.items():
             expiring.setdefault(node, []).append(source)
@@ -372,23 +371,23 @@ def _channels(x: Tensor, keep: Tensor, layer: nn.Module) -> Tensor:
 def _order(graph: fx.Graph, streams: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
     """The graph's nodes in an order in which a consumer comes after the stream whose error it repairs, where that can be."""
     order: dict[fx.Node, None] = {}
-
-    def visit(node: fx.Node) -> None:
-        stack = [node]
-        while stack:
-            node = stack[-1]
-            stream = streams.get(node)
-            if stream is not None and node not in order and _depends(stream, node, streams):
-                streams[node] = stream = None
-            waiting = [n for n in (*node.all_input_nodes, *filter(None, [stream])) if n not in order]
-            if waiting:
-                stack += waiting
-            else:
-                order[stack.pop()] = None
-
-    for node in graph.nodes:
-        visit(node)
+    stack = list(reversed(graph.nodes))
+    while stack:
+        node = stack[-1]
+        stream = streams.get(node)
+        if stream is not None and node not in order and _depends(stream, node, streams):
+            streams[node] = None
+        waiting = [source for source in _sources(node, streams) if source not in order]
+        if waiting:
+            stack += waiting
+        else:
+            order[stack.pop()] = None
     return list(order)
+
+
+def _sources(node: fx.Node, streams: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
+    """What has to be computed before `node`: what it reads and, of a consumer, the stream that it repairs."""
+    return [*node.all_input_nodes, *filter(None, [streams.get(node)])]
 
 
 def _depends(node: fx.Node, on: fx.Node, streams: dict[fx.Node, fx.Node | None]) -> bool:
@@ -399,7 +398,7 @@ def _depends(node: fx.Node, on: fx.Node, streams: dict[fx.Node, fx.Node | None])
             return True
         if node not in seen:
             seen.add(node)
-            stack += [*node.all_input_nodes, *filter(None, [streams.get(node)])]
+            stack += _sources(node, streams)
     return False
 
 

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from decompose import Decomposition, Neurons, read, rebuild
+from decompose import Decomposition, Neurons, others, read, rebuild
 from trace import NORMS, Unit
 
 LBYL_RIDGE = 1e-2  # λ₁ and λ₂
@@ -28,9 +27,7 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
     with a_j = μ_j − σ_j β_j / γ_j and k_j = (γ_p/γ_j)(σ_j/σ_p), and Z[:, p] = k ∘ α. Without BatchNorm a = 0, k = 1.
     """
     W, N = neurons.W, len(neurons.W)
-    drop = torch.ones(N, dtype=torch.bool, device=W.device)
-    drop[keep] = False
-    drop = drop.nonzero().squeeze(1)
+    drop = others(W, keep)
     X, Y = W[keep], W[drop]  # [P, D], [Q, D]
     a, k = W.new_zeros(len(keep)), W.new_ones(len(drop), len(keep))
     g, b = W.new_zeros(len(drop)), W.new_zeros(len(drop))
@@ -59,6 +56,8 @@ def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: i
     filters are compared and averaged as it scales them, and the centroid's variance is brought back to that of its members
     by N_c / √(N_c + (N_c² − N_c) c̄) with c̄ their mean cosine.
     """
+    from sklearn.cluster import KMeans  # here: it takes long to import, and nothing else needs it
+
     clustered, parts = copy.deepcopy(model), []
     for unit, P in zip(units, widths):
         neurons = read(model, unit)
@@ -84,9 +83,8 @@ def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: i
             _fill(layer.bias, bias)
         if bn is not None:
             direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
-            gamma = count.squeeze(1) / (Z @ direction).norm(dim=1).clamp(
-                min=1e-12
-            )  # Σ of all cosines = ‖Σ directions‖²
+            together = (Z @ direction).norm(dim=1)  # its square is the sum of all cosines of a cluster
+            gamma = count.squeeze(1) / together.clamp(min=1e-12)
             _replace_norm(clustered.get_submodule(unit.bn), Z.T @ gamma, average @ bn.beta, average @ shift)
     return rebuild(clustered, units, parts)
 

@@ -40,6 +40,7 @@ METHODS = {
     ("ResNet", "cifar10"): Method(0.1, 0.85),
     ("WideResNet", "cifar10"): Method(0.1, 0.8),
 }
+RIDGE = 3e-2  # λ of restoration (ours), for all networks and ratios
 DEFAULT_METHOD = Method(0.1, 0.85)  # where the paper has no experiment
 
 PUBLISHED_WIDTHS = {  # chosen by hand, whatever the ratio

@@ -1,7 +1,8 @@
 """The trainer: the paper's recipe and a short one, resumable to the same result, on one process or many (torchrun).
 
 The whole data set lies on the device as uint8; crops and flips are one gather a batch. What is saved is the last
-epoch: the paper's published code kept the epoch that was best on the *test* set, which we do not.
+epoch: the paper's published code kept the epoch that was best on the *test* set, which we do not. Where a recipe shows
+smaller images first, the curve's test accuracy is that at the epoch's own image size.
 """
 
 import contextlib

@@ -118,7 +118,9 @@ def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1)
     A folder's images ("DIR" or "DIR:N") are cut to the shape of `dataset`; their labels, unknown, are 0.
     Raises NeuronMergingError where there are none.
     """
-    source, _, number = text.rpartition(":") if text.rpartition(":")[2].isdigit() else (text, "", "")
+    source, _, number = text.rpartition(":")
+    if not number.isdigit():
+        source, number = text, ""
     if number and int(number) < 2:
         raise NeuronMergingError(f"--calibrate {text}: at least 2 images are needed")
     if source == dataset:
@@ -128,6 +130,8 @@ def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1)
     else:
         pixels = _image_files(Path(source), DATASETS[dataset].shape)
         images = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), DATASETS[dataset], "calibrate")
+    if number and int(number) > len(images):
+        raise NeuronMergingError(f"--calibrate {text}: there are only {len(images)} images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return images[order[: int(number) if number else None]]
 

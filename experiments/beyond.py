@@ -7,6 +7,7 @@ from decompose import CRITERIA
 from experiment import Experiment
 from experiments.grid import Grid
 from experiments.rows import Row
+from experiments.rows import ratio as ratio_label
 from methods import LOOKING
 
 SEEDS = (1, 2, 3)
@@ -36,6 +37,11 @@ def _experiment(grid: Grid, kind: str, **about: object) -> Experiment:
     return Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, kind, **about)
 
 
+def criterion_of(grid: Grid, row: Row) -> str:
+    """A row's criterion. Clusters have none: fold stands with the one that its rivals are measured with."""
+    return row["criterion"] or grid.criterion
+
+
 def kind(row: Row) -> tuple[str, bool]:
     """The type of a row, and whether it looked at real images."""
     return row["type"], row.get("calibrate") is not None
@@ -49,22 +55,17 @@ def cell(measured: Sequence[Row]) -> str:
     return f"{mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
 
 
-def table(measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: a line for every criterion and ratio, data-free methods first, then those that look at images."""
     columns = [*((name, False) for name in DATA_FREE), *((name, True) for name in LOOKS)]
     shrunk = [row for row in measured if row["type"] != "original"]
     lines = []
     for criterion in CRITERIA:
-        for rule, ratio in sorted(
-            {(str(r["widths_rule"]), r["ratio"]) for r in shrunk}, key=lambda c: (c[0], c[1] or 0)
-        ):
-            here = [r for r in shrunk if (str(r["widths_rule"]), r["ratio"]) == (rule, ratio)]
-            # clusters have no criterion: fold stands in the lines of the one that its rivals are measured with
-            chosen = {c: [r for r in here if kind(r) == c and r["criterion"] == criterion] for c in columns}
-            if chosen["lbyl", False]:
-                chosen["fold", False] = [r for r in here if r["type"] == "fold"]
-            if chosen["restore", False]:
-                label = "published widths" if ratio is None else f"{100 * ratio:.0f} %"
-                lines.append([criterion, label, *(cell(chosen[c]) for c in columns)])
+        of = [row for row in shrunk if criterion_of(grid, row) == criterion]
+        for rule, ratio in sorted({(r["widths_rule"], r["ratio"]) for r in of}, key=lambda c: (c[0], c[1] or 0)):
+            here = [r for r in of if (r["widths_rule"], r["ratio"]) == (rule, ratio)]
+            if any(kind(row) == ("restore", False) for row in here):
+                cells = (cell([row for row in here if kind(row) == column]) for column in columns)
+                lines.append([criterion, ratio_label(here[0]), *cells])
     header = ["criterion", "ratio", *DATA_FREE[:-1], "**restore (ours)**"]
     return [*header, *(f"{name} ({IMAGES} images)" for name in LOOKS)], lines

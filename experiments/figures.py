@@ -8,8 +8,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from decompose import CRITERIA
-from experiments.beyond import IMAGES
+from decompose import COMPENSATIONS, CRITERIA
+from experiments.beyond import IMAGES, criterion_of
 from experiments.grid import Grid
 from experiments.rows import Row, published, published_key
 from files import write_atomically
@@ -28,7 +28,7 @@ STYLES = {
     "restore": ("#009E73", "d", "-"),
     f"restore, {IMAGES} real images": ("#009E73", "d", ":"),
 }
-PAPER = ("prune", "merge", "merge-derived")
+PAPER = tuple(COMPENSATIONS)
 BEYOND = tuple(name for name in STYLES if name != "merge-derived")
 
 
@@ -80,14 +80,17 @@ def accuracy_against_ratio(
 
 
 def _line(measured: Sequence[Row], kind: str, criterion: str, grid: Grid) -> dict[float, float]:
-    """Ratio → accuracy, the mean over seeds, in order. Clusters have no criterion: they are drawn with the grid's main one."""
-    name, looks = kind.removesuffix(f", {IMAGES} real images"), kind.endswith("real images")
-    of = criterion if name != "fold" else None if criterion == grid.criterion else "nowhere"
+    """Ratio → accuracy, the mean over seeds, in order."""
     values: dict[float, list[float]] = {}
     for row in measured:
-        if (row["type"], row["criterion"], row.get("calibrate") is not None) == (name, of, looks) and row["ratio"]:
+        if label(row) == kind and criterion_of(grid, row) == criterion and row["ratio"]:
             values.setdefault(row["ratio"], []).append(row["accuracy"])
     return {ratio: mean(values[ratio]) for ratio in sorted(values)}
+
+
+def label(row: Row) -> str:
+    """Which line a row belongs to: its type, and whether it looked at real images."""
+    return row["type"] + (f", {IMAGES} real images" if row.get("calibrate") else "")
 
 
 def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) -> None:

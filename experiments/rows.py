@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def load(path: Path = ROWS) -> list[Row]:
         raise NeuronMergingError(f"{path} has a line that is no JSON object: {error}") from error
 
 
-def append(row: Row, path: Path = ROWS) -> bool:
-    """Add a row unless the same measurement is there; whether it was added. The file is locked meanwhile."""
+def append(row: Row, path: Path = ROWS, key: Callable[[Row], Hashable] = key) -> bool:
+    """Add a row unless the same measurement, by `key`, is there; whether it was added. The file is locked meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -55,6 +56,13 @@ def append(row: Row, path: Path = ROWS) -> bool:
             return False
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         return True
+
+
+def ratio(row: Row) -> str:
+    """A row's ratio for people."""
+    if row["ratio"] is not None:
+        return f"{100 * row['ratio']:.0f} %"
+    return "published widths" if row["type"] != "original" else "–"
 
 
 def published() -> dict[tuple, float]:

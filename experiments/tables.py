@@ -42,7 +42,7 @@ def full_table(measured: Sequence[Row]) -> str:
         known = paper.get(rows.published_key(row))
         lines.append(
             [
-                row["criterion"] or "–", ratio(row), row["type"], "" if known is None else f"{known:.2f}",
+                row["criterion"] or "–", rows.ratio(row), row["type"], "" if known is None else f"{known:.2f}",
                 f"{row['accuracy']:.2f}", f"{row['params']:,}", f"{row['macs']:,}",
                 f"{row['seconds_decompose']:.2f}", f"{checkpoint(row)} `{row['checkpoint_sha256'][:8]}`",
             ]
@@ -61,13 +61,6 @@ def full_table(measured: Sequence[Row]) -> str:
     return markdown(header, lines, right_from=3)
 
 
-def ratio(row: Row) -> str:
-    """A row's ratio for people."""
-    if row["ratio"] is not None:
-        return f"{100 * row['ratio']:.0f} %"
-    return "published widths" if row["widths"] else "–"
-
-
 def short_table(measured: Sequence[Row], criterion: str) -> str:
     """Prune and merge side by side for one criterion: published, measured with the published checkpoint (if so), with ours."""
     paper = rows.published()
@@ -78,7 +71,7 @@ def short_table(measured: Sequence[Row], criterion: str) -> str:
     for row in measured:
         if row["type"] == "original" or (row["criterion"] == criterion and row["type"] in ("prune", "merge")):
             for kind in ("prune", "merge") if row["type"] == "original" else (row["type"],):
-                line = cells.setdefault("0 % (original)" if row["type"] == "original" else ratio(row), {})
+                line = cells.setdefault("0 % (original)" if row["type"] == "original" else rows.ratio(row), {})
                 line[kind, checkpoint(row)] = f"{row['accuracy']:.2f}"
                 line[kind, None] = f"{paper[rows.published_key(row)]:.2f}" if rows.published_key(row) in paper else ""
     lines = [
@@ -89,10 +82,18 @@ def short_table(measured: Sequence[Row], criterion: str) -> str:
 
 
 def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
-    """The rows of a network that were measured with a checkpoint we can name."""
+    """The rows of a network's own experiments that were measured with a checkpoint we can name.
+
+    A row that somebody added with other settings (`main.py --append`) is in the file, but in no table.
+    """
     network = (grid.arch, list(grid.depth_wide), grid.dataset)
+    experiments = [e.settings() for e in (*grid.experiments(), *beyond.experiments(grid))]
+    named = {row["checkpoint_sha256"] for row in everything if checkpoint(row) is not None}
+    wanted = {rows.key(about | {"checkpoint_sha256": sha}) for about in experiments for sha in named}
     return [
-        r for r in everything if (r["arch"], r["depth_wide"], r["dataset"]) == network and checkpoint(r) is not None
+        row
+        for row in everything
+        if (row["arch"], row["depth_wide"], row["dataset"]) == network and rows.key(row) in wanted
     ]
 
 
@@ -102,8 +103,8 @@ Made by `make tables` from `rows.jsonl` and `published.csv`; never edited by han
 
 Accuracy on the test set in %, without fine-tuning. `merge` is the published form of the method, `merge-derived` the form
 that follows from the formulas (ours). The tables *beyond the paper* have `restore` (ours), `lbyl` and `fold` (other
-people's) at the same kept widths; whatever looked at real images says so. Where there is a ±, it is half the range of three
-seeds.
+people's; fold's clusters have no criterion) at the same kept widths; whatever looked at real images says so. Where there
+is a ±, it is half the range of three seeds.
 """
 
 
@@ -124,14 +125,15 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
             tables += [f"![{grid.title}: error of the feature maps](figures/{grid.figure}_features.png)", ""]
         for name in CHECKPOINTS:
             of_checkpoint = [row for row in measured if checkpoint(row) == name]
-            header, lines = beyond.table(of_checkpoint)
+            header, lines = beyond.table(grid, of_checkpoint)
             if lines:
-                brief = [line[1 : 2 + len(beyond.DATA_FREE)] for line in lines if line[0] == grid.criterion]
+                data_free = slice(1, 2 + len(beyond.DATA_FREE))
+                brief = [line[data_free] for line in lines if line[0] == grid.criterion]
                 title = f"**Beyond the paper: {grid.title}, {grid.criterion}**"
                 summary += [
                     f"{title}, checkpoint *{name}*, no data used (accuracy in %)",
                     "",
-                    markdown(header[1 : 2 + len(beyond.DATA_FREE)], brief),
+                    markdown(header[data_free], brief),
                     "",
                 ]
                 tables += [
@@ -142,11 +144,15 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
                 ]
         if has_beyond_figure(grid, measured):
             tables += [f"![{grid.title}: restoration and its rivals](figures/{grid.figure}_beyond.png)", ""]
-    readme = README.read_text(encoding="utf-8")
-    if BEGIN not in readme or END not in readme:
-        raise NeuronMergingError(f"README.md has lost the lines {BEGIN} and {END}")
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    return {TABLES: "\n".join(tables), README: f"{before}{BEGIN}\n" + "\n".join(summary) + END + after}
+    return {TABLES: "\n".join(tables), README: replaced(README, BEGIN, END, "\n".join(summary))}
+
+
+def replaced(path: Path, begin: str, end: str, content: str) -> str:
+    """The text of a file with what stands between two marker lines replaced. Raises NeuronMergingError without them."""
+    text = path.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise NeuronMergingError(f"{path.name} has lost the lines {begin} and {end}")
+    return f"{text.split(begin)[0]}{begin}\n{content}{end}{text.split(end)[1]}"
 
 
 def papers(measured: Sequence[Row]) -> list[Row]:

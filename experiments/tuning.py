@@ -5,12 +5,10 @@ shipped LeNet-300-100. `make tuning` measures what rows.jsonl does not hold yet 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -20,14 +18,14 @@ import probe
 import settings
 from data import Images, load
 from decompose import choose
-from errors import NeuronMergingError
 from evaluate import accuracy
 from experiment import Experiment, calibration, kept_widths
 from experiment import load as load_network
-from experiments import command
+from experiments import command, rows
+from experiments.beyond import cell
 from experiments.grid import PRETRAINED
-from experiments.rows import RESULTS
-from experiments.tables import markdown
+from experiments.rows import RESULTS, Row
+from experiments.tables import markdown, replaced
 from files import write_atomically
 from restore import Options, restore
 from trace import units
@@ -110,16 +108,20 @@ def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Ima
     if x is None:
         told = dict(variant.probe)
         if "samples" in told:
-            told["samples"] *= len(probe.make(model, images.dataset.shape, step=0))
+            told["samples"] *= probe.default_samples(model)
         x = probe.make(model, images.dataset.shape, seed=seed, **told)
     correct, total = accuracy(restore(model, found, keep, x, Options(**variant.options)), images)
     return round(100 * correct / total, 2)
 
 
-def run(path: Path) -> list[dict[str, Any]]:
+def key(row: Row) -> tuple:
+    """What makes two rows the same measurement."""
+    return row["network"], row["variant"], row["ratio"], row["seed"]
+
+
+def run(path: Path) -> list[Row]:
     """Measure every variant on every bench whose row `path` does not hold yet; all rows."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    done = {(row["network"], row["variant"], row["ratio"], row["seed"]) for row in rows}
+    done = {key(row) for row in rows.load(path)}
     todo = [
         (name, variant, ratio, seed)
         for name, bench in BENCHES.items()
@@ -128,7 +130,6 @@ def run(path: Path) -> list[dict[str, Any]]:
         for seed in SEEDS
         if (name, variant, ratio, seed) not in done
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
     loaded: dict[str, Images] = {}
     for name, variant, ratio, seed in tqdm(todo, "tuning", unit="row", leave=False, disable=None):
         bench = BENCHES[name]
@@ -136,40 +137,30 @@ def run(path: Path) -> list[dict[str, Any]]:
             loaded[bench.dataset] = load(bench.dataset, "val", settings.data_folder())[:IMAGES]
         value = measure(bench, {**ABLATIONS, **SWEEP}[variant], ratio, seed, loaded[bench.dataset])
         row = {"network": name, "variant": variant, "ratio": ratio, "seed": seed, "accuracy": value}
-        rows.append(row)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return rows
+        rows.append(row, path, key)
+    return rows.load(path)
 
 
-def table(rows: Sequence[dict[str, Any]], variants: Sequence[str]) -> str:
-    """Mean over seeds and, for the first line, the spread; a column for every network and ratio."""
+def table(measured: Sequence[Row], variants: Sequence[str]) -> str:
+    """Mean over seeds ± half the range; a column for every network and ratio."""
     columns = [(name, ratio) for name, bench in BENCHES.items() for ratio in bench.ratios]
-    lines = []
-    for variant in variants:
-        line = [variant]
-        for name, ratio in columns:
-            cell = [r["accuracy"] for r in rows if (r["network"], r["variant"], r["ratio"]) == (name, variant, ratio)]
-            line.append(f"{mean(cell):.2f} ± {(max(cell) - min(cell)) / 2:.1f}" if cell else "")
-        lines.append(line)
+    lines = [
+        [variant, *(cell([r for r in measured if key(r)[:3] == (name, variant, ratio)]) for name, ratio in columns)]
+        for variant in variants
+    ]
     return markdown(["", *(f"{name} {100 * ratio:.0f} %" for name, ratio in columns)], lines)
 
 
-def with_ablation(text: str, rows: Sequence[dict[str, Any]]) -> str:
-    """docs/restore.md with its ablation table rebuilt."""
-    if BEGIN not in text or END not in text:
-        raise NeuronMergingError(f"{DOCS.name} has lost the lines {BEGIN} and {END}")
-    return f"{text.split(BEGIN)[0]}{BEGIN}\n{table(rows, list(ABLATIONS))}\n{END}{text.split(END)[1]}"
-
-
-def document(rows: Sequence[dict[str, Any]]) -> str:
-    """results/tuning/TABLES.md."""
-    return (
-        "# How restoration's settings were chosen\n\nMade by `make tuning` from `rows.jsonl`. Accuracy in % on 2,000 held-out"
-        " *training* images, mean of two probe\nseeds ± half the range; one change at a time against the first line."
-        " ResNet-20 (l2-norm) never saw these images;\nLeNet-300-100 (l1-norm) was trained on them.\n\n"
-        f"## Ablation\n\n{table(rows, list(ABLATIONS))}\n\n## Settings\n\n{table(rows, list(SWEEP))}\n"
+def documents(measured: Sequence[Row]) -> dict[Path, str]:
+    """results/tuning/TABLES.md, and docs/restore.md with its ablation table rebuilt."""
+    ablation = table(measured, list(ABLATIONS))
+    tables = (
+        "# How restoration's settings were chosen\n\nMade by `make tuning` from `rows.jsonl`."
+        f" Accuracy in % on {IMAGES:,} held-out *training* images, mean of {len(SEEDS)} probe\nseeds ± half the range;"
+        " one change at a time against the first line. ResNet-20 (l2-norm) never saw these images;\nLeNet-300-100"
+        f" (l1-norm) was trained on them.\n\n## Ablation\n\n{ablation}\n\n## Settings\n\n{table(measured, list(SWEEP))}\n"
     )
+    return {FOLDER / "TABLES.md": tables, DOCS: replaced(DOCS, BEGIN, END, f"{ablation}\n")}
 
 
 @command
@@ -177,12 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is missing, rebuild the tables."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     torch.manual_seed(0)
-    rows = run(FOLDER / "rows.jsonl")
-    text = document(rows)
-    docs = with_ablation(DOCS.read_text(encoding="utf-8"), rows)
-    for path, content in ((FOLDER / "TABLES.md", text), (DOCS, docs)):
-        write_atomically(path, lambda file, content=content: file.write(content.encode()))
-    print(text)
+    for path, text in documents(run(FOLDER / "rows.jsonl")).items():
+        write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        print(f"wrote {path}")
     return 0
 
 

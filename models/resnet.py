@@ -33,7 +33,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of (depth − 2) / 6 blocks with 16, 32 and 64 planes, 8 × 8 average pooling, one linear layer.
+    """Three stages of (depth − 2) / 6 blocks with 16, 32 and 64 planes, global average pooling, one linear layer.
 
     `widths`: filters of conv1 in every block in order (27 for ResNet-56), the block's planes where None.
     """

@@ -47,7 +47,7 @@ class NetworkBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Three stages of (depth − 4) / 6 blocks with 16k, 32k and 64k planes, 8 × 8 average pooling, one linear layer.
+    """Three stages of (depth − 4) / 6 blocks with 16k, 32k and 64k planes, global average pooling, one linear layer.
 
     `widths`: filters of conv1 in every block in order (18 for WRN-40-4), the block's planes where None.
     """

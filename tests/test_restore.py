@@ -368,6 +368,11 @@ def test_a_network_that_is_constant_has_no_class_direction():
     assert torch.equal(probe.make(model, (4,), 8), probe.make(model, (4,), 8, step=0))
 
 
+def test_a_probe_of_a_shape_that_the_network_does_not_take_is_refused():
+    with pytest.raises(NeuronMergingError, match=r"ResNet does not take inputs of shape \[256, 4, 32, 32\]"):
+        probe.make(build("ResNet", (8,)), (4, 32, 32))
+
+
 def test_calibration_reads_a_folder_of_images(tmp_path):
     from torchvision.transforms.functional import to_pil_image
 
@@ -377,6 +382,8 @@ def test_calibration_reads_a_folder_of_images(tmp_path):
     assert images.pixels.shape == (3, 3, 32, 32)
     assert sorted(images.pixels[:, 0, 0, 0].tolist()) == [0, 40, 80]
     assert len(calibration(f"{tmp_path}:2", "cifar10", tmp_path)) == 2
+    with pytest.raises(NeuronMergingError, match="there are only 3 images"):
+        calibration(f"{tmp_path}:4", "cifar10", tmp_path)
     (tmp_path / "3.png").write_bytes(b"no image")
     with pytest.raises(NeuronMergingError, match="a file is no image"):
         calibration(str(tmp_path), "cifar10", tmp_path)
