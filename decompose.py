@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blocks import drop
 from errors import NeuronMergingError
 from trace import Unit
 
@@ -195,11 +196,24 @@ def decompose(
     t: float = 0.0,
     lam: float = 1.0,
 ) -> list[Decomposition]:
-    """Select `widths[i]` neurons of every unit and decompose the rest; reads `model`'s original weights, changes nothing.
+    """Select `widths[i]` neurons of every unit, and see what the others can be made of: `choose`, then `compensate`."""
+    return compensate(model, units, choose(model, units, widths, criterion), compensation, t=t, lam=lam)
+
+
+def compensate(
+    model: nn.Module,
+    units: Sequence[Unit],
+    keep: Sequence[Tensor],
+    compensation: str,
+    *,
+    t: float = 0.0,
+    lam: float = 1.0,
+) -> list[Decomposition]:
+    """Decompose every unit for the neurons `keep` ([P] each); reads `model`'s original weights, changes nothing.
 
     t: least cosine similarity for a merge, 0 for none at all (negative ones merge too); lam: the paper's λ.
-    Raises NeuronMergingError for an unknown criterion or compensation, widths that are not between 1 and N, NaN weights,
-    and a merge through an activation that does not let a positive scale pass.
+    Raises NeuronMergingError for an unknown compensation, NaN weights, and a merge through an activation that does not let
+    a positive scale pass.
     """
     if compensation not in COMPENSATIONS:
         raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(COMPENSATIONS)}")
@@ -209,14 +223,19 @@ def decompose(
             f"{bent.layer} goes through {bent.activation}: {compensation} needs an activation that a positive scale"
             " passes, as it does ReLU; use prune or restore"
         )
-    kept = choose(model, units, widths, criterion)
-    return [COMPENSATIONS[compensation](read(model, unit), keep, t=t, lam=lam) for unit, keep in zip(units, kept)]
+    parts = []
+    for unit, kept in zip(units, keep):
+        neurons = read(model, unit)
+        fold = COMPENSATIONS[compensation if len(kept) else "prune"]  # nobody is left to merge with
+        parts.append(fold(neurons, kept, t=t, lam=lam))
+    return parts
 
 
 def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str) -> list[Tensor]:
     """Indices [P], ascending, of the `widths[i]` neurons of every unit that the criterion keeps.
 
-    Raises NeuronMergingError for an unknown criterion, widths that are not between 1 and N, NaN weights.
+    Only a residual branch may lose all its neurons. Raises NeuronMergingError for an unknown criterion, NaN weights, and
+    widths that are not between 1 (or 0) and N.
     """
     if criterion not in CRITERIA:
         raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
@@ -225,7 +244,7 @@ def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], crite
     kept = []
     for unit, P in zip(units, widths):
         W = read(model, unit).W
-        if not 1 <= P <= len(W):
+        if not (0 if unit.branch else 1) <= P <= len(W):
             raise NeuronMergingError(f"{P} of {len(W)} neurons cannot be kept in {unit.layer}: give 1 to {len(W)}")
         kept.append(select(W, P, criterion))
     return kept
@@ -255,10 +274,14 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
     if len(parts) != len(units):
         raise NeuronMergingError(f"{len(parts)} decompositions for {len(units)} units")
     small = copy.deepcopy(model)
-    for unit, part in zip(units, parts):
+    left = [(unit, part) for unit, part in zip(units, parts) if len(part.keep)]
+    for unit, part in left:
         _absorb(small, unit, part)
-    for unit, part in zip(units, parts):
+    for unit, part in left:
         _keep_rows(small, unit, part.keep)
+    for unit, part in zip(units, parts):
+        if not len(part.keep):
+            drop(small, unit)
     return small
 
 

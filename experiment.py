@@ -3,7 +3,7 @@
 import platform
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
@@ -16,25 +16,31 @@ import data
 import memory
 import settings
 from data import DATASETS, Images
-from decompose import CRITERIA
+from decompose import CRITERIA, choose
 from errors import NeuronMergingError
 from evaluate import accuracy, count_macs, count_parameters
-from methods import LOOKING, METHODS, SEEDED
+from methods import LOOKING, METHODS, SEEDED, layerwise
 from methods import Settings as MethodSettings
 from models import Checkpoint, build, load_checkpoint, load_weights
 from probe import PROBES
 from restore import Options
 from trace import Unit, units
+from widths import HELD_OUT, Cost, Curve, allocate, curves
 
 MODEL_TYPES = ("original", *METHODS)
+CHOSEN = ("auto", "quick")  # rules that choose widths
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is measured. `widths`: "published", "uniform", or the kept width of every unit; None elsewhere: as published.
+    """What is measured. None: as published.
 
-    `probe`, `probe_samples`, `ridge`, `seed`: of restoration, see probe.py and restore.py. `calibrate`: real images that a
-    method is to look at instead (data.calibration), None for none.
+    `criterion`: of decompose.CRITERIA, or "auto" (ours): the neurons that explain most. `widths`: "published", "uniform", the
+    kept width of every unit, or "auto" (ours): chosen for the parameters and MACs that the ratio would leave, or for
+    `budget`, the shares of them to keep, such as "params=0.5,macs=0.4"; "quick": the same by its cheap mode. See widths.py.
+    `multiple`: widths are multiples of it. `drop_blocks`: the choice may leave whole residual blocks out. `probe`,
+    `probe_samples`, `ridge`, `seed`: of restoration and of these choices, see probe.py and restore.py. `calibrate`: real
+    images that a method is to look at instead (data.calibration), None for none.
     """
 
     arch: str
@@ -52,13 +58,16 @@ class Experiment:
     ridge: float = Options.ridge
     seed: int = 1
     calibrate: str | None = None
+    budget: str | None = None
+    multiple: int = 1
+    drop_blocks: bool = False
 
     def __post_init__(self) -> None:
         """Fill in the published settings; raises NeuronMergingError for what does not exist or does not fit together."""
         _one_of("network", self.arch, settings.NETWORKS)
         _one_of("data set", self.dataset, DATASETS)
         _one_of("--model-type", self.model_type, MODEL_TYPES)
-        _one_of("--criterion", self.criterion, CRITERIA)
+        _one_of("--criterion", self.criterion, (*CRITERIA, "auto"))
         network, dataset = settings.NETWORKS[self.arch], DATASETS[self.dataset]
         if network.shape != dataset.shape:
             fitting = ", ".join(name for name, d in DATASETS.items() if d.shape == network.shape)
@@ -83,6 +92,11 @@ class Experiment:
         _one_of("--probe", self.probe, PROBES)
         if not 0 <= self.ridge < inf or (self.probe_samples is not None and self.probe_samples < 2):
             raise NeuronMergingError("--ridge cannot be negative, --probe-samples has to be at least 2")
+        if self.multiple < 1:
+            raise NeuronMergingError(f"--multiple {self.multiple} has to be at least 1")
+        if (self.budget is not None or self.drop_blocks) and self.widths not in CHOSEN:
+            raise NeuronMergingError("--budget and --drop-blocks are for --widths auto (or quick)")
+        self.shares  # noqa: B018 (raises for a budget that makes no sense)
         if self.calibrate is None and self.model_type in LOOKING:
             raise NeuronMergingError(
                 f"{self.model_type} measures BatchNorm on real images: give --calibrate, such as {self.dataset}:512"
@@ -95,8 +109,30 @@ class Experiment:
     @property
     def effective_ratio(self) -> float | None:
         """The ratio that decides the widths; None where they are given, chosen by hand (VGG-16), or nothing is dropped."""
-        by_hand = self.widths == "published" and self.published_widths is not None
-        return self.ratio if self.model_type != "original" and isinstance(self.widths, str) and not by_hand else None
+        by_hand = self.widths != "uniform" and self.published_widths is not None
+        given = not isinstance(self.widths, str) or self.budget is not None
+        return None if self.model_type == "original" or by_hand or given else self.ratio
+
+    @property
+    def chooses(self) -> bool:
+        """Whether widths or neurons are chosen by looking at a probe."""
+        return self.model_type != "original" and (self.widths in CHOSEN or self.criterion == "auto")
+
+    @property
+    def shares(self) -> tuple[float, float] | None:
+        """The shares of parameters and of MACs that `budget` says may stay, inf where it says nothing of one of them."""
+        if self.budget is None:
+            return None
+        share = {"params": inf, "macs": inf}
+        for part in self.budget.split(","):
+            name, _, value = part.partition("=")
+            try:
+                share[name.strip()] = float(value)
+            except ValueError:
+                share = {}
+        if len(share) != 2 or not all(value > 0 for value in share.values()) or min(share.values()) > 1:
+            raise NeuronMergingError(f"--budget {self.budget}: say the shares to keep, such as params=0.5,macs=0.4")
+        return share["params"], share["macs"]
 
     @property
     def published_widths(self) -> tuple[int, ...] | None:
@@ -107,6 +143,8 @@ class Experiment:
         """All that decides the result beside the checkpoint, as plain JSON values."""
         compressed = self.model_type != "original"
         restored = self.model_type == "restore"
+        probed = (restored or self.chooses) and self.calibrate is None
+        later = {"budget": self.budget, "multiple": self.multiple, "drop_blocks": self.drop_blocks}
         return {
             "arch": self.arch,
             "depth_wide": list(self.depth_wide),
@@ -117,11 +155,12 @@ class Experiment:
             "widths_rule": (self.widths if isinstance(self.widths, str) else list(self.widths)) if compressed else None,
             "threshold": self.threshold if compressed else None,
             "lamda": self.lamda if compressed else None,
-            "probe": self.probe if restored and self.calibrate is None else None,
-            "probe_samples": self.probe_samples if restored and self.calibrate is None else None,
-            "ridge": self.ridge if restored else None,
-            "seed": self.seed if self.model_type in SEEDED or self.calibrate else None,
+            "probe": self.probe if probed else None,
+            "probe_samples": self.probe_samples if probed else None,
+            "ridge": self.ridge if restored or self.chooses else None,
+            "seed": self.seed if self.model_type in SEEDED or self.chooses or self.calibrate else None,
             "calibrate": self.calibrate,
+            **{name: value for name, value in later.items() if compressed and value not in (None, 1, False)},
         }
 
     def network(self, widths: list[int] | None = None) -> nn.Module:
@@ -137,6 +176,7 @@ class Shrunk:
     widths: list[int] | None
     seconds: float
     peak_mb: float | None = None
+    seconds_widths: float | None = None  # of `seconds`, those of the choice of widths or neurons
 
 
 def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
@@ -150,50 +190,100 @@ def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
         if found != wanted:
             raise NeuronMergingError(f"{path} is a checkpoint of {found}, not of {wanted}: check --{name}")
     if checkpoint.widths is not None:
-        if not _are_widths(checkpoint.widths, [len(network.get_submodule(u.layer).weight) for u in units(network)]):
+        if not _are_widths(checkpoint.widths, network):
             raise NeuronMergingError(f"{path} does not fit {experiment.arch}: its kept widths are {checkpoint.widths}")
         network = experiment.network(checkpoint.widths)
     return load_weights(network, checkpoint), checkpoint
 
 
-def shrink(model: nn.Module, experiment: Experiment, images: Tensor | None = None) -> Shrunk:
+def shrink(
+    model: nn.Module,
+    experiment: Experiment,
+    images: Tensor | None = None,
+    known: dict[Experiment, tuple[list[Curve], float]] | None = None,
+) -> Shrunk:
     """`model` compressed as the experiment says; the model itself is left as it is.
 
-    `images`: the network inputs that `experiment.calibrate` names, for the methods that look at data.
+    `images`: the network inputs that `experiment.calibrate` names, for the methods that look at data. `known`: what earlier
+    calls found of the same network's units, and in how many seconds: it serves all budgets. Looked up and added to.
     """
     if experiment.model_type == "original":
         return Shrunk(model, None, 0.0)
     device = next(model.parameters()).device
     memory.reset(device)
     start = time.perf_counter()
+    shape = settings.NETWORKS[experiment.arch].shape
     found = units(model)
-    widths = kept_widths(model, found, experiment)
     told = MethodSettings(
-        settings.NETWORKS[experiment.arch].shape, experiment.threshold, experiment.lamda, experiment.probe,
-        experiment.probe_samples, experiment.ridge, experiment.seed, None if images is None else images.to(device),
+        shape, experiment.threshold, experiment.lamda, experiment.probe, experiment.probe_samples, experiment.ridge,
+        experiment.seed, None if images is None else images.to(device),
     )  # fmt: skip
-    small = METHODS[experiment.model_type](model, found, widths, experiment.criterion, told)
-    return Shrunk(small, widths, time.perf_counter() - start, memory.peak(device))
+    chosen, seconds_widths = None, None
+    if experiment.chooses:
+        about = replace(experiment, ratio=0.5, budget=None, multiple=1, drop_blocks=False)
+        known = {} if known is None else known
+        if about not in known:
+            began = time.perf_counter()
+            known[about] = look(model, found, about, told), time.perf_counter() - began
+            start += known[about][1]
+        chosen, seconds_widths = known[about]
+    widths = kept_widths(model, found, experiment, chosen)
+    if experiment.criterion == "auto":
+        keep = [curve.order[:width].sort().values.to(device) for curve, width in zip(chosen, widths)]
+    else:
+        keep = choose(model, found, widths, experiment.criterion)
+    small = METHODS[experiment.model_type](model, found, keep, told)
+    seconds = time.perf_counter() - start + (seconds_widths or 0)
+    return Shrunk(small, widths, seconds, memory.peak(device), seconds_widths)
 
 
-def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> list[int]:
-    """Kept width of every unit. Raises NeuronMergingError for a list of another length (`decompose` checks its numbers)."""
+def look(model: nn.Module, found: list[Unit], experiment: Experiment, told: MethodSettings) -> list[Curve]:
+    """What thinning would do to every unit."""
+    sensitivity = experiment.widths == "auto"
+    inputs = told.inputs(model, share=1 / (1 - HELD_OUT) if sensitivity else 1.0)
+    decompose = layerwise(experiment.model_type, told)
+    return curves(model, found, inputs, experiment.criterion, decompose, experiment.ridge, sensitivity=sensitivity)
+
+
+def kept_widths(
+    model: nn.Module, found: list[Unit], experiment: Experiment, chosen: list[Curve] | None = None
+) -> list[int]:
+    """Kept width of every unit. Raises NeuronMergingError for a list of another length (`choose` checks its numbers).
+
+    `chosen`: the units' curves, where the experiment has widths chosen.
+    """
     full = [model.get_submodule(unit.layer).weight.shape[0] for unit in found]
-    widths = experiment.widths
-    if experiment.effective_ratio is not None:
-        return settings.uniform_widths(experiment.arch, experiment.depth_wide, full, experiment.effective_ratio)
-    if widths == "published":
-        widths = experiment.published_widths
-    if len(widths) != len(full):
-        raise NeuronMergingError(f"--widths has {len(widths)} numbers, {experiment.arch} has {len(full)} units")
-    return list(widths)
+    multiple = experiment.multiple
+    if not isinstance(experiment.widths, str):
+        if len(experiment.widths) != len(full):
+            raise NeuronMergingError(
+                f"--widths has {len(experiment.widths)} numbers, {experiment.arch} has {len(full)} units"
+            )
+        return list(experiment.widths)
+    if experiment.widths != "uniform" and experiment.published_widths is not None:
+        widths = list(experiment.published_widths)
+    else:
+        widths = settings.uniform_widths(experiment.arch, experiment.depth_wide, full, experiment.ratio)
+    if experiment.widths not in CHOSEN:
+        return [min(n, max(multiple, multiple * round(w / multiple))) for w, n in zip(widths, full)]
+    shape = settings.NETWORKS[experiment.arch].shape
+    cost = Cost(model, found, shape, biases=experiment.model_type == "restore")
+    budget = cost(widths) if experiment.shares is None else cost(full) * experiment.shares
+    droppable = [experiment.drop_blocks and unit.branch for unit in found]
+    return allocate(chosen, cost, budget, multiple=multiple, droppable=droppable)
 
 
-def measure(experiment: Experiment, images: Images, device: torch.device, batch_size: int = 1000) -> dict[str, Any]:
-    """Load, compress, evaluate: the result row."""
+def measure(
+    experiment: Experiment,
+    images: Images,
+    device: torch.device,
+    batch_size: int = 1000,
+    known: dict[Experiment, tuple[list[Curve], float]] | None = None,
+) -> dict[str, Any]:
+    """Load, compress, evaluate: the result row. `known`: as of `shrink`."""
     model, checkpoint = load(experiment)
-    looked_at = calibration(experiment)
-    return row(experiment, checkpoint, shrink(placed(model, device), experiment, looked_at), images, device, batch_size)
+    shrunk = shrink(placed(model, device), experiment, calibration(experiment), known)
+    return row(experiment, checkpoint, shrunk, images, device, batch_size)
 
 
 def calibration(experiment: Experiment, root: Path | None = None) -> Tensor | None:
@@ -235,6 +325,7 @@ def row(
         "macs": count_macs(model, shape),
         "macs_original": count_macs(original, shape),
         "seconds_decompose": round(shrunk.seconds, 4),
+        "seconds_widths": shrunk.seconds_widths and round(shrunk.seconds_widths, 4),
         "peak_mb": shrunk.peak_mb,
         "seconds_evaluate": round(seconds_evaluate, 4),
         "checkpoint": checkpoint.path.name if checkpoint else None,
@@ -274,9 +365,10 @@ def _times(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
 
-def _are_widths(widths: Any, full: list[int]) -> bool:
-    fits = isinstance(widths, list) and len(widths) == len(full) and all(type(w) is int for w in widths)
-    return fits and all(1 <= w <= n for w, n in zip(widths, full))
+def _are_widths(widths: Any, network: nn.Module) -> bool:
+    bounds = [(0 if u.branch else 1, len(network.get_submodule(u.layer).weight)) for u in units(network)]
+    fits = isinstance(widths, list) and len(widths) == len(bounds) and all(type(w) is int for w in widths)
+    return fits and all(least <= w <= most for w, (least, most) in zip(widths, bounds))
 
 
 def _training_command(experiment: Experiment) -> str:

@@ -43,14 +43,14 @@ def depth_wide(text: str) -> tuple[int, ...]:
 
 
 def widths(text: str) -> str | tuple[int, ...]:
-    """published, uniform, or kept widths with commas between."""
-    if text in ("published", "uniform"):
+    """published, uniform, auto, quick, or kept widths with commas between."""
+    if text in ("published", "uniform", "auto", "quick"):
         return text
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither published, uniform nor numbers with commas between"
+            f"{text!r} is neither published, uniform, auto, quick nor numbers with commas between"
         ) from None
 
 
@@ -84,7 +84,9 @@ def parser() -> Parser:
         " prune-bn, merge-bn (BatchNorm measured anew on real images) [%(default)s]",
     )
     method.add_argument(
-        "--criterion", default="l1-norm", help="which neurons stay: l1-norm, l2-norm or l2-GM [%(default)s]"
+        "--criterion",
+        default="l1-norm",
+        help="which neurons stay: l1-norm, l2-norm, l2-GM, or auto (ours: those that explain most) [%(default)s]",
     )
     method.add_argument(
         "--pruning-ratio",
@@ -98,7 +100,19 @@ def parser() -> Parser:
         type=widths,
         default="published",
         metavar="W",
-        help="published (VGG-16: its fixed list, else uniform), uniform (the ratio in every unit), or N,N,… for every unit",
+        help="published (VGG-16: its fixed list, else uniform), uniform (the ratio in every unit), N,N,… for every unit, or"
+        " auto (ours: chosen for as many parameters and MACs), quick (a cheaper choice) [%(default)s]",
+    )
+    method.add_argument(
+        "--budget",
+        metavar="B",
+        help="auto, quick: shares to keep, params=0.5 or macs=0.4 or both with a comma between [what the ratio leaves]",
+    )
+    method.add_argument(
+        "--multiple", type=int, default=1, metavar="N", help="make widths multiples of N, such as 8 [%(default)s]"
+    )
+    method.add_argument(
+        "--drop-blocks", action="store_true", help="auto, quick: whole residual blocks may be left out (ours)"
     )
     method.add_argument(
         "--threshold", type=float, metavar="T", help="least cosine similarity to merge [the published one]"
@@ -229,7 +243,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     experiment = xp.Experiment(
         args.arch, args.dataset, args.pretrained or HERE / "pretrained" / name, depth_wide, args.model_type,
         args.criterion, args.pruning_ratio, args.widths, args.threshold, args.lamda, args.probe, args.probe_samples,
-        args.ridge, args.seed, args.calibrate,
+        args.ridge, args.seed, args.calibrate, args.budget, args.multiple, args.drop_blocks,
     )  # fmt: skip
     return (evaluate if args.evaluate else train)(args, experiment, device)
 
@@ -313,12 +327,17 @@ def summary(row: dict[str, Any]) -> str:
     shrunk = row["type"] != "original"
     title = f"{network} on {row['dataset']}: {row['type'] if shrunk else row['checkpoint']}"
     if shrunk:
-        chosen = f"ratio {row['ratio']}" if row["ratio"] is not None else f"widths {','.join(map(str, row['widths']))}"
+        chosen = f"ratio {row['ratio']}" if row["ratio"] is not None else row.get("budget")
+        chosen = chosen or f"widths {','.join(map(str, row['widths']))}"
         title += "".join(f", {part}" for part in (row["criterion"], chosen) if part)
         if row["calibrate"]:
             title += f", looking at {row['calibrate']}"
     known = row["accuracy_checkpoint"]
     lines = [title, f"{'':<12}{'original':>16}{row['type'] if shrunk else 'measured':>16}"]
+    if row["widths_rule"] in ("auto", "quick"):
+        lines.insert(
+            1, f"{'widths':<12}{','.join(map(str, row['widths']))}   (chosen in {row['seconds_widths']:.1f} s)"
+        )
     before = "" if known is None else f"{known:.2f} %"
     lines.append(f"{'accuracy':<12}{before:>16}{row['accuracy']:>14.2f} %   {row['correct']:,} of {row['total']:,}")
     for label, key in (("parameters", "params"), ("MACs", "macs")):

@@ -7,10 +7,10 @@ from functools import partial
 from torch import Tensor, nn
 
 import probe
-from decompose import COMPENSATIONS, choose, decompose, read, rebuild
+from decompose import COMPENSATIONS, Decomposition, Neurons, compensate, prune, read, rebuild
 from errors import NeuronMergingError
 from restore import Options, restore
-from rivals import fold, lbyl, reestimate
+from rivals import fold, folded, lbyl, reestimate
 from trace import Unit
 
 
@@ -31,47 +31,49 @@ class Settings:
     seed: int = 1
     images: Tensor | None = None
 
+    def inputs(self, model: nn.Module, share: float = 1.0) -> Tensor:
+        """What a method looks at: the real images, or else a probe of `share` times as many samples as it asks for."""
+        if self.images is not None:
+            return self.images
+        samples = round(share * (self.samples or probe.default_samples(model)))
+        return probe.make(model, self.shape, samples, kind=self.probe, seed=self.seed)
 
-Method = Callable[[nn.Module, Sequence[Unit], Sequence[int], str, Settings], nn.Module]
+
+Method = Callable[[nn.Module, Sequence[Unit], Sequence[Tensor], Settings], nn.Module]
+"""A network, its units, the neurons [P] that each keeps, settings → a smaller network. The given one is left as it is."""
 
 
 def _decomposed(
-    name: str, model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str, settings: Settings
+    name: str, model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings
 ) -> nn.Module:
     """A compensation of decompose.py."""
-    return rebuild(model, units, decompose(model, units, widths, criterion, name, t=settings.t, lam=settings.lam))
+    return rebuild(model, units, compensate(model, units, keep, name, t=settings.t, lam=settings.lam))
 
 
-def _restored(
-    model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str, settings: Settings
-) -> nn.Module:
-    kept = choose(model, units, widths, criterion)
-    inputs = settings.images
-    if inputs is None:
-        inputs = probe.make(model, settings.shape, settings.samples, kind=settings.probe, seed=settings.seed)
-    return restore(model, units, kept, inputs, Options(ridge=settings.ridge))
+def _restored(model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
+    return restore(model, units, keep, settings.inputs(model), Options(ridge=settings.ridge))
 
 
-def _lbyl(
-    model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str, settings: Settings
-) -> nn.Module:
-    kept = choose(model, units, widths, criterion)
-    return rebuild(model, units, [lbyl(read(model, unit), keep) for unit, keep in zip(units, kept)])
+def _lbyl(model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
+    parts = []
+    for unit, kept in zip(units, keep):
+        neurons = read(model, unit)
+        parts.append(lbyl(neurons, kept) if len(kept) else prune(neurons, kept, t=settings.t, lam=settings.lam))
+    return rebuild(model, units, parts)
 
 
-def _folded(
-    model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str, settings: Settings
-) -> nn.Module:
-    return fold(model, units, widths, settings.seed)  # clusters need no criterion
+def _folded(model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
+    widths = [len(kept) for kept in keep]  # clusters: as many, not the same
+    return fold(model, units, widths, settings.seed)
 
 
 def _reestimated(
-    name: str, model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str, settings: Settings
+    name: str, model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings
 ) -> nn.Module:
     """A compensation of decompose.py, then BatchNorm statistics measured on real images."""
     if settings.images is None:
         raise NeuronMergingError(f"{name}-bn needs real images: give --calibrate, for example cifar10:512")
-    return reestimate(_decomposed(name, model, units, widths, criterion, settings), settings.images)
+    return reestimate(_decomposed(name, model, units, keep, settings), settings.images)
 
 
 METHODS: dict[str, Method] = {name: partial(_decomposed, name) for name in COMPENSATIONS}
@@ -79,3 +81,14 @@ METHODS |= {"restore": _restored, "lbyl": _lbyl, "fold": _folded}
 METHODS |= {f"{name}-bn": partial(_reestimated, name) for name in ("prune", "merge")}
 SEEDED = ("restore", "fold")  # whose result depends on the seed
 LOOKING = ("prune-bn", "merge-bn")  # that cannot do without real images
+
+
+def layerwise(name: str, settings: Settings) -> Callable[[Neurons, Tensor], Decomposition] | None:
+    """What a method makes of one layer by itself, for the choice of widths (widths.curves); None for a regression."""
+    if name == "restore":
+        return None
+    if name == "fold":
+        return partial(folded, seed=settings.seed)
+    if name == "lbyl":
+        return lbyl
+    return partial(COMPENSATIONS[name.removesuffix("-bn")], t=settings.t, lam=settings.lam)

@@ -56,37 +56,66 @@ def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: i
     filters are compared and averaged as it scales them, and the centroid's variance is brought back to that of its members
     by N_c / √(N_c + (N_c² − N_c) c̄) with c̄ their mean cosine.
     """
-    from sklearn.cluster import KMeans  # here: it takes long to import, and nothing else needs it
-
     clustered, parts = copy.deepcopy(model), []
     for unit, P in zip(units, widths):
         neurons = read(model, unit)
-        W, bn = neurons.W, neurons.bn
-        if bn is not None:
-            slope = bn.gamma / (bn.var + bn.eps).sqrt()
-            W, shift = W * slope[:, None], slope * bn.mu
-        points = W if bn is None else torch.cat([W, (bn.beta - shift)[:, None]], 1)
-        label = torch.from_numpy(KMeans(P, n_init=3, random_state=seed).fit(points.cpu().numpy()).labels_).long()
-        Z = F.one_hot(label.to(W.device), P).T.double()  # [P, N]
+        if P == 0:  # a block that is left out
+            parts.append(Decomposition(torch.arange(0), neurons.W.new_zeros(0, len(neurons.W))))
+            continue
+        bn = neurons.bn
+        W, shift = _scaled(neurons)
+        Z = _clusters(neurons, P, seed)
         keep, order = Z.argmax(1).sort()  # the first member of every cluster
         parts.append(Decomposition(keep, Z[order]))
-        count = Z.sum(1, keepdim=True)
-        average = Z.T @ (Z / count)  # [N, N]: the mean over a neuron's cluster
+        average = averages(Z)
         layer = clustered.get_submodule(unit.layer)
         mean = average @ W
         if bn is None and layer.bias is not None:
             mean, bias = mean[:, :-1], mean[:, -1]
         else:
-            bias = torch.zeros_like(label)  # a BatchNorm has taken it in
+            bias = W.new_zeros(len(W))  # a BatchNorm has taken it in
         _fill(layer.weight, mean)
         if layer.bias is not None:
             _fill(layer.bias, bias)
         if bn is not None:
             direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
             together = (Z @ direction).norm(dim=1)  # its square is the sum of all cosines of a cluster
-            gamma = count.squeeze(1) / together.clamp(min=1e-12)
+            gamma = Z.sum(1) / together.clamp(min=1e-12)
             _replace_norm(clustered.get_submodule(unit.bn), Z.T @ gamma, average @ bn.beta, average @ shift)
     return rebuild(clustered, units, parts)
+
+
+def _scaled(neurons: Neurons) -> tuple[Tensor, Tensor]:
+    """The filters as their BatchNorm scales them, [N, D], and the mean that it takes off them then, [N]."""
+    W, bn = neurons.W, neurons.bn
+    if bn is None:
+        return W, W.new_zeros(len(W))
+    slope = bn.gamma / (bn.var + bn.eps).sqrt()
+    return W * slope[:, None], slope * bn.mu
+
+
+def _clusters(neurons: Neurons, P: int, seed: int) -> Tensor:
+    """Which of P clusters every neuron is in: [P, N] of zeros and ones."""
+    from sklearn.cluster import KMeans  # here: it takes long to import, and nothing else needs it
+
+    W, shift = _scaled(neurons)
+    points = W if neurons.bn is None else torch.cat([W, (neurons.bn.beta - shift)[:, None]], 1)
+    label = torch.from_numpy(KMeans(P, n_init=3, random_state=seed).fit(points.cpu().numpy()).labels_).long()
+    return F.one_hot(label.to(W.device), P).T.double()
+
+
+def averages(Z: Tensor) -> Tensor:
+    """What gives every neuron the mean over its cluster, [N, N], for clusters Z [P, N]."""
+    return Z.T @ (Z / Z.sum(1, keepdim=True))
+
+
+def folded(neurons: Neurons, keep: Tensor, seed: int = 0) -> Decomposition:
+    """What folding makes of a layer's activations, to first order: every neuron gives the mean over its cluster.
+
+    Only the number of the kept neurons matters. For the choice of widths; `fold` itself averages filters.
+    """
+    N = len(neurons.W)
+    return Decomposition(torch.arange(N, device=keep.device), averages(_clusters(neurons, len(keep), seed)))
 
 
 def _fill(parameter: nn.Parameter, value: Tensor) -> None:

@@ -10,6 +10,7 @@ Inputs are batches: dimension 0 is the batch, dimension 1 of a convolution's out
 
 import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Unit:
 
     `relu`: the neurons are rectified on their way. `next_bn`: the BatchNorm that reads nothing but `next`, if any.
     `activation`: one on the way that a positive scale does not pass, by name; None where there is none.
+    `branch`: what `next` gives is added to something: without neurons it would be a constant.
     """
 
     layer: str
@@ -35,6 +37,7 @@ class Unit:
     next: str
     next_bn: str | None
     activation: str | None = None
+    branch: bool = False
 
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -49,6 +52,7 @@ ACTIVATIONS = {  # elementwise, and not positively homogeneous or not known to t
 }  # fmt: skip
 DROPOUT = {nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity}
 DROPOUT |= {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
+ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 FLATTEN = {nn.Flatten, torch.flatten, "flatten"}
 VIEW = {"view", "reshape", torch.reshape}
 POOLS = {  # by the dimension of the convolution: another one would pool over the neurons
@@ -179,7 +183,25 @@ def _unit(network: _Graph, node: fx.Node) -> Unit:
         raise _NotAUnit(f"{node.target} reads it without a flatten")
     elif consumer.in_features % neurons or (not dimension and consumer.in_features != neurons):
         raise _NotAUnit(f"{node.target} has {consumer.in_features} inputs for {neurons} neurons")
-    return Unit(name, bn, relu, node.target, _next_norm(network, node), activation)
+    next_bn = _next_norm(network, node)
+    branch = addition(node, next_bn, network.kind) is not None
+    return Unit(name, bn, relu, node.target, next_bn, activation, branch)
+
+
+def addition(node: fx.Node, bn: str | None, kind: Callable[[fx.Node], Any]) -> tuple[fx.Node, fx.Node] | None:
+    """Where the output of the layer at `node` (behind its `bn`) is added to something: that, and the sum.
+
+    kind: what a node does: the class of its module, the function, or the name of the method.
+    """
+    while len(node.users) == 1:
+        before, (node,) = node, node.users
+        if node.target == bn or kind(node) in DROPOUT:
+            continue
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        if node.target in ADDITIONS and len(node.args) == len(operands) == 2 and not node.kwargs:
+            return operands[0] if operands[1] is before else operands[1], node
+        break
+    return None
 
 
 def _next_norm(network: _Graph, node: fx.Node) -> str | None:

@@ -25,7 +25,16 @@ _SETTINGS = (
     "lamda",
     "checkpoint_sha256",
 )
-_OPTIONAL = ("probe", "probe_samples", "ridge", "seed", "calibrate")  # of methods that came later
+_OPTIONAL = (
+    "probe",
+    "probe_samples",
+    "ridge",
+    "seed",
+    "calibrate",
+    "budget",
+    "multiple",
+    "drop_blocks",
+)  # of methods that came later
 
 Row = dict[str, Any]
 

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from blocks import drop
 from errors import NeuronMergingError
 from models.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, stored
 from models.lenet import LeNet_300_100
 from models.resnet import ResNet
 from models.vgg import STAGES, VGG
 from models.wideresnet import WideResNet
+from trace import units
 
 __all__ = ["NETWORKS", "Checkpoint", "build", "load_checkpoint", "load_weights", "save_checkpoint", "stored"]
 
@@ -22,7 +24,8 @@ def build(
     """A freshly initialised network of `NETWORKS`.
 
     `depth_wide`: () for LeNet, (depth,) for VGG and ResNet, (depth, widening factor) for WideResNet.
-    `widths`: kept width of every prunable unit in the order of the forward pass; the full network where None.
+    `widths`: kept width of every prunable unit in the order of the forward pass, 0 for a block that is left out; the full
+    network where None.
     Raises NeuronMergingError for a depth that the family does not have.
     """
     try:
@@ -34,7 +37,12 @@ def build(
         raise NeuronMergingError(
             f"--depth-wide {','.join(map(str, depth_wide)) or '(none)'} does not fit {arch}: {problem}"
         )
-    return network(*depth_wide, num_classes=num_classes, widths=widths)
+    model = network(*depth_wide, num_classes=num_classes, widths=widths and [max(1, width) for width in widths])
+    if widths and 0 in widths:
+        for unit, width in zip(units(model), widths):
+            if width == 0:
+                drop(model, unit)
+    return model
 
 
 def _wrong_depth(arch: str, depth_wide: tuple[int, ...]) -> str | None:

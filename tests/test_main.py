@@ -296,7 +296,7 @@ BAD = {
     "depth text": (["--depth-wide", "__import__('os')"], "neither a depth nor depth,width"),
     "widths count": (["--model-type", "prune", "--widths", "3"], "has 1 numbers, LeNet_300_100 has 2 units"),
     "widths range": (["--model-type", "prune", "--widths", "301,5"], "301 of 300 neurons cannot be kept in ip1"),
-    "widths text": (["--widths", "many"], "neither published, uniform nor numbers"),
+    "widths text": (["--widths", "many"], "neither published, uniform, auto, quick nor numbers"),
     "lamda": (["--lamda", "2"], "outside [0, 1]"),
     "threshold": (["--threshold", "2"], "no cosine"),
     "device": (["--device", "abacus"], "unknown --device 'abacus'"),
@@ -314,6 +314,14 @@ BAD = {
     "sparse": (["--pretrained", "{sparse}"], "sparse or quantised"),
     "recipe": (["--recipe", "slow"], "unknown recipe 'slow'"),
     "epochs": (["--epochs", "0"], "at least 1"),
+    "budget": (["--model-type", "merge", "--widths", "auto", "--budget", "half"], "say the shares to keep, such as params"),
+    "budget above 1": (["--model-type", "merge", "--widths", "auto", "--budget", "macs=2"], "say the shares to keep"),
+    "budget of something else": (["--model-type", "merge", "--widths", "auto", "--budget", "s=0.5"], "say the shares"),
+    "budget too small": (
+        ["--model-type", "merge", "--widths", "auto", "--budget", "params=0.0001"], "no widths are within the budget"
+    ),
+    "budget of uniform widths": (["--model-type", "merge", "--budget", "params=0.5"], "--budget and --drop-blocks are for"),
+    "multiple": (["--model-type", "merge", "--multiple", "0"], "--multiple 0 has to be at least 1"),
     "split": (["--split", "train"], "unknown --split 'train': choose test or val"),
     "probe": (["--model-type", "restore", "--probe", "brown"], "unknown --probe 'brown'"),
     "ridge": (["--model-type", "restore", "--ridge", "-1"], "--ridge cannot be negative"),

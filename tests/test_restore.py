@@ -10,17 +10,17 @@ from sklearn.linear_model import Ridge as ScikitRidge
 from torch import nn
 
 import probe
-import restore as R
 from data import calibration
 from decompose import choose, decompose, rebuild
 from errors import NeuronMergingError
 from methods import METHODS, Settings
 from models import build
-from restore import Options, patches, restore
+from restore import Options, Ridge, restore
 from rivals import fold, lbyl, reestimate
 from tests.conftest import example
 from tests.test_rebuild import plant_multiples, without_batchnorm
 from trace import units
+from walk import Walk, matrix, patches
 
 DEFAULT = Options()
 RIVALS = ("lbyl", "fold", "prune-bn", "merge-bn")
@@ -211,8 +211,8 @@ class Late(nn.Module):
 def test_a_stream_is_known_before_the_branch_that_repairs_it():
     model, x = Late(), torch.randn(32, 3, 8, 8)
     found = units(model)
-    walk = R._Lockstep(*(copy.deepcopy(model) for _ in range(2)), found, [torch.arange(16)], Options())
-    (stream,) = (walk._stream(n) for n in walk.graph.nodes if n.target == "conv2")
+    walk = Walk(copy.deepcopy(model))
+    ((stream, _),) = (walk.addition(n, found[0].next_bn) for n in walk.graph.nodes if n.target == "conv2")
     assert stream.target == "down"
     small = restore(model, found, [torch.arange(16)], x)
     assert torch.allclose(
@@ -288,7 +288,7 @@ def test_ridge_is_scikit_learns(n):
     penalty = ridge * energy + 0.1 * ridge * energy.mean() + 1e-10
     scaled = (U.double() / penalty.sqrt()).numpy()  # a penalty per feature is a scaling of the features
     oracle = ScikitRidge(alpha=n, fit_intercept=True).fit(scaled, R_.double().numpy())
-    ours = R.Ridge(U, ridge)(R_)
+    ours = Ridge(U, ridge)(R_)
     assert np.allclose(ours.numpy(), oracle.coef_ / penalty.sqrt().numpy(), atol=1e-5)
 
 
@@ -307,7 +307,7 @@ def test_patches_are_what_a_convolution_sees(conv):
     x = torch.randn(2, 3, *[9, 8, 7][:sides])
     y = conv(x)
     rows = torch.arange(y.numel() // y.shape[1])
-    computed = patches(x, conv, rows) @ R._matrix(conv).T + conv.bias
+    computed = patches(x, conv, rows) @ matrix(conv).T + conv.bias
     assert torch.allclose(computed, y.movedim(1, -1).flatten(0, -2), atol=1e-5)
     assert torch.equal(patches(x, conv, rows[3::5]), patches(x, conv, rows)[3::5])
 
@@ -398,9 +398,9 @@ def test_calibration_reads_a_folder_of_images(tmp_path):
 @torch.no_grad()
 def test_rivals_give_the_same_topology(network, kind):
     found, x = units(network), example(network, 64)
-    widths = [n // 2 for n in widths_of(network, found)]
-    small = METHODS[kind](network, found, widths, "l2-norm", Settings(shape_of(network), images=x))
-    pruned = METHODS["prune"](network, found, widths, "l2-norm", Settings())
+    keep = choose(network, found, [n // 2 for n in widths_of(network, found)], "l2-norm")
+    small = METHODS[kind](network, found, keep, Settings(shape_of(network), images=x))
+    pruned = METHODS["prune"](network, found, keep, Settings())
     assert {n: w.shape for n, w in small.state_dict().items()} == {n: w.shape for n, w in pruned.state_dict().items()}
     assert torch.isfinite(small(x)).all()
 

@@ -34,9 +34,9 @@ def test_each_family_names_its_layers_as_the_paper_does():
     assert units(build("LeNet_300_100"))[0] == Unit("ip1", None, True, "ip2", None)
     assert units(build("VGG", (16,)))[-1] == Unit("feature.40", "feature.41", True, "classifier.0", None)
     resnet = units(build("ResNet", (56,)))[3]
-    assert resnet == Unit("layer1.3.conv1", "layer1.3.bn1", True, "layer1.3.conv2", "layer1.3.bn2")
+    assert resnet == Unit("layer1.3.conv1", "layer1.3.bn1", True, "layer1.3.conv2", "layer1.3.bn2", branch=True)
     wide = units(build("WideResNet", (40, 4)))[0]
-    assert wide == Unit("block1.layer.0.conv1", "block1.layer.0.bn2", True, "block1.layer.0.conv2", None)
+    assert wide == Unit("block1.layer.0.conv1", "block1.layer.0.bn2", True, "block1.layer.0.conv2", None, branch=True)
 
 
 class Net(nn.Module):

@@ -1,0 +1,377 @@
+"""The choice of widths: its costs, its error curves against brute force, its sensitivities, its budgets, dropped blocks."""
+
+import copy
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import probe
+import widths as W
+from blocks import Silence
+from decompose import CRITERIA, choose, decompose, read, rebuild
+from errors import NeuronMergingError
+from evaluate import count_macs, count_parameters
+from experiment import Experiment, shrink
+from methods import METHODS, Settings, layerwise
+from models import build, load_checkpoint, load_weights, save_checkpoint
+from restore import restore
+from tests.test_restore import network, shape_of, widths_of  # noqa: F401 (network: a fixture)
+from trace import units
+from walk import Walk
+
+
+def curve(damage):
+    """A curve with this D."""
+    damage = np.array(damage, dtype=float)
+    return W.Curve(torch.arange(len(damage) - 1), damage, damage)
+
+
+# ---------------------------------------------------------------- cost
+
+
+@pytest.mark.parametrize("kind", ["prune", "restore"])
+def test_costs_are_those_of_the_smaller_network(network, kind):  # noqa: F811
+    found, shape, random = units(network), shape_of(network), np.random.default_rng(0)
+    cost = W.Cost(network, found, shape, biases=kind == "restore")
+    for _ in range(3):
+        widths = [int(random.integers(1, n + 1)) for n in widths_of(network, found)]
+        small = METHODS[kind](network, found, choose(network, found, widths, "l2-norm"), Settings(shape, samples=16))
+        assert cost(widths) == pytest.approx([count_parameters(small), count_macs(small, shape)], abs=1e-3)
+        one_more = np.array(widths)
+        one_more[-1] += 1
+        assert cost(one_more) - cost(widths) == pytest.approx(cost.marginal(widths)[:, -1])
+    assert W.Cost(network, found, shape)(cost.full) == pytest.approx(
+        [count_parameters(network), count_macs(network, shape)]
+    )
+
+
+# ---------------------------------------------------------------- error curves
+
+
+def seen(n=400, neurons=6, taps=3, outputs=5, ridge=0.03):
+    """What a consumer sees, made up, its columns by neuron or tap by tap."""
+    random = torch.Generator().manual_seed(0)
+    mixing = torch.randn(neurons * taps, neurons * taps, generator=random, dtype=torch.float64)
+    U = torch.randn(n, neurons * taps, generator=random, dtype=torch.float64) @ mixing + 1
+    weights = torch.randn(outputs, neurons * taps, generator=random, dtype=torch.float64)
+    slope = torch.rand(outputs, generator=random, dtype=torch.float64) + 0.5
+    columns = torch.arange(neurons * taps).view(taps, neurons).T
+    return W._Seen(U, weights, slope, columns, ridge), U, weights, slope, columns
+
+
+def brute_force(U, weights, slope, columns, penalty, keep):
+    """Ridge regression of what the dropped neurons gave on the kept ones: weights [M, F] and the error that it minimises."""
+    N = len(columns)
+    S = columns[keep].flatten()
+    D = columns[[n for n in range(N) if n not in keep]].flatten()
+    X, R = U[:, S] - U[:, S].mean(0), (U[:, D] - U[:, D].mean(0)) @ weights[:, D].T
+    A = X.T @ X / len(U) + penalty[S].diag()
+    B = torch.linalg.solve(A, X.T @ R / len(U))
+    whole = torch.zeros_like(weights)
+    whole[:, S] = weights[:, S] + B.T
+    error = ((R - X @ B).pow(2).mean(0) + (penalty[S, None] * B.pow(2)).sum(0)) * slope.pow(2)
+    return whole, float(error.sum())
+
+
+@pytest.mark.parametrize("n", [400, 12])
+def test_one_factor_gives_the_regression_for_every_width(n):
+    """Also where there are fewer samples than features, by another way."""
+    looked, U, weights, slope, columns = seen(n)
+    assert looked.few == (n < U.shape[1])
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    error, thinned = looked.regressed(order, [0, 2, 4])
+    for form in thinned:
+        whole, lost = brute_force(U, weights, slope, columns, looked.penalty, order[: form.k].tolist())
+        assert error[form.k] == pytest.approx(lost, rel=1e-6)
+        assert torch.allclose(form.W.double(), whole, atol=1e-4)
+        assert torch.allclose(U.mean(0) @ form.W.double().T + form.c, U.mean(0) @ weights.T, atol=1e-3)
+    assert (np.diff(error) <= 1e-9).all()
+    assert error[-1] == 0
+
+
+def test_the_error_of_a_compensation_is_that_of_the_consumers_output():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 5))
+    x, found = torch.randn(300, 10), units(model)
+    for kind in ("prune", "merge", "lbyl"):
+        (made,) = W.curves(model, found, x, "l2-norm", layerwise(kind, Settings(t=0.1)), 0.03, sensitivity=False)
+        for k in (1, 4, 6):
+            small = METHODS[kind](model, found, choose(model, found, [k], "l2-norm"), Settings(t=0.1))
+            with torch.no_grad():
+                assert made.error[k] == pytest.approx(float((small(x) - model(x)).pow(2).sum(1).mean()), rel=1e-4)
+        assert made.error[8] == 0
+
+
+def test_the_greedy_order_takes_what_explains_most():
+    """Step by step as by brute force, and twins are not kept together while something else is missing."""
+    looked, U, weights, slope, columns = seen()
+    A = (U - U.mean(0)).T @ (U - U.mean(0)) / len(U)
+    order, kept = looked.greedy().tolist(), []
+    for _ in range(len(columns)):
+        gains = {}
+        for j in set(range(len(columns))) - set(kept):
+            S = columns[[*kept, j]].flatten()
+            G = slope[:, None] * weights @ A[:, S]
+            gains[j] = float((G @ torch.linalg.inv(A[S][:, S] + looked.penalty[S].diag()) * G).sum())
+        kept.append(max(gains, key=gains.get))
+    assert order == kept
+    U[:, columns[order[1]]] = U[:, columns[order[0]]]
+    weights[:, columns[order[1]]] = weights[:, columns[order[0]]]
+    twins = W._Seen(U, weights, slope, columns, 1e-6).greedy().tolist()
+    assert abs(twins.index(order[0]) - twins.index(order[1])) == len(columns) - 1 or twins[-1] in order[:2]
+
+
+def test_the_greedy_order_keeps_error_lower_than_the_norm_does():
+    looked, *_ = seen(neurons=24, taps=2)
+    by_norm = looked.W[:, looked.columns].pow(2).sum((0, 2)).argsort(descending=True)
+    greedy, norm = (looked.regressed(order, [])[0] for order in (looked.greedy(), by_norm))
+    assert greedy[4:20].mean() < norm[4:20].mean()
+
+
+# ---------------------------------------------------------------- sensitivities
+
+
+def test_sensitivity_is_the_change_of_the_output_when_one_unit_alone_is_thinned():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
+    x, found = torch.randn(300, 10), units(model)
+    held_out, walk = x[:100], Walk(model)
+    with torch.no_grad():
+        looks = W._Looks(model, walk, found, "l2-norm", layerwise("prune", Settings()), 0.03)
+        looks.run(x[100:])
+        made = W._sensitivity(walk, found, looks.thinned, held_out)
+    for i, k in itertools.product(range(2), (2, 4, 8, 12)):
+        widths = [16, 16]
+        widths[i] = k
+        small = rebuild(model, found, decompose(model, found, widths, "l2-norm", "prune"))
+        with torch.no_grad():
+            change = small(held_out) - model(held_out)
+        change = float((change - change.mean(1, keepdim=True)).pow(2).sum(1).mean())
+        assert made[i][k] == pytest.approx(change, rel=1e-3)
+
+
+def test_curves_look_at_nothing_else(network):  # noqa: F811
+    """The network is left as it is; the same probe gives the same curves; D falls to 0 with the width."""
+    before = copy.deepcopy(network.state_dict())
+    found, x = units(network), probe.make(network, shape_of(network), 48)
+    first, second = (W.curves(network, found, x, "l2-norm", None, 0.03) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values()))
+    for unit, a, b, N in zip(found, first, second, widths_of(network, found)):
+        assert np.array_equal(a.damage, b.damage)
+        assert len(a.damage) == N + 1 and a.damage[-1] == 0 and a.damage[0] > 0
+        assert (np.diff(a.damage) <= 0).all()
+        scores = CRITERIA["l2-norm"](read(network, unit).W)
+        assert set(a.order.tolist()) == set(range(N))
+        assert (scores[a.order].diff() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", [k for k in METHODS if not k.endswith("-bn")])
+def test_every_method_has_curves(kind):
+    model = build("ResNet", (8,))
+    found, x = units(model), probe.make(model, (3, 32, 32), 24)
+    made = W.curves(model, found, x, "l2-norm", layerwise(kind, Settings(seed=3)), 0.03)
+    assert all(np.isfinite(c.damage).all() and c.damage[0] > 0 for c in made)
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def test_the_choice_is_the_best_there_is():
+    """Against all choices, on convex curves: within what one neuron costs of the optimum, and never above the budget."""
+    model = nn.Sequential(*(m for i in range(3) for m in (nn.Linear(6, 6), nn.ReLU())), nn.Linear(6, 3)).eval()
+    found = units(model)
+    cost = W.Cost(model, found, (6,))
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        falls = [np.sort(random.exponential(size=6))[::-1] for _ in found]
+        curves = [curve([*np.cumsum(fall[::-1])[::-1], 0]) for fall in falls]
+        for share in (0.3, 0.5, 0.8):
+            budget = cost(cost.full) * share
+            chosen = W.allocate(curves, cost, budget)
+            assert (cost(chosen) <= budget).all()
+            damage = sum(c.damage[w] for c, w in zip(curves, chosen))
+            every = [w for w in itertools.product(range(1, 7), repeat=3) if (cost(w) <= budget).all()]
+            best = min(sum(c.damage[w] for c, w in zip(curves, ws)) for ws in every)
+            assert damage <= best + max(fall.max() for fall in falls)
+            assert all(
+                (cost(np.array(chosen) + step) > budget).any()
+                for step in np.eye(3, dtype=int)
+                if (np.array(chosen) + step).max() <= 6
+            )
+
+
+def test_either_budget_alone_and_both():
+    model = build("ResNet", (8,))
+    found = units(model)
+    cost = W.Cost(model, found, (3, 32, 32))
+    curves = [curve(np.linspace(1, 0, n + 1) ** 2) for n in cost.full]
+    full = cost(cost.full)
+    both = cost(W.allocate(curves, cost, full * 0.5))
+    params = cost(W.allocate(curves, cost, full * (0.5, np.inf)))
+    macs = cost(W.allocate(curves, cost, full * (np.inf, 0.5)))
+    assert (both <= full * 0.5).all() and params[0] <= full[0] * 0.5 and macs[1] <= full[1] * 0.5
+    assert params[1] > full[1] * 0.5 and macs[0] > full[0] * 0.5  # what is not limited is not spared
+    with pytest.raises(NeuronMergingError, match="no widths are within the budget: the least have"):
+        W.allocate(curves, cost, full * 0.01)
+
+
+def test_widths_in_multiples_and_blocks_left_out():
+    model = build("ResNet", (14,))
+    found = units(model)
+    assert all(unit.branch for unit in found)
+    cost = W.Cost(model, found, (3, 32, 32))
+    flat = [curve([1e-9 * (n - k) for k in range(n + 1)]) for n in cost.full[:1]]
+    curves = [*flat, *(curve(np.linspace(1, 0, n + 1)) for n in cost.full[1:])]
+    chosen = W.allocate(curves, cost, cost(cost.full) * 0.6, multiple=8)
+    assert all(w % 8 == 0 and w > 0 for w in chosen)
+    chosen = W.allocate(curves, cost, cost(cost.full) * 0.6, droppable=[True] * len(found))
+    assert chosen[0] == 0  # it costs nothing to lose it
+
+
+# ---------------------------------------------------------------- blocks that are left out
+
+
+@pytest.mark.parametrize("arch", ["ResNet-14", "WideResNet-10-1"])
+@torch.no_grad()
+def test_a_block_left_out_is_a_constant(arch, tmp_path):
+    name, *depth = arch.split("-")
+    depth = tuple(map(int, depth))
+    torch.manual_seed(0)
+    model = build(name, depth)
+    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        bn.bias.normal_()
+    x = torch.randn(4, 3, 32, 32)
+    model.train()(x)
+    model.eval()
+    found = units(model)
+    widths = widths_of(model, found)
+    widths[1] = 0
+    keep = choose(model, found, widths, "l2-norm")
+    silent = copy.deepcopy(model)
+    consumer = silent.get_submodule(found[1].next)
+    consumer.weight.zero_()
+    for kind in METHODS:
+        small = METHODS[kind](model, found, keep, Settings((3, 32, 32), samples=16, images=x))
+        assert small(x).shape == (4, 10)
+        if kind == "prune":
+            assert torch.allclose(small(x), silent(x), atol=1e-5)
+        cost = W.Cost(model, found, (3, 32, 32), biases=kind == "restore")
+        assert cost(widths)[1] == count_macs(small, (3, 32, 32))
+        assert cost(widths)[0] == pytest.approx(
+            count_parameters(small), abs=200
+        )  # its constant instead of its BatchNorm
+        save_checkpoint(tmp_path / "small.pth.tar", small, widths=widths)
+        checkpoint = load_checkpoint(tmp_path / "small.pth.tar")
+        again = load_weights(build(name, depth, widths=widths), checkpoint).eval()
+        assert torch.equal(again(x), small(x))
+
+
+@torch.no_grad()
+def test_restoration_gives_a_lost_block_its_mean():
+    torch.manual_seed(0)
+    model = build("ResNet", (14,)).train()
+    x = torch.randn(64, 3, 32, 32)
+    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        bn.bias.normal_()
+        bn.momentum = 1.0
+    model(x)
+    model.eval()
+    found = units(model)
+    widths = widths_of(model, found)
+    widths[0] = 0
+    small = restore(model, found, choose(model, found, widths, "l2-norm"), x)
+    bn = model.get_submodule(found[0].next_bn)
+    assert torch.allclose(small.get_submodule(found[0].next).value, bn.bias, atol=1e-4)
+    assert isinstance(small.get_submodule(found[0].layer), Silence)
+
+
+@torch.no_grad()
+def test_a_block_with_a_stride_a_pool_and_a_sum_in_place():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 6, 5, stride=2, padding=(1, 2)), nn.Conv2d(6, 8, 3, padding=1)
+            self.down = nn.Conv2d(4, 8, 5, stride=4, padding=(1, 2))
+
+        def forward(self, x):
+            out = self.b(F.max_pool2d(self.a(x).relu(), 2))
+            out += self.down(x)
+            return out
+
+    model, x = Block().eval(), torch.randn(2, 4, 21, 24)
+    (unit,) = units(model)
+    small = rebuild(model, [unit], decompose(model, [unit], [0], "l1-norm", "merge"))
+    assert torch.allclose(small(x), model.down(x) + model.b.bias.view(1, -1, 1, 1), atol=1e-6)
+    assert units(small) == []
+    fitted = restore(model, [unit], [torch.arange(0)], x)
+    assert torch.allclose((fitted(x) - model(x)).mean((0, 2, 3)), torch.zeros(8), atol=1e-5)
+
+
+def test_a_chain_cannot_lose_all_its_neurons():
+    chain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(NeuronMergingError, match="0 of 4 neurons cannot be kept"):
+        choose(chain, units(chain), [0], "l1-norm")
+
+
+# ---------------------------------------------------------------- on the command line
+
+LENET = ("--arch", "LeNet_300_100", "--criterion", "l1-norm", "--evaluate", "--json", "-")
+
+
+def row_of(outcome):
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+@pytest.mark.parametrize("kind", ["prune", "merge", "restore"])
+def test_auto_is_better_than_uniform_for_no_more(cli, kind):
+    common = (*LENET, "--model-type", kind, "--pruning-ratio", "0.7")
+    uniform, auto = (row_of(cli(*common, "--widths", rule)) for rule in ("uniform", "auto"))
+    assert auto["params"] <= uniform["params"] and auto["macs"] <= uniform["macs"]
+    assert auto["accuracy"] > uniform["accuracy"] + 2
+    assert auto["widths_rule"] == "auto" and auto["seed"] == 1 and auto["seconds_widths"] <= auto["seconds_decompose"]
+    again = row_of(cli(*common, "--widths", ",".join(map(str, auto["widths"]))))
+    assert again["correct"] == auto["correct"]
+
+
+def test_chosen_widths_are_saved_and_printed(cli, tmp_path):
+    file = tmp_path / "small.pth.tar"
+    options = ("--model-type", "merge", "--widths", "auto", "--budget", "params=0.4,macs=0.5", "--multiple", "8")
+    made = cli("--arch", "LeNet_300_100", "--evaluate", *options, "--save", file, "--json", tmp_path / "row.json")
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert all(w % 8 == 0 or w == n for w, n in zip(row["widths"], (300, 100)))
+    assert row["budget"] == "params=0.4,macs=0.5" and row["multiple"] == 8
+    assert row["params"] <= 0.4 * row["params_original"] and row["ratio"] is None
+    assert f"widths      {','.join(map(str, row['widths']))}" in made.out
+    assert row_of(cli("--pretrained", file, *LENET))["correct"] == row["correct"]
+
+
+def test_the_neurons_that_explain_most(cli):
+    common = (*LENET[:2], *LENET[4:], "--model-type", "restore", "--pruning-ratio", "0.8")
+    greedy, norm = (row_of(cli(*common, "--criterion", c)) for c in ("auto", "l1-norm"))
+    assert greedy["widths"] == norm["widths"] and greedy["criterion"] == "auto"
+    assert greedy["accuracy"] > norm["accuracy"] + 2
+
+
+def test_what_was_found_serves_all_budgets(pretrained, monkeypatch):
+    model = build("LeNet_300_100").eval()
+    looks = []
+    original = W.curves
+    monkeypatch.setattr("experiment.curves", lambda *a, **k: looks.append(1) or original(*a, **k))
+    known = {}
+    made = [
+        shrink(
+            model,
+            Experiment("LeNet_300_100", "FashionMNIST", pretrained, (), "merge", ratio=r, widths="auto"),
+            None,
+            known,
+        )
+        for r in (0.5, 0.7)
+    ]
+    assert len(looks) == 1 and made[0].seconds_widths == made[1].seconds_widths
+    assert sum(made[0].widths) > sum(made[1].widths)

@@ -1,0 +1,217 @@
+"""A traced network run node by node over a probe: what restoration and the choice of widths have in common (ours).
+
+On a probe, every BatchNorm normalises with statistics measured there: so its output has the mean β and the variance γ²
+that it was trained to have, however little the probe looks like data.
+"""
+
+import copy
+import inspect
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from errors import NeuronMergingError
+from trace import CONVS, NORMS, addition
+
+ENTRIES = 2**27  # numbers in a matrix of patches, at most: 512 MB
+POSITIONS = 128  # output positions that are looked at, for every feature of a patch
+
+
+class Walk:
+    """The graph of `model`, with operations that overwrite their input made to write elsewhere, and its modules by name.
+
+    statistics: mean and variance [N] with which a BatchNorm normalises the probe: those of the first values that it sees,
+    or (probe_statistics=False) its running ones.
+    """
+
+    def __init__(self, model: nn.Module, probe_statistics: bool = True) -> None:
+        self.graph = fx.Tracer().trace(model)
+        self.modules = dict(model.named_modules())
+        self.probe_statistics = probe_statistics
+        self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[str, Tensor] = {}
+        out_of_place(self.graph, self.modules)
+
+    def beside(self, smaller: nn.Module, kept: dict[str, Tensor]) -> "Walk":
+        """The same walk through a network of the same graph, whose BatchNorms have the neurons `kept` (by name) only."""
+        other = copy.copy(self)  # graph and statistics are one and the same
+        other.modules, other.kept = dict(smaller.named_modules()), kept
+        for name, module in self.modules.items():
+            if getattr(other.modules[name], "inplace", False) is True:
+                other.modules[name].inplace = module.inplace
+        return other
+
+    def input(self, node: fx.Node, probe: Tensor) -> Any:
+        """The probe for the network's first input, their defaults for others."""
+        if node is next(iter(self.graph.nodes)):
+            return probe
+        if node.args:
+            return node.args[0]
+        raise NeuronMergingError(f"the network takes a second input, {node.target}: only one can be made up")
+
+    def run(self, node: fx.Node, values: dict[fx.Node, Any], probe: Tensor | None = None) -> Any:
+        """The value of a node, given those of the nodes that it reads."""
+        if node.op == "placeholder":
+            return self.input(node, probe)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "output":
+            return args[0]
+        if node.op == "get_attr":
+            parent, _, name = node.target.rpartition(".")
+            return getattr(self.modules[parent], name)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        module = self.modules[node.target]
+        if isinstance(module, NORMS) and module.running_mean is not None:
+            if node.target not in self.statistics:
+                self.measure(node.target, args[0])
+            return self.normalise(node.target, args[0])
+        return module(*args, **kwargs)
+
+    def measure(self, name: str, y: Tensor) -> None:
+        """Let the BatchNorm `name` normalise the probe with the statistics of y [B, N, …]."""
+        bn = self.modules[name]
+        if not self.probe_statistics:
+            self.statistics[name] = bn.running_mean, bn.running_var
+            return
+        var, mean = torch.var_mean(y, [d for d in range(y.ndim) if d != 1], correction=0)
+        dead = bn.running_var < 1e-8
+        self.statistics[name] = bn.running_mean.where(dead, mean), bn.running_var.where(dead, var)
+
+    def normalise(self, name: str, y: Tensor) -> Tensor:
+        """What the BatchNorm `name` makes of y on the probe."""
+        module, (mean, var) = self.modules[name], self.statistics[name]
+        if name in self.kept:
+            mean, var = mean[self.kept[name]], var[self.kept[name]]
+        return F.batch_norm(y, mean, var, module.weight, module.bias, False, 0.0, module.eps)
+
+    def slope(self, name: str) -> Tensor:
+        """γ / √(v + ε) of the BatchNorm `name` on the probe, [N]."""
+        bn = self.modules[name]
+        slope = (self.statistics[name][1] + bn.eps).rsqrt()
+        return slope if bn.weight is None else slope * bn.weight
+
+    def kind(self, node: fx.Node) -> Any:
+        """What a node does: the class of its module, the function, or the name of the method."""
+        return type(self.modules[node.target]) if node.op == "call_module" else node.target
+
+    def addition(self, node: fx.Node, bn: str | None) -> tuple[fx.Node, fx.Node] | None:
+        """`trace.addition` in this graph."""
+        return addition(node, bn, self.kind)
+
+
+def last_reads(order: Iterable[fx.Node], sources: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, list[fx.Node]]:
+    """For every node those whose value nobody reads after it, when the nodes run in this order."""
+    last = {source: node for node in order for source in sources[node]}
+    expiring: dict[fx.Node, list[fx.Node]] = {}
+    for source, node in last.items():
+        expiring.setdefault(node, []).append(source)
+    return expiring
+
+
+def rows(layer: nn.Module, x: Tensor, y: Tensor, positions: int = POSITIONS) -> tuple[Tensor, Tensor]:
+    """What `layer` sees, [n, F], and the outputs y that belong to it, [n, M], at as many positions as a fit looks at."""
+    if not isinstance(layer, CONVS):
+        return x.flatten(0, -2), y.flatten(0, -2)
+    count, features = y.numel() // y.shape[1], layer.weight[0].numel()
+    most = min(positions * features, ENTRIES // features)
+    chosen = torch.arange(count)
+    if count > most:
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+    chosen = chosen.to(x.device)
+    return patches(x, layer, chosen), y.movedim(1, -1).flatten(0, -2)[chosen]
+
+
+def patches(x: Tensor, conv: nn.Module, chosen: Tensor) -> Tensor:
+    """What a convolution sees at the output positions `chosen` [n] of x [B, C, …]: [n, K·C], tap by tap."""
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x, conv._reversed_padding_repeated_twice, mode).movedim(1, -1).contiguous()
+    sides = x.shape[1:-1]
+    out = [(s - d * (k - 1) - 1) // st + 1 for s, d, k, st in zip(sides, conv.dilation, conv.kernel_size, conv.stride)]
+    origin, taps = torch.arange(len(x), device=x.device), torch.zeros(1, dtype=torch.int64, device=x.device)
+    for side, count, size, stride, dilation in zip(sides, out, conv.kernel_size, conv.stride, conv.dilation):
+        origin = (origin[:, None] * side + stride * torch.arange(count, device=x.device)).flatten()
+        taps = (taps[:, None] * side + dilation * torch.arange(size, device=x.device)).flatten()
+    index = origin[chosen, None] + taps  # [n, K]
+    return x.view(-1, x.shape[-1]).index_select(0, index.flatten()).view(len(chosen), -1)
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The weights of a layer as `rows` orders what it sees: [M, F]."""
+    return layer.weight.flatten(2).transpose(1, 2).flatten(1) if isinstance(layer, CONVS) else layer.weight
+
+
+def as_weight(W: Tensor, layer: nn.Module) -> Tensor:
+    """[M, F] as the layer has it: the inverse of `matrix`."""
+    shape = layer.weight.shape
+    return W.view(len(W), -1, shape[1]).transpose(1, 2).reshape(-1, *shape[1:]) if isinstance(layer, CONVS) else W
+
+
+def gram(U: Tensor, blocks: int = 8) -> Tensor:
+    """Uᵀ U, [F, F], by blocks of rows on and above the diagonal: little more than half of the full product's work."""
+    features = U.shape[1]
+    A, size = U.new_empty(features, features), max(64, -(-features // blocks))
+    for start in range(0, features, size):
+        part = slice(start, start + size)
+        block = U[:, part].T @ U[:, start:]
+        A[part, start:], A[start:, part] = block, block.T
+    return A
+
+
+def penalty(energy: Tensor, ridge: float) -> Tensor:
+    """The diagonal of Λ for the features' variances `energy` [F]: λ of each, and λ/10 of their mean."""
+    return ridge * energy + 0.1 * ridge * energy.mean() + 1e-10
+
+
+IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    F.relu_: F.relu,
+}
+
+
+def out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Rewrite operations that overwrite their input, and let what reads that input later read their output instead."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not _overwrites(node, modules):
+            continue
+        (source, *_) = node.all_input_nodes
+        for user in list(source.users):
+            if place[user] > place[node]:
+                user.replace_input_with(source, node)
+
+
+def _overwrites(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node overwrites its input; it no longer does afterwards."""
+    if node.op == "call_module":
+        inplace = getattr(modules[node.target], "inplace", False) is True
+        if inplace:
+            modules[node.target].inplace = False
+        return inplace
+    if node.op == "call_method" and node.target.endswith("_") and not node.target.startswith("__"):
+        node.target = node.target.removesuffix("_")
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target in IN_PLACE:
+        node.target = IN_PLACE[node.target]
+        return True
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except (ValueError, TypeError):  # a builtin without a signature
+        return False
+    if bound.arguments.get("inplace") is True:
+        bound.arguments["inplace"] = False
+        node.args, node.kwargs = bound.args, bound.kwargs
+        return True
+    return False
