@@ -58,7 +58,7 @@ def cell(measured: Sequence[Row]) -> str:
 def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: a line for every criterion and ratio, data-free methods first, then those that look at images."""
     columns = [*((name, False) for name in DATA_FREE), *((name, True) for name in LOOKS)]
-    shrunk = [row for row in measured if row["type"] != "original"]
+    shrunk = [row for row in measured if row["widths_rule"] not in (None, "auto")]
     lines = []
     for criterion in CRITERIA:
         of = [row for row in shrunk if criterion_of(grid, row) == criterion]

@@ -9,10 +9,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from decompose import COMPENSATIONS, CRITERIA
-from experiments.beyond import IMAGES, criterion_of
+from experiments import chosen
+from experiments.beyond import IMAGES, SEEDS, criterion_of
 from experiments.grid import Grid
-from experiments.rows import Row, published, published_key
+from experiments.rows import Row, published, published_key, ratio
 from files import write_atomically
+from models import build
+from trace import units
 
 plt.switch_backend("Agg")  # files only: no display is needed
 plt.rcParams["svg.hashsalt"] = "neuron-merging"  # the same rows make the same file
@@ -83,7 +86,12 @@ def _line(measured: Sequence[Row], kind: str, criterion: str, grid: Grid) -> dic
     """Ratio → accuracy, the mean over seeds, in order."""
     values: dict[float, list[float]] = {}
     for row in measured:
-        if label(row) == kind and criterion_of(grid, row) == criterion and row["ratio"]:
+        if (
+            label(row) == kind
+            and criterion_of(grid, row) == criterion
+            and row["ratio"]
+            and row["widths_rule"] != "auto"
+        ):
             values.setdefault(row["ratio"], []).append(row["accuracy"])
     return {ratio: mean(values[ratio]) for ratio in sorted(values)}
 
@@ -91,6 +99,58 @@ def _line(measured: Sequence[Row], kind: str, criterion: str, grid: Grid) -> dic
 def label(row: Row) -> str:
     """Which line a row belongs to: its type, and whether it looked at real images."""
     return row["type"] + (f", {IMAGES} real images" if row.get("calibrate") else "")
+
+
+def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) -> None:
+    """Draw the mean accuracy of uniform and of chosen widths against parameters, left, and MACs, right."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    original = next(row for row in measured if row["type"] == "original")
+    for axis, size, name in zip(axes, ("params", "macs"), ("parameters", "MACs")):
+        for kind in chosen.KINDS:
+            color, marker, _ = STYLES[kind]
+            for rule, dash in (("uniform", ":"), ("auto", "-")):
+                points: dict[str, list[Row]] = {}
+                for row in measured:
+                    if (row["type"], chosen.rule(grid, row)) == (kind, rule):
+                        points.setdefault(ratio(row), []).append(row)
+                drawn = [(mean(r[size] for r in p) / 1e6, mean(r["accuracy"] for r in p)) for p in points.values()]
+                if drawn:
+                    axis.plot(*zip(*sorted(drawn)), color=color, marker=marker, linestyle=dash, label=f"{kind}, {rule}")
+        axis.plot(original[size] / 1e6, original["accuracy"], "k*", markersize=10, label="original")
+        axis.set_xlabel(f"{name} (millions)")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy (%)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.suptitle(f"{grid.title}, {grid.criterion}: uniform widths and widths chosen without data")
+    write(figure, paths)
+
+
+def chosen_widths(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) -> None:
+    """Draw the share of neurons that restoration's chosen widths keep in every unit, a line for every ratio (first seed)."""
+    drawn = {}
+    for row in sorted(measured, key=lambda r: r["ratio"] or 0):
+        if (row["type"], chosen.rule(grid, row), row.get("seed")) == ("restore", "auto", SEEDS[0]):
+            drawn[ratio(row)] = row["widths"]
+    network = build(grid.arch, grid.depth_wide)
+    names = [unit.layer for unit in units(network)]
+    full = [len(network.get_submodule(name).weight) for name in names]
+    figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
+    colors = plt.get_cmap("viridis")
+    for i, (name, widths) in enumerate(drawn.items()):
+        shares, color = [100 * width / n for width, n in zip(widths, full)], colors(i / len(drawn))
+        if len(full) > 4:
+            axis.plot(range(len(full)), shares, "o-", color=color, markersize=4, label=name)
+        else:
+            places = [place + (i + 0.5) / len(drawn) * 0.8 - 0.4 for place in range(len(full))]
+            axis.bar(places, shares, 0.7 / len(drawn), color=color, label=name)
+    axis.set_xticks(range(len(full)), names, rotation=90, fontsize=7)
+    axis.set_ylabel("neurons kept (%)")
+    axis.set_ylim(0, 105)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, title="in the budget of", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set_title(f"{grid.title}: widths chosen for restoration")
+    write(figure, paths)
 
 
 def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) -> None:
@@ -106,10 +166,10 @@ def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) 
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    ratio = (
+    dropped = (
         "the paper's widths" if measured["ratio"] is None else f"{100 * measured['ratio']:.0f} % of the neurons dropped"
     )
-    axis.set_title(f"{title}, {measured['criterion']}, {ratio}: feature maps of {measured['images']} test images")
+    axis.set_title(f"{title}, {measured['criterion']}, {dropped}: feature maps of {measured['images']} test images")
     write(figure, paths)
 
 

@@ -32,6 +32,7 @@ class Grid:
     ratios: tuple[float, ...]
     criterion: str = "l2-norm"  # what rivals are compared with
     uniform_ratios: tuple[float, ...] = ()  # for restoration, where the paper fixes the widths
+    blocks: bool = False  # whether it has residual blocks, which can be left out
 
     @property
     def checkpoint(self) -> Path:
@@ -59,8 +60,8 @@ GRIDS = {
         "LeNet-300-100 on FashionMNIST", "LeNet_300_100", (), "FashionMNIST", (0.5, 0.6, 0.7, 0.8), "l1-norm"
     ),
     "vgg": Grid("VGG-16 on CIFAR-10", "VGG", (16,), "cifar10", (0.5,), uniform_ratios=(0.1, 0.2, 0.3, 0.4, 0.5)),
-    "resnet": Grid("ResNet-56 on CIFAR-10", "ResNet", (56,), "cifar10", CIFAR_RATIOS),
-    "wideresnet": Grid("WideResNet-40-4 on CIFAR-10", "WideResNet", (40, 4), "cifar10", CIFAR_RATIOS),
+    "resnet": Grid("ResNet-56 on CIFAR-10", "ResNet", (56,), "cifar10", CIFAR_RATIOS, blocks=True),
+    "wideresnet": Grid("WideResNet-40-4 on CIFAR-10", "WideResNet", (40, 4), "cifar10", CIFAR_RATIOS, blocks=True),
 }
 
 
@@ -79,16 +80,17 @@ def run(
     done = {rows.key(row) for row in rows.load(path)}
     checkpoint = sha256(pretrained or grid.checkpoint)
     wanted = [replace(e, pretrained=pretrained or grid.checkpoint) for e in experiments or grid.experiments()]
+    known = {}  # what is found of the units serves all budgets
     for experiment in tqdm(wanted, grid.title, unit="row", leave=False, disable=None):
         if rows.key(experiment.settings() | {"checkpoint_sha256": checkpoint}) not in done:
-            rows.append(measure(experiment, images, device), path)
+            rows.append(measure(experiment, images, device, known=known), path)
     return [row for row in rows.load(path) if row["checkpoint_sha256"] == checkpoint]
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiments of all checkpoints that are there, or of one network and checkpoint."""
-    from experiments import beyond  # which builds on the grids
+    from experiments import beyond, chosen  # which build on the grids
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("network", nargs="?", choices=GRIDS, help="[every network whose checkpoint is there]")
@@ -110,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{grid.title}: no checkpoint yet ({grid.checkpoint.name})")
             continue
         images = load(grid.dataset, "test", args.data or settings.data_folder())
-        wanted = [*grid.experiments(), *(() if args.paper else beyond.experiments(grid))]
+        ours = () if args.paper else (*beyond.experiments(grid), *chosen.experiments(grid))
+        wanted = [*grid.experiments(), *ours]
         measured = run(grid, images, device, args.rows, args.pretrained, wanted)
         print(f"{grid.title}: {len(measured)} rows in {args.rows}")
     return 0

@@ -68,9 +68,11 @@ def append(row: Row, path: Path = ROWS, key: Callable[[Row], Hashable] = key) ->
 
 
 def ratio(row: Row) -> str:
-    """A row's ratio for people."""
+    """A row's ratio, or budget, for people."""
     if row["ratio"] is not None:
         return f"{100 * row['ratio']:.0f} %"
+    if row.get("budget"):
+        return row["budget"]
     return "published widths" if row["type"] != "original" else "–"
 
 
@@ -96,5 +98,7 @@ def _published_lines() -> list[dict[str, str]]:
 
 
 def published_key(row: Row) -> tuple:
-    """The key of a row in `published()`."""
+    """The key of a row in `published()`; () for widths that are not the paper's."""
+    if row["widths_rule"] not in (None, "published"):
+        return ()
     return (row["arch"], tuple(row["depth_wide"]), row["dataset"], row["type"], row["criterion"], row["ratio"])

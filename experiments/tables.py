@@ -7,7 +7,7 @@ from pathlib import Path
 
 from decompose import COMPENSATIONS, CRITERIA
 from errors import NeuronMergingError
-from experiments import beyond, command, features, rows
+from experiments import beyond, chosen, command, features, rows
 from experiments.grid import GRIDS, Grid
 from experiments.manifest import shipped
 from experiments.rows import Row
@@ -17,6 +17,7 @@ TABLES = rows.RESULTS / "TABLES.md"
 FIGURES = rows.RESULTS / "figures"
 README = rows.RESULTS.parent / "README.md"
 BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
+CHOSEN_FIGURES = ("size", "widths")
 CHECKPOINTS = {"authors'": "the one that the paper's authors published", "ours": "the one in `pretrained/`"}
 
 
@@ -87,7 +88,8 @@ def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
     A row that somebody added with other settings (`main.py --append`) is in the file, but in no table.
     """
     network = (grid.arch, list(grid.depth_wide), grid.dataset)
-    experiments = [e.settings() for e in (*grid.experiments(), *beyond.experiments(grid))]
+    listed = (*grid.experiments(), *beyond.experiments(grid), *chosen.experiments(grid))
+    experiments = [experiment.settings() for experiment in listed]
     named = {row["checkpoint_sha256"] for row in everything if checkpoint(row) is not None}
     wanted = {rows.key(about | {"checkpoint_sha256": sha}) for about in experiments for sha in named}
     return [
@@ -103,8 +105,10 @@ Made by `make tables` from `rows.jsonl` and `published.csv`; never edited by han
 
 Accuracy on the test set in %, without fine-tuning. `merge` is the published form of the method, `merge-derived` the form
 that follows from the formulas (ours). The tables *beyond the paper* have `restore` (ours), `lbyl` and `fold` (other
-people's; fold's clusters have no criterion) at the same kept widths; whatever looked at real images says so. Where there
-is a ±, it is half the range of three seeds.
+people's; fold's clusters have no criterion) at the same kept widths; whatever looked at real images says so. The tables
+*widths chosen without data* (ours) compare widths from `--widths auto` with uniform ones of at least as many parameters and
+MACs; *neurons too*: and those kept that explain most (`--criterion auto`); *blocks may go*: and whole residual blocks may be
+left out (`--drop-blocks`). Where there is a ±, it is half the range of three seeds.
 """
 
 
@@ -142,6 +146,14 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
                     markdown(header, lines, 2),
                     "",
                 ]
+            header, lines = chosen.table(grid, of_checkpoint)
+            if lines:
+                title = f"Widths chosen without data: {grid.title}, {grid.criterion}"
+                summary += [f"**{title}**, checkpoint *{name}* (accuracy in %)", "", markdown(header, lines), ""]
+                tables += [f"### {title}, checkpoint *{name}*", "", markdown(header, lines), ""]
+        if has_chosen_figure(grid, measured):
+            for what in CHOSEN_FIGURES:
+                tables += [f"![{grid.title}: widths chosen without data](figures/{grid.figure}_{what}.png)", ""]
         if has_beyond_figure(grid, measured):
             tables += [f"![{grid.title}: restoration and its rivals](figures/{grid.figure}_beyond.png)", ""]
     return {TABLES: "\n".join(tables), README: replaced(README, BEGIN, END, "\n".join(summary))}
@@ -177,6 +189,11 @@ def has_beyond_figure(grid: Grid, measured: Sequence[Row]) -> bool:
     return has_figure(grid, measured) and any(row["type"] == "restore" for row in ours(measured))
 
 
+def has_chosen_figure(grid: Grid, measured: Sequence[Row]) -> bool:
+    """Whether restoration was measured with chosen widths and the shipped checkpoint."""
+    return any((row["type"], chosen.rule(grid, row)) == ("restore", "auto") for row in ours(measured))
+
+
 def has_feature_figure(grid: Grid, row: dict) -> bool:
     """Whether `row` of features.jsonl is this network's, with its shipped checkpoint, and more than two points."""
     of_this = (row["arch"], row["dataset"]) == (grid.arch, grid.dataset) and row["checkpoint_sha256"] in shipped()
@@ -209,6 +226,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if has_beyond_figure(grid, measured):
                 paths = _both(f"{grid.figure}_beyond")
                 figures.accuracy_against_ratio(grid, ours(measured), paths, figures.BEYOND)
+            if has_chosen_figure(grid, measured):
+                against_size, by_layer = (_both(f"{grid.figure}_{what}") for what in CHOSEN_FIGURES)
+                figures.accuracy_against_size(grid, ours(measured), against_size)
+                figures.chosen_widths(grid, ours(measured), by_layer)
             for row in features.read():
                 if has_feature_figure(grid, row):
                     figures.feature_errors(grid.title, row, _both(f"{grid.figure}_features"))

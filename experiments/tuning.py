@@ -1,4 +1,4 @@
-"""How restoration's settings were chosen: one change at a time, on held-out training images (results/tuning/).
+"""How the settings of restoration and of the choice of widths were found, on held-out training images (results/tuning/).
 
 Never on the test set. The workbenches are a small ResNet-20, trained without the images that are measured here, and the
 shipped LeNet-300-100. `make tuning` measures what rows.jsonl does not hold yet and rebuilds the tables.
@@ -19,7 +19,7 @@ import settings
 from data import Images, load
 from decompose import choose
 from evaluate import accuracy
-from experiment import Experiment, calibration, kept_widths
+from experiment import Experiment, calibration, kept_widths, shrink
 from experiment import load as load_network
 from experiments import command, rows
 from experiments.beyond import cell
@@ -59,11 +59,11 @@ BENCHES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """Restoration with something changed: keyword arguments of `Options` and of `probe.make`; or real images instead."""
+    """Restoration with something changed: keyword arguments of `Options` and of `probe.make`, or of `Experiment`."""
 
     options: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)
-    real: int = 0
+    experiment: dict[str, Any] = field(default_factory=dict)
 
 
 ABLATIONS = {
@@ -90,27 +90,44 @@ SWEEP = {
     "32 positions a feature": Variant({"positions": 32}),
     "all positions": Variant({"positions": 10**9}),
     "twice the samples": Variant(probe={"samples": 2}),  # times the default
-    "512 real images (not data-free)": Variant(real=512),
+    "512 real images (not data-free)": Variant(experiment={"calibrate": "{dataset}:512"}),
 }
+WIDTHS = {
+    f"{kind}, {rule}": Variant(experiment={"model_type": kind, "widths": widths} | change)
+    for kind in ("prune", "merge", "restore")
+    for rule, widths, change in (
+        ("uniform", "uniform", {}),
+        ("auto", "auto", {}),
+        ("quick", "quick", {}),
+        ("uniform, neurons that explain most", "uniform", {"criterion": "auto"}),
+        ("auto, neurons that explain most", "auto", {"criterion": "auto"}),
+        ("auto, blocks may be left out", "auto", {"drop_blocks": True}),
+    )
+    if kind == "restore" or not change
+}
+VARIANTS = ABLATIONS | SWEEP | WIDTHS
 
 
-def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Images) -> float:
-    """Accuracy in % on held-out training images."""
+def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Images, known: dict) -> float:
+    """Accuracy in % on held-out training images. `known`: as of `experiment.shrink`."""
+    changes = {"model_type": "restore", "criterion": bench.criterion} | variant.experiment
+    changes |= {name: value.format(dataset=bench.dataset) for name, value in changes.items() if name == "calibrate"}
     experiment = Experiment(
-        bench.arch, bench.dataset, PRETRAINED / bench.file, bench.depth_wide, "restore", bench.criterion, ratio,
-        seed=seed, calibrate=f"{bench.dataset}:{variant.real}" if variant.real else None,
-    )  # fmt: skip
+        bench.arch, bench.dataset, PRETRAINED / bench.file, bench.depth_wide, ratio=ratio, seed=seed, **changes
+    )
     model, _ = load_network(experiment)
     model.eval()
-    found = units(model)
-    keep = choose(model, found, kept_widths(model, found, experiment), bench.criterion)
-    x = calibration(experiment)
-    if x is None:
+    if variant.options or variant.probe:  # what the command line does not offer
+        found = units(model)
+        keep = choose(model, found, kept_widths(model, found, experiment), bench.criterion)
         told = dict(variant.probe)
         if "samples" in told:
             told["samples"] *= probe.default_samples(model)
         x = probe.make(model, images.dataset.shape, seed=seed, **told)
-    correct, total = accuracy(restore(model, found, keep, x, Options(**variant.options)), images)
+        small = restore(model, found, keep, x, Options(**variant.options))
+    else:
+        small = shrink(model, experiment, calibration(experiment), known).model
+    correct, total = accuracy(small, images)
     return round(100 * correct / total, 2)
 
 
@@ -125,17 +142,18 @@ def run(path: Path) -> list[Row]:
     todo = [
         (name, variant, ratio, seed)
         for name, bench in BENCHES.items()
-        for variant in (*ABLATIONS, *SWEEP)
+        for variant in VARIANTS
         for ratio in bench.ratios
         for seed in SEEDS
         if (name, variant, ratio, seed) not in done
     ]
     loaded: dict[str, Images] = {}
+    known: dict = {}
     for name, variant, ratio, seed in tqdm(todo, "tuning", unit="row", leave=False, disable=None):
         bench = BENCHES[name]
         if bench.dataset not in loaded:
             loaded[bench.dataset] = load(bench.dataset, "val", settings.data_folder())[:IMAGES]
-        value = measure(bench, {**ABLATIONS, **SWEEP}[variant], ratio, seed, loaded[bench.dataset])
+        value = measure(bench, VARIANTS[variant], ratio, seed, loaded[bench.dataset], known)
         row = {"network": name, "variant": variant, "ratio": ratio, "seed": seed, "accuracy": value}
         rows.append(row, path, key)
     return rows.load(path)
@@ -155,10 +173,12 @@ def documents(measured: Sequence[Row]) -> dict[Path, str]:
     """results/tuning/TABLES.md, and docs/restore.md with its ablation table rebuilt."""
     ablation = table(measured, list(ABLATIONS))
     tables = (
-        "# How restoration's settings were chosen\n\nMade by `make tuning` from `rows.jsonl`."
+        "# How the settings of restoration and of the choice of widths were chosen\n\nMade by `make tuning` from `rows.jsonl`."
         f" Accuracy in % on {IMAGES:,} held-out *training* images, mean of {len(SEEDS)} probe\nseeds ± half the range;"
         " one change at a time against the first line. ResNet-20 (l2-norm) never saw these images;\nLeNet-300-100"
         f" (l1-norm) was trained on them.\n\n## Ablation\n\n{ablation}\n\n## Settings\n\n{table(measured, list(SWEEP))}\n"
+        "\n## Widths\n\nChosen ones have no more parameters and MACs than uniform ones.\n\n"
+        f"{table(measured, list(WIDTHS))}\n"
     )
     return {FOLDER / "TABLES.md": tables, DOCS: replaced(DOCS, BEGIN, END, f"{ablation}\n")}
 

@@ -47,7 +47,7 @@ def test_what_is_measured_already_is_not_measured_again(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     measured = []
 
-    def measure(experiment, images, device):
+    def measure(experiment, images, device, known):
         measured.append(experiment)
         if len(measured) == 4:
             raise KeyboardInterrupt
@@ -175,10 +175,9 @@ def test_a_table_beyond_the_paper_shows_means_and_says_what_looked_at_images():
 def test_tuning_measures_what_is_missing_and_rebuilds_the_tables(tmp_path, monkeypatch, data_folder, capsys):
     bench = replace(tuning.BENCHES["LeNet-300-100"], ratios=(0.8,))
     monkeypatch.setattr(tuning, "BENCHES", {"LeNet-300-100": bench})
-    monkeypatch.setattr(tuning, "SWEEP", {})
-    monkeypatch.setattr(
-        tuning, "ABLATIONS", {"restore, as it is": tuning.Variant(), "half": tuning.Variant({"ridge": 0.5})}
-    )
+    ablations = {"restore, as it is": tuning.Variant(), "half": tuning.Variant({"ridge": 0.5})}
+    for name, variants in (("ABLATIONS", ablations), ("SWEEP", {}), ("WIDTHS", {}), ("VARIANTS", ablations)):
+        monkeypatch.setattr(tuning, name, variants)
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     docs = tmp_path / "restore.md"
     docs.write_text(f"before\n{tuning.BEGIN}\nold\n{tuning.END}\nafter\n")

@@ -1,0 +1,61 @@
+"""Widths chosen without data (ours) against uniform ones (the paper's, for VGG-16), at no more parameters and MACs."""
+
+from collections.abc import Iterator, Sequence
+
+from experiment import Experiment
+from experiments.beyond import SEEDS, cell
+from experiments.grid import Grid
+from experiments.rows import Row, ratio
+
+KINDS = ("prune", "merge", "restore")
+SMALLEST = "params=0.2,macs=0.65"  # for VGG-16: a fifth of the parameters, the MACs of the paper's widths
+RULES = {  # by column: what is changed against the criterion's order and the same blocks
+    "auto": {},
+    "auto, neurons too": {"criterion": "auto"},
+    "auto, blocks may go": {"drop_blocks": True},
+}
+
+
+def experiments(grid: Grid) -> Iterator[Experiment]:
+    """By ratio: every compensation with chosen widths, and restoration with chosen neurons too, and without some blocks."""
+    budgets = [{"ratio": ratio} for ratio in grid.ratios]
+    if grid.uniform_ratios:  # the paper fixes the widths
+        budgets.append({"budget": SMALLEST})
+    for budget in budgets:
+        for kind in KINDS:
+            for seed in SEEDS:
+                yield _experiment(grid, kind, seed, budget, RULES["auto"])
+        for rule in list(RULES)[1:]:
+            if rule != "auto, blocks may go" or (grid.blocks and budget.get("ratio", 0) >= 0.5):
+                yield from (_experiment(grid, "restore", seed, budget, RULES[rule]) for seed in SEEDS)
+
+
+def _experiment(grid: Grid, kind: str, seed: int, budget: dict, rule: dict) -> Experiment:
+    about = {"criterion": grid.criterion, "widths": "auto", "seed": seed} | budget | rule
+    return Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, kind, **about)
+
+
+def rule(grid: Grid, row: Row) -> str | None:
+    """The column of a row: "uniform" (or as published), one of RULES, or None for a row that is in none."""
+    if row["criterion"] not in (grid.criterion, "auto") or row.get("calibrate") or row["type"] not in KINDS:
+        return None
+    if row["widths_rule"] == "published":
+        return "uniform" if row["criterion"] == grid.criterion else None
+    changed = {"criterion": "auto"} if row["criterion"] == "auto" else {}
+    changed |= {"drop_blocks": True} if row.get("drop_blocks") else {}
+    return next((name for name, change in RULES.items() if row["widths_rule"] == "auto" and change == changed), None)
+
+
+def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: a line for every ratio, a column for every compensation and rule."""
+    by_rule = "published" if grid.uniform_ratios else "uniform"
+    columns = [(kind, name) for kind in KINDS for name in ("uniform", "auto")]
+    columns += [("restore", name) for name in list(RULES)[1:] if name != "auto, blocks may go" or grid.blocks]
+    lines = []
+    for label in dict.fromkeys(ratio(row) for row in measured if rule(grid, row) == "auto"):
+        here = [row for row in measured if ratio(row) == label and rule(grid, row)]
+        sizes = [f"{max(row[size] for row in here if rule(grid, row) == 'auto'):,}" for size in ("params", "macs")]
+        cells = (cell([row for row in here if (row["type"], rule(grid, row)) == column]) for column in columns)
+        lines.append([label, *sizes, *cells])
+    header = [f"{kind}, {name.replace('uniform', by_rule)}" for kind, name in columns]
+    return ["ratio", "parameters", "MACs", *header], lines
