@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import data
-import memory
 import settings
 from data import DATASETS, Images
-from decompose import CRITERIA, choose
+from decompose import CRITERIA
 from errors import NeuronMergingError
 from evaluate import accuracy, count_macs, count_parameters
-from methods import LOOKING, METHODS, SEEDED, layerwise
-from methods import Settings as MethodSettings
+from methods import LOOKING, METHODS, SEEDED
 from models import Checkpoint, build, load_checkpoint, load_weights
 from probe import PROBES
 from restore import Options
+from shrink import check_budget
+from shrink import shrink as shrink_network
 from trace import Unit, units
-from widths import HELD_OUT, Cost, Curve, allocate, curves
+from widths import Curve
 
 MODEL_TYPES = ("original", *METHODS)
 CHOSEN = ("auto", "quick")  # rules that choose widths
@@ -119,20 +119,17 @@ class Experiment:
         return self.model_type != "original" and (self.widths in CHOSEN or self.criterion == "auto")
 
     @property
-    def shares(self) -> tuple[float, float] | None:
-        """The shares of parameters and of MACs that `budget` says may stay, inf where it says nothing of one of them."""
+    def shares(self) -> dict[str, float] | None:
+        """What `budget` says. Raises NeuronMergingError for what makes no sense."""
         if self.budget is None:
             return None
-        share = {"params": inf, "macs": inf}
-        for part in self.budget.split(","):
-            name, _, value = part.partition("=")
-            try:
-                share[name.strip()] = float(value)
-            except ValueError:
-                share = {}
-        if len(share) != 2 or not all(value > 0 for value in share.values()) or min(share.values()) > 1:
-            raise NeuronMergingError(f"--budget {self.budget}: say the shares to keep, such as params=0.5,macs=0.4")
-        return share["params"], share["macs"]
+        parts = [part.partition("=") for part in self.budget.split(",")]
+        try:
+            said = {name.strip(): float(value) for name, _, value in parts}
+        except ValueError:
+            said = {}
+        check_budget(said, self.budget)
+        return said
 
     @property
     def published_widths(self) -> tuple[int, ...] | None:
@@ -209,51 +206,32 @@ def shrink(
     """
     if experiment.model_type == "original":
         return Shrunk(model, None, 0.0)
+    about = replace(experiment, ratio=0.5, budget=None, multiple=1, drop_blocks=False)
+    known = {} if known is None else known
+    curves, seconds_widths = known.get(about, (None, None))
     device = next(model.parameters()).device
-    memory.reset(device)
-    start = time.perf_counter()
-    shape = settings.NETWORKS[experiment.arch].shape
-    found = units(model)
-    told = MethodSettings(
-        shape, experiment.threshold, experiment.lamda, experiment.probe, experiment.probe_samples, experiment.ridge,
-        experiment.seed, None if images is None else images.to(device),
+    small, report = shrink_network(
+        model, kept_widths(model, units(model), experiment), example_input=settings.NETWORKS[experiment.arch].shape,
+        criterion=experiment.criterion, compensation=experiment.model_type,
+        widths=experiment.widths if experiment.widths in CHOSEN else "uniform", budget=experiment.shares,
+        multiple=experiment.multiple if isinstance(experiment.widths, str) else 1, drop_blocks=experiment.drop_blocks,
+        threshold=experiment.threshold, lamda=experiment.lamda, probe=experiment.probe,
+        probe_samples=experiment.probe_samples, ridge=experiment.ridge, seed=experiment.seed,
+        images=None if images is None else images.to(device), known=curves,
     )  # fmt: skip
-    chosen, seconds_widths = None, None
-    if experiment.chooses:
-        about = replace(experiment, ratio=0.5, budget=None, multiple=1, drop_blocks=False)
-        known = {} if known is None else known
-        if about not in known:
-            began = time.perf_counter()
-            known[about] = look(model, found, about, told), time.perf_counter() - began
-            start += known[about][1]
-        chosen, seconds_widths = known[about]
-    widths = kept_widths(model, found, experiment, chosen)
-    if experiment.criterion == "auto":
-        keep = [curve.order[:width].sort().values.to(device) for curve, width in zip(chosen, widths)]
-    else:
-        keep = choose(model, found, widths, experiment.criterion)
-    small = METHODS[experiment.model_type](model, found, keep, told)
-    seconds = time.perf_counter() - start + (seconds_widths or 0)
-    return Shrunk(small, widths, seconds, memory.peak(device), seconds_widths)
+    seconds = report.seconds + (seconds_widths or 0.0)
+    if experiment.chooses and curves is None:
+        seconds_widths = report.seconds_widths
+        known[about] = report.curves, seconds_widths
+    return Shrunk(small, report.widths, seconds, report.peak_mb, seconds_widths)
 
 
-def look(model: nn.Module, found: list[Unit], experiment: Experiment, told: MethodSettings) -> list[Curve]:
-    """What thinning would do to every unit."""
-    sensitivity = experiment.widths == "auto"
-    inputs = told.inputs(model, share=1 / (1 - HELD_OUT) if sensitivity else 1.0)
-    decompose = layerwise(experiment.model_type, told)
-    return curves(model, found, inputs, experiment.criterion, decompose, experiment.ridge, sensitivity=sensitivity)
+def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> list[int]:
+    """Kept width of every unit, or those whose cost is the budget where widths are chosen.
 
-
-def kept_widths(
-    model: nn.Module, found: list[Unit], experiment: Experiment, chosen: list[Curve] | None = None
-) -> list[int]:
-    """Kept width of every unit. Raises NeuronMergingError for a list of another length (`choose` checks its numbers).
-
-    `chosen`: the units' curves, where the experiment has widths chosen.
+    Raises NeuronMergingError for a list of another length (`choose` checks its numbers).
     """
     full = [model.get_submodule(unit.layer).weight.shape[0] for unit in found]
-    multiple = experiment.multiple
     if not isinstance(experiment.widths, str):
         if len(experiment.widths) != len(full):
             raise NeuronMergingError(
@@ -261,16 +239,8 @@ def kept_widths(
             )
         return list(experiment.widths)
     if experiment.widths != "uniform" and experiment.published_widths is not None:
-        widths = list(experiment.published_widths)
-    else:
-        widths = settings.uniform_widths(experiment.arch, experiment.depth_wide, full, experiment.ratio)
-    if experiment.widths not in CHOSEN:
-        return [min(n, max(multiple, multiple * round(w / multiple))) for w, n in zip(widths, full)]
-    shape = settings.NETWORKS[experiment.arch].shape
-    cost = Cost(model, found, shape, biases=experiment.model_type == "restore")
-    budget = cost(widths) if experiment.shares is None else cost(full) * experiment.shares
-    droppable = [experiment.drop_blocks and unit.branch for unit in found]
-    return allocate(chosen, cost, budget, multiple=multiple, droppable=droppable)
+        return list(experiment.published_widths)
+    return settings.uniform_widths(experiment.arch, experiment.depth_wide, full, experiment.ratio)
 
 
 def measure(

@@ -362,7 +362,7 @@ def test_what_was_found_serves_all_budgets(pretrained, monkeypatch):
     model = build("LeNet_300_100").eval()
     looks = []
     original = W.curves
-    monkeypatch.setattr("experiment.curves", lambda *a, **k: looks.append(1) or original(*a, **k))
+    monkeypatch.setattr("shrink.curves", lambda *a, **k: looks.append(1) or original(*a, **k))
     known = {}
     made = [
         shrink(

@@ -1,0 +1,225 @@
+"""One's own network made smaller in one call: `small, report = shrink(model, 0.5, example_input=x)`.
+
+Without data, without training: see decompose.py for the paper's methods, restore.py and widths.py for ours.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import inf
+
+import torch
+from torch import Tensor, nn
+
+import memory
+from decompose import CRITERIA, choose, read
+from errors import NeuronMergingError
+from evaluate import count_macs, count_parameters
+from methods import METHODS, Settings, layerwise
+from restore import Options
+from trace import Unit, survey
+from widths import HELD_OUT, Cost, Curve, allocate, curves
+
+WIDTHS = ("uniform", "auto", "quick")
+Ratio = float | Mapping[str, float] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a network.
+
+    units, widths, full: the prunable units with their kept and original widths. cosine: by unit the mean over the dropped
+    neurons of their cosine with the most similar kept one. left_out: other layers and the reasons. params, macs: original
+    and now (macs None where no input is known). seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb:
+    the most memory held, in MB. curves: what was found of the units, to be given to another call.
+    """
+
+    units: list[Unit]
+    widths: list[int]
+    full: list[int]
+    cosine: list[float]
+    left_out: dict[str, str]
+    params: tuple[int, int]
+    macs: tuple[int, int] | None
+    seconds: float
+    seconds_widths: float | None
+    peak_mb: float
+    curves: list[Curve] | None = None
+
+    def __str__(self) -> str:
+        """A table for people."""
+        names = [f"{unit.layer} -> {unit.next}" for unit in self.units]
+        wide = max([len("unit"), *map(len, names)])
+        lines = [f"{'unit':<{wide}}  {'kept':>6} of {'all':<6} {'cosine':>6}"]
+        for name, kept, full, cosine in zip(names, self.widths, self.full, self.cosine):
+            lines.append(
+                f"{name:<{wide}}  {kept:>6} of {full:<6} {'' if cosine != cosine else f'{cosine:6.3f}'}".rstrip()
+            )
+        lines += [f"{layer} stays whole: {reason}" for layer, reason in self.left_out.items()]
+        for label, size in (("parameters", self.params), ("MACs", self.macs)):
+            if size is not None:
+                lines.append(f"{label:<12}{size[0]:>16,} -> {size[1]:,} ({100 * (size[1] / size[0] - 1):+.1f} %)")
+        return "\n".join([*lines, f"{self.seconds:.2f} s, peak memory {self.peak_mb:,.0f} MB"])
+
+
+def shrink(
+    model: nn.Module,
+    ratio: Ratio = 0.5,
+    *,
+    example_input: Tensor | Sequence[int] | None = None,
+    criterion: str = "l2-norm",
+    compensation: str = "restore",
+    widths: str = "uniform",
+    budget: Mapping[str, float] | None = None,
+    multiple: int = 1,
+    drop_blocks: bool = False,
+    ignore: Sequence[str] = (),
+    threshold: float = Settings.t,
+    lamda: float = Settings.lam,
+    probe: str = "auto",
+    probe_samples: int | None = None,
+    ridge: float = Options.ridge,
+    seed: int = 1,
+    images: Tensor | None = None,
+    known: Sequence[Curve] | None = None,
+) -> tuple[nn.Module, Report]:
+    """A smaller network with the inputs and outputs of `model`, which is left as it is, and a report.
+
+    ratio: share of neurons to drop in every unit; or by layer name or glob, others staying whole; or the kept widths.
+    example_input: inputs [B, …] or the shape of one, without the batch; restoration and the choice of widths need it.
+    criterion: of decompose.CRITERIA, or "auto" (widths.py). compensation: of methods.METHODS; those that look at real images
+    take them from `images` [B, …], which restoration and the choice of widths then look at instead of a probe.
+    widths: "uniform", or "auto" or "quick": chosen for no more parameters and MACs than the ratio would leave, or for
+    `budget`, the shares to keep: {"params": 0.5, "macs": 0.4}. multiple: widths are multiples of it, or full. drop_blocks: the
+    choice may leave residual blocks out. ignore: layer names or globs that stay whole. threshold, lamda: of merging. known:
+    curves from the report of an earlier call with the same arguments but ratio, budget, multiple, drop_blocks.
+    Raises NeuronMergingError that names the layer and says why, where something cannot be done.
+    """
+    if compensation not in METHODS:
+        raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(METHODS)}")
+    if criterion not in (*CRITERIA, "auto"):
+        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}, auto")
+    if widths not in WIDTHS:
+        raise NeuronMergingError(f"unknown widths {widths!r}: choose one of {', '.join(WIDTHS)}")
+    device = next(model.parameters()).device
+    memory.reset(device)
+    start = time.perf_counter()
+    shape = _shape(example_input, images)
+    looks = widths != "uniform" or criterion == "auto"
+    if shape is None and (looks or compensation == "restore"):
+        raise NeuronMergingError(f"{compensation if not looks else 'the choice of widths'} needs to know the network's input:"
+                                 " give example_input")  # fmt: skip
+    found, left_out = survey(model)
+    found, left_out = _without(found, left_out, ignore)
+    if not found:
+        raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}")
+    full = [len(model.get_submodule(unit.layer).weight) for unit in found]
+    told = Settings(shape or (), threshold, lamda, probe, probe_samples, ridge, seed, images)
+    kept = _kept(ratio, found, full, left_out)
+    seconds_widths = None
+    if looks and known is None:
+        began = time.perf_counter()
+        inputs = told.inputs(model, share=1 / (1 - HELD_OUT) if widths == "auto" else 1.0)
+        known = curves(
+            model, found, inputs, criterion, layerwise(compensation, told), ridge, sensitivity=widths == "auto"
+        )
+        seconds_widths = time.perf_counter() - began
+    if widths == "uniform":
+        kept = [_rounded(w, n, multiple) for w, n in zip(kept, full)]
+    else:
+        cost = Cost(model, found, shape, biases=compensation == "restore")
+        limit = cost(kept)
+        if budget is not None:
+            check_budget(budget, dict(budget))
+            limit = cost(full) * (budget.get("params", inf), budget.get("macs", inf))
+        kept = allocate(known, cost, limit, multiple=multiple, droppable=[drop_blocks and u.branch for u in found])
+    if criterion == "auto":
+        keep = [curve.order[:width].sort().values.to(device) for curve, width in zip(known, kept)]
+    else:
+        keep = choose(model, found, kept, criterion)
+    small = METHODS[compensation](model, found, keep, told)
+    seconds = time.perf_counter() - start
+    report = Report(
+        found, list(kept), full, [_cosine(read(model, u).W, k) for u, k in zip(found, keep)], left_out,
+        (count_parameters(model), count_parameters(small)),
+        None if shape is None else (count_macs(model, shape), count_macs(small, shape)),
+        seconds, seconds_widths, memory.peak(device), None if known is None else list(known),
+    )  # fmt: skip
+    return small, report
+
+
+def _shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) -> tuple[int, ...] | None:
+    """Of one input, without the batch."""
+    if isinstance(example_input, Tensor):
+        return tuple(example_input.shape[1:])
+    if example_input is not None:
+        return tuple(example_input)
+    return None if images is None else tuple(images.shape[1:])
+
+
+def _without(found: list[Unit], left_out: dict[str, str], ignore: Sequence[str]) -> tuple[list[Unit], dict[str, str]]:
+    """The units that are not to be ignored, and the others with their reasons. Raises for a name that nothing has."""
+    if isinstance(ignore, str):
+        ignore = [ignore]
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in (*(u.layer for u in found), *left_out)):
+            raise NeuronMergingError(f"ignore: no convolution or linear layer is called {pattern}")
+    ignored = {u.layer: "it is ignored" for u in found if any(fnmatchcase(u.layer, pattern) for pattern in ignore)}
+    return [u for u in found if u.layer not in ignored], left_out | ignored
+
+
+def _kept(ratio: Ratio, found: list[Unit], full: list[int], left_out: dict[str, str]) -> list[int]:
+    """Kept width of every unit. Raises NeuronMergingError for ratios and widths that make no sense, with the layer's name."""
+    if isinstance(ratio, Mapping):
+        ratios = [0.0] * len(found)
+        for pattern, value in ratio.items():
+            matching = [i for i, unit in enumerate(found) if fnmatchcase(unit.layer, pattern)]
+            for i in matching:
+                ratios[i] = value
+            if not matching:
+                out = next((layer for layer in left_out if fnmatchcase(layer, pattern)), None)
+                raise NeuronMergingError(
+                    f"no convolution or linear layer is called {pattern}" if out is None
+                    else f"{out} cannot be pruned: {left_out[out]}"
+                )  # fmt: skip
+    elif isinstance(ratio, Sequence | Tensor):
+        if len(ratio) != len(found):
+            raise NeuronMergingError(f"{len(ratio)} widths for {len(found)} units: {', '.join(u.layer for u in found)}")
+        return [int(width) for width in ratio]
+    else:
+        ratios = [ratio] * len(found)
+    kept = []
+    for unit, n, share in zip(found, full, ratios):
+        if not 0 <= share < 1:
+            raise NeuronMergingError(f"ratio {share} of {unit.layer} is outside [0, 1)")
+        kept.append(round(n * (1 - share)))
+        if kept[-1] < 1:
+            raise NeuronMergingError(
+                f"ratio {share} leaves no neuron of {n} in {unit.layer}: choose a smaller one, or ignore the layer"
+            )
+    return kept
+
+
+def _rounded(width: int, full: int, multiple: int) -> int:
+    return min(full, max(multiple, multiple * round(width / multiple))) if width else 0
+
+
+def check_budget(budget: Mapping[str, float], said: object) -> None:
+    """Raises NeuronMergingError, which repeats what was `said`, for a budget that makes no sense."""
+    if not budget or not set(budget) <= {"params", "macs"} or not all(0 < share <= 1 for share in budget.values()):
+        raise NeuronMergingError(f"budget {said}: say the shares to keep, such as params=0.5,macs=0.4")
+
+
+def _cosine(W: Tensor, keep: Tensor) -> float:
+    """The mean cosine of dropped neurons of W [N, D] with the most similar kept one; NaN where none is dropped."""
+    direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    dropped = torch.ones(len(W), dtype=torch.bool, device=W.device)
+    dropped[keep] = False
+    if not len(keep) or not dropped.any():
+        return float("nan")
+    return float((direction[dropped] @ direction[keep].T).amax(1).mean())
+
+
+def _reasons(left_out: dict[str, str]) -> str:
+    return "; ".join(f"{layer}: {reason}" for layer, reason in list(left_out.items())[:3]) or "it has none"
