@@ -125,9 +125,9 @@ def shrink(
             model, found, inputs, criterion, layerwise(compensation, told), ridge, sensitivity=widths == "auto"
         )
         seconds_widths = time.perf_counter() - began
-    if widths == "uniform":
+    if widths == "uniform" and multiple > 1:
         kept = [_rounded(w, n, multiple) for w, n in zip(kept, full)]
-    else:
+    elif widths != "uniform":
         cost = Cost(model, found, shape, biases=compensation == "restore")
         limit = cost(kept)
         if budget is not None:
