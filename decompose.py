@@ -11,14 +11,14 @@ To add a criterion or a compensation, write its function and name it in `CRITERI
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from blocks import drop
 from errors import NeuronMergingError
-from trace import Unit
+from trace import CONVS, Unit
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def merge(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposit
     stands where the standard deviation is meant, and n and m have changed places against s.
     """
     drop = others(neurons.W, keep)
-    cos, s = _similarity(neurons.W, keep, drop)
+    cos, s = similarity(neurons.W, keep, drop)
     usable = s > 0  # a filter of zeros can neither be scaled up nor be replaced
     scale = s
     distance = 1 - cos
@@ -116,7 +116,7 @@ def merge(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposit
         B = ((gamma_m / v_m) * (s * (mu - v * beta / gamma) - mu_m) + beta_m).abs() / scale
         usable = usable & torch.isfinite(scale) & torch.isfinite(B)  # γ or v of 0: nobody's partner, nobody stands in
         distance = lam * distance + (1 - lam) * _minmax(B, usable)
-    return Decomposition(keep, _scaling_matrix(keep, drop, scale, distance, cos, usable, t))
+    return Decomposition(keep, scaling_matrix(keep, drop, scale, distance, cos, usable, t))
 
 
 def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposition:
@@ -128,14 +128,14 @@ def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> De
     if neurons.bn is None:
         return merge(neurons, keep, t=t, lam=lam)
     drop = others(neurons.W, keep)
-    cos, s = _similarity(neurons.W, keep, drop)
+    cos, s = similarity(neurons.W, keep, drop)
     gamma, beta, mu, _, sigma = neurons.bn.of(drop)  # [Q]
     gamma_m, beta_m, mu_m, _, sigma_m = neurons.bn.of(keep, column=True)  # [P, 1]
     S = s * (gamma / gamma_m) * (sigma_m / sigma)
     B = (gamma / sigma) * (s * (mu_m - sigma_m * beta_m / gamma_m) - mu) + beta
     usable = (S > 0) & torch.isfinite(S) & torch.isfinite(B)
     distance = lam * (1 - cos) + (1 - lam) * _minmax(B.abs() / S, usable)
-    Z = _scaling_matrix(keep, drop, S, distance, cos, usable, t)
+    Z = scaling_matrix(keep, drop, S, distance, cos, usable, t)
     shift = torch.zeros_like(neurons.bn.beta)
     shift[drop] = torch.where(gamma == 0, beta.relu() if neurons.relu else beta, 0)
     return Decomposition(keep, Z, shift if shift.any() else None)
@@ -148,7 +148,7 @@ def others(W: Tensor, keep: Tensor) -> Tensor:
     return dropped.nonzero().squeeze(1)
 
 
-def _similarity(W: Tensor, keep: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+def similarity(W: Tensor, keep: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
     """cos(w_n, w_m) and s = ‖w_n‖ / ‖w_m‖, both [P, Q]; both 0 where either is a filter of zeros."""
     norm = W.norm(dim=1)
     direction = W / norm.where(norm > 0, 1)[:, None]
@@ -163,7 +163,7 @@ def _minmax(B: Tensor, usable: Tensor) -> Tensor:
     return ((B - low) / spread.where(spread > 0, 1)).where(usable & (spread > 0), 0)
 
 
-def _scaling_matrix(
+def scaling_matrix(
     keep: Tensor, drop: Tensor, scale: Tensor, distance: Tensor, cos: Tensor, usable: Tensor, t: float
 ) -> Tensor:
     """Z [P, N]: one-hot for kept neurons; for the others the scale of the nearest usable one, if its cosine is at least t."""
@@ -252,18 +252,28 @@ def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], crite
 
 def read(model: nn.Module, unit: Unit) -> Neurons:
     """The neurons of a unit in float64. Raises NeuronMergingError where a weight is NaN or infinite."""
-    layer = model.get_submodule(unit.layer)
+    return neurons(model, unit.layer, unit.bn, unit.relu)
+
+
+def neurons(model: nn.Module, name: str, bn: str | None = None, relu: bool = False) -> Neurons:
+    """The neurons of the layer `name` with the BatchNorm `bn` behind it, in float64; raises as `read` does."""
+    layer = model.get_submodule(name)
     if not torch.isfinite(layer.weight).all():
-        raise NeuronMergingError(f"{unit.layer} has weights that are NaN or infinite")
+        raise NeuronMergingError(f"{name} has weights that are NaN or infinite")
     W = layer.weight.detach().double().flatten(1)
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
-    if unit.bn is None:
-        return Neurons(W if layer.bias is None else torch.cat([W, bias[:, None]], 1), None, unit.relu)
-    bn = model.get_submodule(unit.bn)
+    if bn is None:
+        return Neurons(W if layer.bias is None else torch.cat([W, bias[:, None]], 1), None, relu)
+    norm = batchnorm(model.get_submodule(bn))
+    return Neurons(W, replace(norm, mu=norm.mu - bias), relu)
+
+
+def batchnorm(bn: nn.Module) -> BatchNorm:
+    """A BatchNorm's numbers in float64."""
     mu, var = bn.running_mean.double(), bn.running_var.double()
     gamma = torch.ones_like(mu) if bn.weight is None else bn.weight.detach().double()
     beta = torch.zeros_like(mu) if bn.bias is None else bn.bias.detach().double()
-    return Neurons(W, BatchNorm(gamma, beta, mu - bias, var, bn.eps), unit.relu)
+    return BatchNorm(gamma, beta, mu, var, bn.eps)
 
 
 def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decomposition]) -> nn.Module:
@@ -278,7 +288,8 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
     for unit, part in left:
         _absorb(small, unit, part)
     for unit, part in left:
-        _keep_rows(small, unit, part.keep)
+        for name in filter(None, (unit.layer, unit.bn)):
+            cut(small.get_submodule(name), part.keep)
     for unit, part in zip(units, parts):
         if not len(part.keep):
             drop(small, unit)
@@ -286,27 +297,41 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
 
 
 def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
-    """W_next ← W_next ×₂ Z; behind a flatten each neuron owns k consecutive inputs. The shift goes to what adds a constant."""
-    layer = model.get_submodule(unit.next)
-    P, N = part.Z.shape
-    M = layer.weight.shape[0]
-    W = layer.weight.detach().double().reshape(M, N, -1)  # [M, N, k]: kernel positions, or inputs per neuron
-    rest = layer.weight.shape[2:]
-    absorbed = _times(W, part.Z)
-    _set(layer, "weight", absorbed.reshape(M, P, *rest) if rest else absorbed.reshape(M, -1))
-    if isinstance(layer, nn.Linear):
-        layer.in_features = layer.weight.shape[1]
-    else:
-        layer.in_channels = P
-    if part.shift is None:
+    """W_next ← W_next ×₂ Z. The shift goes to what adds a constant."""
+    layer, N = model.get_submodule(unit.next), part.Z.shape[1]
+    constant = None
+    if part.shift is not None:
+        W = layer.weight.detach().double().reshape(len(layer.weight), N, -1)
+        constant = (
+            W.sum(2) @ part.shift
+        )  # [M]; at the borders of zero-padded convolutions and mean pools an approximation
+    absorb(layer, part.Z)
+    if constant is None:
         return
-    constant = W.sum(2) @ part.shift  # [M]; at the borders of zero-padded convolutions and mean pools an approximation
     if unit.next_bn is not None:
         bn = model.get_submodule(unit.next_bn)
         bn.running_mean -= constant.to(bn.running_mean)
     else:
         bias = constant if layer.bias is None else layer.bias.detach().double() + constant
         _set(layer, "bias", bias)
+
+
+def absorb(layer: nn.Module, Z: Tensor, channels: int | None = None, offset: int = 0) -> None:
+    """W ← W ×₂ Z for the N inputs from `offset` on, Z [P, N]. channels: all that the layer reads, where those are not all.
+
+    An input is a channel of a convolution, or of a linear layer one number, or, behind a flatten, k consecutive ones.
+    """
+    N = Z.shape[1]
+    M, rest = layer.weight.shape[0], layer.weight.shape[2:]
+    W = (
+        layer.weight.detach().double().reshape(M, channels or N, -1)
+    )  # [M, C, k]: kernel positions, or inputs per channel
+    W = torch.cat([W[:, :offset], _times(W[:, offset : offset + N], Z), W[:, offset + N :]], 1)
+    _set(layer, "weight", W.reshape(M, -1, *rest))
+    if isinstance(layer, nn.Linear):
+        layer.in_features = layer.weight.shape[1]
+    else:
+        layer.in_channels = layer.weight.shape[1]
 
 
 def _times(W: Tensor, Z: Tensor) -> Tensor:
@@ -317,23 +342,20 @@ def _times(W: Tensor, Z: Tensor) -> Tensor:
     return W.new_zeros(len(W), len(Z), W.shape[2]).index_add_(1, partner, W * scale[:, None])
 
 
-def _keep_rows(model: nn.Module, unit: Unit, keep: Tensor) -> None:
-    """Cut a layer and its BatchNorm down to the kept neurons."""
-    layer = model.get_submodule(unit.layer)
+def cut(module: nn.Module, keep: Tensor) -> None:
+    """Cut a convolution (also a depthwise one), linear layer or BatchNorm down to the kept neurons [P]."""
     for name in ("weight", "bias"):
-        if getattr(layer, name) is not None:
-            _set(layer, name, getattr(layer, name).detach()[keep])
-    if isinstance(layer, nn.Linear):
-        layer.out_features = len(keep)
+        if getattr(module, name) is not None:
+            _set(module, name, getattr(module, name).detach()[keep])
+    if isinstance(module, nn.Linear):
+        module.out_features = len(keep)
+    elif isinstance(module, CONVS):
+        module.out_channels = len(keep)
+        if module.groups > 1:
+            module.in_channels = module.groups = len(keep)
     else:
-        layer.out_channels = len(keep)
-    if unit.bn is not None:
-        bn = model.get_submodule(unit.bn)
-        bn.num_features = len(keep)
-        for name in ("weight", "bias"):
-            if getattr(bn, name) is not None:
-                _set(bn, name, getattr(bn, name).detach()[keep])
-        bn.running_mean, bn.running_var = bn.running_mean[keep], bn.running_var[keep]
+        module.num_features = len(keep)
+        module.running_mean, module.running_var = module.running_mean[keep], module.running_var[keep]
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

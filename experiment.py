@@ -1,8 +1,10 @@
 """One experiment, from a checkpoint to a row: load, find the units, decompose, rebuild, evaluate."""
 
+import argparse
 import platform
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import inf
@@ -22,8 +24,9 @@ from methods import LOOKING, METHODS, SEEDED
 from models import Checkpoint, build, load_checkpoint, load_weights
 from probe import PROBES
 from restore import Options
-from shrink import check_budget
+from shrink import parse_budget, prunable, width
 from shrink import shrink as shrink_network
+from streams import Stream
 from trace import Unit, units
 from widths import Curve
 
@@ -38,7 +41,8 @@ class Experiment:
     `criterion`: of decompose.CRITERIA, or "auto" (ours): the neurons that explain most. `widths`: "published", "uniform", the
     kept width of every unit, or "auto" (ours): chosen for the parameters and MACs that the ratio would leave, or for
     `budget`, the shares of them to keep, such as "params=0.5,macs=0.4"; "quick": the same by its cheap mode. See widths.py.
-    `multiple`: widths are multiples of it. `drop_blocks`: the choice may leave whole residual blocks out. `probe`,
+    `multiple`: widths are multiples of it. `drop_blocks`: the choice may leave whole residual blocks out.
+    `coupled`: channels that several layers share are units too (streams.py). `probe`,
     `probe_samples`, `ridge`, `seed`: of restoration and of these choices, see probe.py and restore.py. `calibrate`: real
     images that a method is to look at instead (data.calibration), None for none.
     """
@@ -61,6 +65,7 @@ class Experiment:
     budget: str | None = None
     multiple: int = 1
     drop_blocks: bool = False
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         """Fill in the published settings; raises NeuronMergingError for what does not exist or does not fit together."""
@@ -109,7 +114,7 @@ class Experiment:
     @property
     def effective_ratio(self) -> float | None:
         """The ratio that decides the widths; None where they are given, chosen by hand (VGG-16), or nothing is dropped."""
-        by_hand = self.widths != "uniform" and self.published_widths is not None
+        by_hand = self.widths != "uniform" and self.published_widths is not None and not self.coupled
         given = not isinstance(self.widths, str) or self.budget is not None
         return None if self.model_type == "original" or by_hand or given else self.ratio
 
@@ -121,15 +126,7 @@ class Experiment:
     @property
     def shares(self) -> dict[str, float] | None:
         """What `budget` says. Raises NeuronMergingError for what makes no sense."""
-        if self.budget is None:
-            return None
-        parts = [part.partition("=") for part in self.budget.split(",")]
-        try:
-            said = {name.strip(): float(value) for name, _, value in parts}
-        except ValueError:
-            said = {}
-        check_budget(said, self.budget)
-        return said
+        return None if self.budget is None else parse_budget(self.budget)
 
     @property
     def published_widths(self) -> tuple[int, ...] | None:
@@ -141,7 +138,12 @@ class Experiment:
         compressed = self.model_type != "original"
         restored = self.model_type == "restore"
         probed = (restored or self.chooses) and self.calibrate is None
-        later = {"budget": self.budget, "multiple": self.multiple, "drop_blocks": self.drop_blocks}
+        later = {
+            "budget": None,
+            "multiple": 1,
+            "drop_blocks": False,
+            "coupled": False,
+        }  # said only where they are not this
         return {
             "arch": self.arch,
             "depth_wide": list(self.depth_wide),
@@ -157,7 +159,11 @@ class Experiment:
             "ridge": self.ridge if restored or self.chooses else None,
             "seed": self.seed if self.model_type in SEEDED or self.chooses or self.calibrate else None,
             "calibrate": self.calibrate,
-            **{name: value for name, value in later.items() if compressed and value not in (None, 1, False)},
+            **{
+                name: getattr(self, name)
+                for name, usual in later.items()
+                if compressed and getattr(self, name) != usual
+            },
         }
 
     def network(self, widths: list[int] | None = None) -> nn.Module:
@@ -186,7 +192,8 @@ def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
         found = checkpoint.about.get(name, wanted)
         if found != wanted:
             raise NeuronMergingError(f"{path} is a checkpoint of {found}, not of {wanted}: check --{name}")
-    if checkpoint.widths is not None:
+    coupled = checkpoint.about.get("coupled")
+    if checkpoint.widths is not None and not coupled:
         if not _are_widths(checkpoint.widths, network):
             raise NeuronMergingError(f"{path} does not fit {experiment.arch}: its kept widths are {checkpoint.widths}")
         network = experiment.network(checkpoint.widths)
@@ -210,12 +217,13 @@ def shrink(
     known = {} if known is None else known
     curves, seconds_widths = known.get(about, (None, None))
     device = next(model.parameters()).device
+    shape, named = settings.NETWORKS[experiment.arch].shape, isinstance(experiment.widths, str)
+    found, _ = prunable(model, experiment.coupled)
     small, report = shrink_network(
-        model, kept_widths(model, units(model), experiment), example_input=settings.NETWORKS[experiment.arch].shape,
-        criterion=experiment.criterion, compensation=experiment.model_type,
-        widths=experiment.widths if experiment.widths in CHOSEN else "uniform", budget=experiment.shares,
-        multiple=experiment.multiple if isinstance(experiment.widths, str) else 1, drop_blocks=experiment.drop_blocks,
-        threshold=experiment.threshold, lamda=experiment.lamda, probe=experiment.probe,
+        model, kept_widths(model, found, experiment), example_input=shape, criterion=experiment.criterion,
+        compensation=experiment.model_type, widths=experiment.widths if experiment.widths in CHOSEN else "uniform",
+        budget=experiment.shares, multiple=experiment.multiple if named else 1, drop_blocks=experiment.drop_blocks,
+        coupled=experiment.coupled, threshold=experiment.threshold, lamda=experiment.lamda, probe=experiment.probe,
         probe_samples=experiment.probe_samples, ridge=experiment.ridge, seed=experiment.seed,
         images=None if images is None else images.to(device), known=curves,
     )  # fmt: skip
@@ -226,19 +234,19 @@ def shrink(
     return Shrunk(small, report.widths, seconds, report.peak_mb, seconds_widths)
 
 
-def kept_widths(model: nn.Module, found: list[Unit], experiment: Experiment) -> list[int]:
+def kept_widths(model: nn.Module, found: Sequence[Unit | Stream], experiment: Experiment) -> list[int]:
     """Kept width of every unit, or those whose cost is the budget where widths are chosen.
 
     Raises NeuronMergingError for a list of another length (`choose` checks its numbers).
     """
-    full = [model.get_submodule(unit.layer).weight.shape[0] for unit in found]
+    full = [width(model, unit) for unit in found]
     if not isinstance(experiment.widths, str):
         if len(experiment.widths) != len(full):
             raise NeuronMergingError(
                 f"--widths has {len(experiment.widths)} numbers, {experiment.arch} has {len(full)} units"
             )
         return list(experiment.widths)
-    if experiment.widths != "uniform" and experiment.published_widths is not None:
+    if experiment.widths != "uniform" and experiment.published_widths is not None and not experiment.coupled:
         return list(experiment.published_widths)
     return settings.uniform_widths(experiment.arch, experiment.depth_wide, full, experiment.ratio)
 
@@ -303,6 +311,20 @@ def row(
         "device": str(device),
         "versions": versions(),
     }
+
+
+def taken_out(args: argparse.Namespace, model: nn.Module, small: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Export and compare speeds where the command line wants it; what came of it."""
+    found: dict[str, Any] = {}
+    if args.export:
+        from export import export
+
+        found |= {"export": str(args.export), "export_error": export(small, args.export, shape)}
+    if args.benchmark:
+        from latency import compare
+
+        found["benchmark"] = compare({"original": model, "smaller": small}, shape)
+    return found
 
 
 def versions() -> dict[str, str]:

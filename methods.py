@@ -11,6 +11,7 @@ from decompose import COMPENSATIONS, Decomposition, Neurons, compensate, prune, 
 from errors import NeuronMergingError
 from restore import Options, restore
 from rivals import fold, folded, lbyl, reestimate
+from streams import Stream, cut_streams
 from trace import Unit
 
 
@@ -39,22 +40,30 @@ class Settings:
         return probe.make(model, self.shape, samples, kind=self.probe, seed=self.seed)
 
 
-Method = Callable[[nn.Module, Sequence[Unit], Sequence[Tensor], Settings], nn.Module]
+Method = Callable[[nn.Module, Sequence[Unit | Stream], Sequence[Tensor], Settings], nn.Module]
 """A network, its units, the neurons [P] that each keeps, settings → a smaller network. The given one is left as it is."""
 
 
 def _decomposed(
-    name: str, model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings
+    name: str, model: nn.Module, units: Sequence[Unit | Stream], keep: Sequence[Tensor], settings: Settings
 ) -> nn.Module:
-    """A compensation of decompose.py."""
-    return rebuild(model, units, compensate(model, units, keep, name, t=settings.t, lam=settings.lam))
+    """A compensation of decompose.py, and the like for streams."""
+    alone = [(unit, kept) for unit, kept in zip(units, keep) if isinstance(unit, Unit)]
+    coupled = [(stream, kept) for stream, kept in zip(units, keep) if isinstance(stream, Stream)]
+    found, kept = [unit for unit, _ in alone], [kept for _, kept in alone]
+    small = rebuild(model, found, compensate(model, found, kept, name, t=settings.t, lam=settings.lam))
+    cut_streams(model, small, coupled, None if name == "prune" else settings.t)
+    return small
 
 
-def _restored(model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
+def _restored(
+    model: nn.Module, units: Sequence[Unit | Stream], keep: Sequence[Tensor], settings: Settings
+) -> nn.Module:
     return restore(model, units, keep, settings.inputs(model), Options(ridge=settings.ridge))
 
 
-def _lbyl(model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
+def _lbyl(model: nn.Module, units: Sequence[Unit | Stream], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
+    _without_streams("lbyl", units)
     parts = []
     for unit, kept in zip(units, keep):
         neurons = read(model, unit)
@@ -62,13 +71,21 @@ def _lbyl(model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], setti
     return rebuild(model, units, parts)
 
 
-def _folded(model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
+def _folded(model: nn.Module, units: Sequence[Unit | Stream], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
+    _without_streams("fold", units)
     widths = [len(kept) for kept in keep]  # clusters: as many, not the same
     return fold(model, units, widths, settings.seed)
 
 
+def _without_streams(name: str, units: Sequence[Unit | Stream]) -> None:
+    if any(isinstance(unit, Stream) for unit in units):
+        raise NeuronMergingError(
+            f"{name} has no form for coupled channels: use prune, merge or restore, or leave them whole"
+        )
+
+
 def _reestimated(
-    name: str, model: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], settings: Settings
+    name: str, model: nn.Module, units: Sequence[Unit | Stream], keep: Sequence[Tensor], settings: Settings
 ) -> nn.Module:
     """A compensation of decompose.py, then BatchNorm statistics measured on real images."""
     if settings.images is None:

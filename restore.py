@@ -23,6 +23,7 @@ from blocks import Constant, Silence
 from decompose import Decomposition, merge_derived, prune, read, rebuild
 from errors import NeuronMergingError
 from settings import RIDGE
+from streams import Stream, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
 from walk import POSITIONS, Walk, as_weight, gram, last_reads, matrix, penalty, rows
 
@@ -43,22 +44,25 @@ class Options:
 
 def restore(
     model: nn.Module,
-    units: Sequence[Unit],
+    units: Sequence[Unit | Stream],
     keep: Sequence[Tensor],
     probe: Tensor,
     options: Options = Options(),
 ) -> nn.Module:
-    """A new, smaller network whose units keep the neurons `keep` ([P] each), fitted over `probe` [B, …].
+    """A new, smaller network whose units and streams keep the neurons `keep` ([P] each), fitted over `probe` [B, …].
 
     `model` is left as it is. Raises NeuronMergingError where the network cannot be run on the probe.
     """
     dtype = next(model.parameters()).dtype
     work = torch.promote_types(dtype, torch.float32)
     teacher = copy.deepcopy(model).to(work).eval().requires_grad_(False)
-    student = rebuild(teacher, units, [_start(teacher, unit, kept) for unit, kept in zip(units, keep)])
+    alone = [(unit, kept) for unit, kept in zip(units, keep) if isinstance(unit, Unit)]
+    coupled = [(stream, kept) for stream, kept in zip(units, keep) if isinstance(stream, Stream)]
+    student = rebuild(teacher, [unit for unit, _ in alone], [_start(teacher, unit, kept) for unit, kept in alone])
+    cut_streams(teacher, student, coupled, t=0.999, strict=False)
     try:
         with torch.no_grad():
-            _Lockstep(teacher, student, units, keep, options).run(probe.to(work))
+            _Lockstep(teacher, student, alone, coupled, options).run(probe.to(work))
     except RuntimeError as error:
         raise NeuronMergingError(
             f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}: {str(error).splitlines()[0]}"
@@ -109,14 +113,22 @@ class _Lockstep:
     """One pass of teacher and student over the traced graph, node by node, fitting the student's layers on the way."""
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, units: Sequence[Unit], keep: Sequence[Tensor], options: Options
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        alone: Sequence[tuple[Unit, Tensor]],
+        coupled: Sequence[tuple[Stream, Tensor]],
+        options: Options,
     ) -> None:
         self.options = options
-        self.keep = {unit.layer: kept for unit, kept in zip(units, keep)}
+        self.keep = {name: kept for unit, kept in alone for name in (unit.layer, unit.bn) if name}
+        self.keep |= kept_channels(teacher, coupled)
         self.teacher = Walk(teacher, options.probe_statistics)
-        self.student = self.teacher.beside(student, {unit.bn: kept for unit, kept in zip(units, keep) if unit.bn})
-        self.norm = {unit.next: unit.next_bn for unit in units} | {unit.layer: unit.bn for unit in units}
-        self.producer = {unit.next: unit.layer for unit in units}
+        self.student = self.teacher.beside(student, self.keep)
+        self.norm = {unit.next: unit.next_bn for unit, _ in alone} | {unit.layer: unit.bn for unit, _ in alone}
+        self.norm |= {name: bn for stream, _ in coupled for name, bn in stream.norms.items()}
+        self.producer = {unit.next: unit.layer for unit, _ in alone}
+        self.consumers = {*self.producer, *(reader.module for stream, _ in coupled for reader in stream.readers)}
         self.t: dict[fx.Node, Any] = {}
         self.s: dict[fx.Node, Any] = {}
         self.fitted: list[str] = []
@@ -126,7 +138,7 @@ class _Lockstep:
         graph = self.teacher.graph
         streams = {}
         for node in graph.nodes:
-            found = node.target in self.producer and self.teacher.addition(node, self.norm[node.target])
+            found = node.target in self.consumers and self.teacher.addition(node, self.norm[node.target])
             streams[node] = found[0] if found else None
         order = _order(graph, streams)
         expiring = last_reads(order, {node: _sources(node, streams) for node in order})
@@ -149,28 +161,28 @@ class _Lockstep:
         """Fit the student's layer at `node` to the teacher's output there."""
         (source,), name = node.all_input_nodes, node.target
         x_t, x_s = self.t[source], self.s[source]
-        consumer = name in self.producer
+        consumer = name in self.consumers
         bn = self.norm[name]
         if bn is not None:
             self.teacher.measure(bn, self.t[node])
         if x_s is x_t or not (consumer or self.options.refit):
             return
         layer = self.student.modules[name]
-        kept = self.keep.get(name, slice(None))
-        target = self.t[node]
+        kept = self.keep.get(name)
+        whole = self.teacher.modules[name]
+        target = self.t[node] if kept is None else _rows(self.t[node], kept, whole)
         if stream is not None and self.options.repair:
-            target = target + self._error(stream, bn, target.ndim)
+            target = target + self._error(stream, bn, kept, whole)
         if isinstance(layer, Constant):
             target = target if bn is None else self.teacher.normalise(bn, target)
             layer.value = nn.Parameter(target.movedim(1, -1).flatten(0, -2).mean(0), requires_grad=False)
         if isinstance(layer, Constant | Silence):  # a block that is left out
             return
-        if consumer and not self.options.closed_loop:
+        if name in self.producer and not self.options.closed_loop:
             x_s = _channels(x_t, self.keep[self.producer[name]], layer)
         U, T = rows(layer, x_s, target, self.options.positions)
-        T = T[:, kept]  # [n, M]
-        if consumer and not self.options.patches:
-            W = self._mixed(name, x_t, x_s)[kept]
+        if name in self.producer and not self.options.patches:
+            W = self._mixed(name, x_t, x_s)[slice(None) if kept is None else kept]
             c = (T - U @ W.T).mean(0)
         else:
             solve, W0 = Ridge(U, self.options.ridge), matrix(layer)
@@ -181,7 +193,7 @@ class _Lockstep:
                 return W, aim.mean(0) - W @ solve.mean
 
             W, c = fit(T)
-            if name in self.keep and self._rectified(node, bn):
+            if kept is not None and self._rectified(node, bn):
                 for _ in range(self.options.relu_steps):
                     W, c = fit(self._relu_aware(U @ W.T + c, T, bn, kept))
         layer.weight = nn.Parameter(as_weight(W, layer).contiguous(), requires_grad=False)
@@ -206,14 +218,15 @@ class _Lockstep:
             return False
         return self.teacher.kind(readers[0]) in RELU
 
-    def _error(self, stream: fx.Node, bn: str | None, ndim: int) -> Tensor:
-        """The stream's error, teacher − student, as the consumer's output has to make up for it."""
-        error = self.t[stream] - self.s[stream]
+    def _error(self, stream: fx.Node, bn: str | None, kept: Tensor | None, layer: nn.Module) -> Tensor:
+        """The stream's error, teacher − student, as the output of the layer that is added to it has to make up for it."""
+        whole = self.t[stream] if kept is None else _rows(self.t[stream], kept, layer)
+        error = whole - self.s[stream]
         if bn is None:
             return error
-        slope = self.teacher.slope(bn)
+        slope = self.teacher.slope(bn) if kept is None else self.teacher.slope(bn)[kept]
         inverse = torch.where(slope.abs() < 1e-2, 0, 1 / slope)
-        return error * inverse.view(-1, *[1] * (ndim - 2))
+        return error * inverse.view(-1, *[1] * (error.ndim - 2))
 
     def _mixed(self, name: str, x_t: Tensor, x_s: Tensor) -> Tensor:
         """The consumer's weights when every input neuron is rebuilt from the kept ones at the same place: [M, F]."""
@@ -235,6 +248,11 @@ class _Lockstep:
             if bn is not None and self.teacher.modules[name].bias is None:
                 self.student.modules[bn].running_mean -= layer.bias
                 layer.bias = None
+
+
+def _rows(y: Tensor, kept: Tensor, layer: nn.Module) -> Tensor:
+    """The outputs of a layer that its kept neurons give."""
+    return y.index_select(1 if isinstance(layer, CONVS) else y.ndim - 1, kept)
 
 
 def _channels(x: Tensor, keep: Tensor, layer: nn.Module) -> Tensor:

@@ -88,6 +88,7 @@ class Recipe:
 
 LENET = Recipe(epochs=60, lr=0.1, weight_decay=1e-4, schedule=(15, 30, 45), gammas=(0.1, 0.1, 0.1))
 CIFAR = Recipe(epochs=200, lr=0.1, weight_decay=5e-4, schedule=(100, 150), gammas=(0.1, 0.1))
+EXPORTS = {".onnx": "ONNX", ".pt2": "torch.export", ".pt": "TorchScript"}  # by the file's ending
 RECIPES = ("published", "fast")
 
 

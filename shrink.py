@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import memory
-from decompose import CRITERIA, choose, read
+from decompose import CRITERIA, choose, neurons, read
 from errors import NeuronMergingError
 from evaluate import count_macs, count_parameters
 from methods import METHODS, Settings, layerwise
 from restore import Options
+from streams import Stream, choose_channels, streams
 from trace import Unit, survey
 from widths import HELD_OUT, Cost, Curve, allocate, curves
 
@@ -35,7 +36,7 @@ class Report:
     the most memory held, in MB. curves: what was found of the units, to be given to another call.
     """
 
-    units: list[Unit]
+    units: list[Unit | Stream]
     widths: list[int]
     full: list[int]
     cosine: list[float]
@@ -49,7 +50,7 @@ class Report:
 
     def __str__(self) -> str:
         """A table for people."""
-        names = [f"{unit.layer} -> {unit.next}" for unit in self.units]
+        names = [_name(unit) for unit in self.units]
         wide = max([len("unit"), *map(len, names)])
         lines = [f"{'unit':<{wide}}  {'kept':>6} of {'all':<6} {'cosine':>6}"]
         for name, kept, full, cosine in zip(names, self.widths, self.full, self.cosine):
@@ -63,6 +64,13 @@ class Report:
         return "\n".join([*lines, f"{self.seconds:.2f} s, peak memory {self.peak_mb:,.0f} MB"])
 
 
+def _name(unit: Unit | Stream) -> str:
+    if isinstance(unit, Unit):
+        return f"{unit.layer} -> {unit.next}"
+    more = f" and {len(unit.writers) - 1} more" if len(unit.writers) > 1 else ""
+    return f"{unit.layer}{more} -> {len(unit.readers)} layers"
+
+
 def shrink(
     model: nn.Module,
     ratio: Ratio = 0.5,
@@ -74,6 +82,7 @@ def shrink(
     budget: Mapping[str, float] | None = None,
     multiple: int = 1,
     drop_blocks: bool = False,
+    coupled: bool = False,
     ignore: Sequence[str] = (),
     threshold: float = Settings.t,
     lamda: float = Settings.lam,
@@ -92,8 +101,9 @@ def shrink(
     take them from `images` [B, …], which restoration and the choice of widths then look at instead of a probe.
     widths: "uniform", or "auto" or "quick": chosen for no more parameters and MACs than the ratio would leave, or for
     `budget`, the shares to keep: {"params": 0.5, "macs": 0.4}. multiple: widths are multiples of it, or full. drop_blocks: the
-    choice may leave residual blocks out. ignore: layer names or globs that stay whole. threshold, lamda: of merging. known:
-    curves from the report of an earlier call with the same arguments but ratio, budget, multiple, drop_blocks.
+    choice may leave residual blocks out. coupled: also drop channels that several layers share (streams.py). ignore: layer
+    names or globs that stay whole. threshold, lamda: of merging. known: curves from the report of an earlier call with the
+    same arguments but ratio, budget, multiple, drop_blocks.
     Raises NeuronMergingError that names the layer and says why, where something cannot be done.
     """
     if compensation not in METHODS:
@@ -103,18 +113,23 @@ def shrink(
     if widths not in WIDTHS:
         raise NeuronMergingError(f"unknown widths {widths!r}: choose one of {', '.join(WIDTHS)}")
     device = next(model.parameters()).device
-    memory.reset(device)
-    start = time.perf_counter()
     shape = _shape(example_input, images)
     looks = widths != "uniform" or criterion == "auto"
     if shape is None and (looks or compensation == "restore"):
         raise NeuronMergingError(f"{compensation if not looks else 'the choice of widths'} needs to know the network's input:"
                                  " give example_input")  # fmt: skip
-    found, left_out = survey(model)
+    if coupled and looks:
+        raise NeuronMergingError(
+            "widths and neurons are chosen unit by unit: not for coupled channels, give a ratio or widths"
+        )
+    macs = None if shape is None else _macs(model, shape)
+    memory.reset(device)
+    start = time.perf_counter()
+    found, left_out = prunable(model, coupled)
     found, left_out = _without(found, left_out, ignore)
     if not found:
         raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}")
-    full = [len(model.get_submodule(unit.layer).weight) for unit in found]
+    full = [width(model, unit) for unit in found]
     told = Settings(shape or (), threshold, lamda, probe, probe_samples, ridge, seed, images)
     kept = _kept(ratio, found, full, left_out)
     seconds_widths = None
@@ -131,22 +146,81 @@ def shrink(
         cost = Cost(model, found, shape, biases=compensation == "restore")
         limit = cost(kept)
         if budget is not None:
-            check_budget(budget, dict(budget))
+            _check_budget(budget, dict(budget))
             limit = cost(full) * (budget.get("params", inf), budget.get("macs", inf))
         kept = allocate(known, cost, limit, multiple=multiple, droppable=[drop_blocks and u.branch for u in found])
     if criterion == "auto":
         keep = [curve.order[:width].sort().values.to(device) for curve, width in zip(known, kept)]
     else:
-        keep = choose(model, found, kept, criterion)
+        keep = select(model, found, kept, criterion)
     small = METHODS[compensation](model, found, keep, told)
     seconds = time.perf_counter() - start
     report = Report(
-        found, list(kept), full, [_cosine(read(model, u).W, k) for u, k in zip(found, keep)], left_out,
+        found, list(kept), full, [_cosine(_weights(model, u), k) for u, k in zip(found, keep)], left_out,
         (count_parameters(model), count_parameters(small)),
-        None if shape is None else (count_macs(model, shape), count_macs(small, shape)),
+        None if shape is None else (macs, count_macs(small, shape)),
         seconds, seconds_widths, memory.peak(device), None if known is None else list(known),
     )  # fmt: skip
     return small, report
+
+
+def summary(model: nn.Module, coupled: bool = False, ignore: Sequence[str] = ()) -> str:
+    """What of a network can lose neurons, and why the rest cannot, for people."""
+    found, left_out = _without(*prunable(model, coupled), ignore)
+    return "\n".join(
+        [
+            *(f"{_name(unit)}: {width(model, unit)}" for unit in found),
+            *(f"{layer} stays whole: {reason}" for layer, reason in left_out.items()),
+        ]
+    )
+
+
+def _macs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Raises NeuronMergingError where the network does not run on inputs of that shape."""
+    try:
+        return count_macs(model, shape)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise NeuronMergingError(
+            f"{type(model).__name__} does not run on an input of shape {list(shape)}: {reason}"
+        ) from error
+
+
+def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Stream], dict[str, str]]:
+    """The units and, with `coupled`, the streams of a network; by other layer why it stays whole.
+
+    Raises NeuronMergingError where torch.fx cannot trace it.
+    """
+    found, left_out = survey(model)
+    if not coupled:
+        return found, left_out
+    alone = {unit.layer for unit in found}
+    shared, reasons = streams(model)
+    shared = [stream for stream in shared if not alone & set(stream.writers)]
+    written = {writer for stream in shared for writer in stream.writers}
+    written |= {place.module for stream in shared for place in stream.followers}
+    left_out = {layer: reasons.get(layer, reason) for layer, reason in left_out.items() if layer not in written}
+    return [*found, *shared], left_out
+
+
+def width(model: nn.Module, unit: Unit | Stream) -> int:
+    """How many neurons or channels a unit or stream has."""
+    return len(model.get_submodule(unit.layer).weight)
+
+
+def select(model: nn.Module, found: Sequence[Unit | Stream], widths: Sequence[int], criterion: str) -> list[Tensor]:
+    """Indices [P], ascending, that the criterion keeps of every unit and stream. Raises as decompose.choose."""
+    pairs = list(zip(found, widths, strict=True))
+    alone = [(unit, P) for unit, P in pairs if isinstance(unit, Unit)]
+    chosen = iter(choose(model, [unit for unit, _ in alone], [P for _, P in alone], criterion))
+    return [next(chosen) if isinstance(u, Unit) else choose_channels(model, u, P, criterion) for u, P in pairs]
+
+
+def _weights(model: nn.Module, unit: Unit | Stream) -> Tensor:
+    """The weights [N, D] of a unit's neurons or of a stream's channels."""
+    if isinstance(unit, Unit):
+        return read(model, unit).W
+    return torch.cat([neurons(model, writer).W for writer in unit.writers], 1)
 
 
 def _shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) -> tuple[int, ...] | None:
@@ -158,23 +232,31 @@ def _shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) 
     return None if images is None else tuple(images.shape[1:])
 
 
-def _without(found: list[Unit], left_out: dict[str, str], ignore: Sequence[str]) -> tuple[list[Unit], dict[str, str]]:
+def _without(
+    found: list[Unit | Stream], left_out: dict[str, str], ignore: Sequence[str]
+) -> tuple[list[Unit | Stream], dict[str, str]]:
     """The units that are not to be ignored, and the others with their reasons. Raises for a name that nothing has."""
     if isinstance(ignore, str):
         ignore = [ignore]
     for pattern in ignore:
-        if not any(fnmatchcase(name, pattern) for name in (*(u.layer for u in found), *left_out)):
+        if not any(fnmatchcase(name, pattern) for name in (*(n for u in found for n in _written(u)), *left_out)):
             raise NeuronMergingError(f"ignore: no convolution or linear layer is called {pattern}")
-    ignored = {u.layer: "it is ignored" for u in found if any(fnmatchcase(u.layer, pattern) for pattern in ignore)}
-    return [u for u in found if u.layer not in ignored], left_out | ignored
+    ignored = [u for u in found if any(fnmatchcase(name, pattern) for name in _written(u) for pattern in ignore)]
+    reasons = {name: "it is ignored, or shares channels with a layer that is" for u in ignored for name in _written(u)}
+    return [u for u in found if u not in ignored], left_out | reasons
 
 
-def _kept(ratio: Ratio, found: list[Unit], full: list[int], left_out: dict[str, str]) -> list[int]:
+def _written(unit: Unit | Stream) -> tuple[str, ...]:
+    """The layers whose neurons a unit or stream is made of."""
+    return (unit.layer,) if isinstance(unit, Unit) else unit.writers
+
+
+def _kept(ratio: Ratio, found: list[Unit | Stream], full: list[int], left_out: dict[str, str]) -> list[int]:
     """Kept width of every unit. Raises NeuronMergingError for ratios and widths that make no sense, with the layer's name."""
     if isinstance(ratio, Mapping):
         ratios = [0.0] * len(found)
         for pattern, value in ratio.items():
-            matching = [i for i, unit in enumerate(found) if fnmatchcase(unit.layer, pattern)]
+            matching = [i for i, u in enumerate(found) if any(fnmatchcase(name, pattern) for name in _written(u))]
             for i in matching:
                 ratios[i] = value
             if not matching:
@@ -205,8 +287,18 @@ def _rounded(width: int, full: int, multiple: int) -> int:
     return min(full, max(multiple, multiple * round(width / multiple))) if width else 0
 
 
-def check_budget(budget: Mapping[str, float], said: object) -> None:
-    """Raises NeuronMergingError, which repeats what was `said`, for a budget that makes no sense."""
+def parse_budget(text: str) -> dict[str, float]:
+    """params=0.5,macs=0.4 → a dict. Raises NeuronMergingError for what makes no sense."""
+    parts = [part.partition("=") for part in text.split(",")]
+    try:
+        budget = {name.strip(): float(value) for name, _, value in parts}
+    except ValueError:
+        budget = {}
+    _check_budget(budget, text)
+    return budget
+
+
+def _check_budget(budget: Mapping[str, float], said: object) -> None:
     if not budget or not set(budget) <= {"params", "macs"} or not all(0 < share <= 1 for share in budget.values()):
         raise NeuronMergingError(f"budget {said}: say the shares to keep, such as params=0.5,macs=0.4")
 

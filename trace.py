@@ -9,9 +9,11 @@ Inputs are batches: dimension 0 is the batch, dimension 1 of a convolution's out
 """
 
 import operator
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,42 +78,53 @@ def survey(model: nn.Module) -> tuple[list[Unit], dict[str, str]]:
 
     Raises NeuronMergingError where torch.fx cannot trace `model`.
     """
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # tracing runs the user's forward(), which can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NeuronMergingError(f"{type(model).__name__} cannot be traced by torch.fx: {reason}") from error
-    network = _Graph(model, graph)
+    network = Graph(model)
     found, left_out = [], {}
-    for node in graph.nodes:
+    for node in network.nodes:
         if isinstance(network.module(node), (*CONVS, nn.Linear)):
             try:
                 found.append(_unit(network, node))
-            except _NotAUnit as reason:
+            except NotAUnit as reason:
                 left_out[node.target] = str(reason)
     return found, left_out
 
 
-class _NotAUnit(Exception):
+def _line(error: Exception) -> str:
+    """Where in the user's code tracing failed: the last line that is neither PyTorch's nor ours."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    frames = [f for f in frames if f.filename != __file__]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+class NotAUnit(Exception):
     """Why a layer is left out."""
 
 
-class _Graph:
+class Graph:
     """The traced graph with what has to be known of its modules."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model`."""
+        try:
+            self.nodes = list(fx.Tracer().trace(model).nodes)
+        except Exception as error:  # tracing runs the user's forward(), which can raise anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise NeuronMergingError(
+                f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason}"
+            ) from error
         self.modules = dict(model.named_modules())
-        self.calls = Counter(self.modules[n.target] for n in graph.nodes if n.op == "call_module")
+        self.calls = Counter(self.modules[n.target] for n in self.nodes if n.op == "call_module")
         owners: dict[nn.Parameter, set[nn.Module]] = {}
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(parameter, set()).add(module)
         self.tied = {module for modules in owners.values() if len(modules) > 1 for module in modules}
-        for node in graph.nodes:  # parameters that the forward pass reads by name as well
+        for node in self.nodes:  # parameters that the forward pass reads by name as well
             if node.op == "get_attr" and "." in node.target:
                 self.tied.add(self.modules.get(node.target.rpartition(".")[0]))
 
     def module(self, node: fx.Node) -> nn.Module | None:
+        """That a node calls, if it calls one."""
         return self.modules[node.target] if node.op == "call_module" else None
 
     def kind(self, node: fx.Node) -> Any:
@@ -119,38 +132,38 @@ class _Graph:
         return type(self.module(node)) if node.op == "call_module" else node.target
 
     def own(self, node: fx.Node) -> nn.Module:
-        """The module of a node whose weights may be rewritten. Raises _NotAUnit where something else depends on them."""
+        """The module of a node whose weights may be rewritten. Raises NotAUnit where something else depends on them."""
         module = self.module(node)
         if self.calls[module] > 1:
-            raise _NotAUnit(f"{node.target} is used {self.calls[module]} times")
+            raise NotAUnit(f"{node.target} is used {self.calls[module]} times")
         if module in self.tied:
-            raise _NotAUnit(f"{node.target} shares its weights")
+            raise NotAUnit(f"{node.target} shares its weights")
         self.check_hooks(node)
         return module
 
     def check_hooks(self, node: fx.Node) -> None:
-        """Raises _NotAUnit where the module of a node does more than its class says: tracing does not see that."""
+        """Raises NotAUnit where the module of a node does more than its class says: tracing does not see that."""
         module = self.module(node)
         if module is not None and (
             parametrize.is_parametrized(module) or module._forward_pre_hooks or module._forward_hooks
         ):
-            raise _NotAUnit(f"{node.target} has parametrized weights or hooks")
+            raise NotAUnit(f"{node.target} has parametrized weights or hooks")
 
     def reader(self, node: fx.Node) -> fx.Node:
-        """The one node that reads the values of `node`. Raises _NotAUnit where there are several."""
-        readers = [user for user in node.users if not _asks_no_width(user)]
+        """The one node that reads the values of `node`. Raises NotAUnit where there are several."""
+        readers = [user for user in node.users if not asks_no_width(user)]
         if len(readers) != 1:
-            raise _NotAUnit(f"its output is read {len(readers)} times")
+            raise NotAUnit(f"its output is read {len(readers)} times")
         self.check_hooks(readers[0])
         return readers[0]
 
 
-def _unit(network: _Graph, node: fx.Node) -> Unit:
-    """Follow the output of the layer at `node` to its consumer. Raises _NotAUnit on the way."""
+def _unit(network: Graph, node: fx.Node) -> Unit:
+    """Follow the output of the layer at `node` to its consumer. Raises NotAUnit on the way."""
     layer = network.own(node)
     dimension = CONVS.index(type(layer)) + 1 if isinstance(layer, CONVS) else 0  # 0: a linear layer
     if dimension and layer.groups > 1:
-        raise _NotAUnit("it is a grouped convolution")
+        raise NotAUnit("it is a grouped convolution")
     neurons = layer.weight.shape[0]
     name, bn, relu, activation, flat = node.target, None, False, None, False
     path = [*node.args[:1], node]  # nodes of one batch size
@@ -160,30 +173,30 @@ def _unit(network: _Graph, node: fx.Node) -> Unit:
         if dimension and kind is NORMS[dimension - 1] and before.target == name:
             norm = network.own(node)
             if norm.running_mean is None:
-                raise _NotAUnit(f"{node.target} keeps no running statistics")
+                raise NotAUnit(f"{node.target} keeps no running statistics")
             bn = node.target
         elif kind in RELU:
             relu = True
         elif kind in ACTIVATIONS:
-            activation = activation or _name(kind)
-        elif kind in DROPOUT or (dimension and not flat and _pools(network, node, dimension)):
+            activation = activation or name_of(kind)
+        elif kind in DROPOUT or (dimension and not flat and pools(network, node, dimension)):
             pass
-        elif dimension and not flat and _flattens(network, node, kind, path):
+        elif dimension and not flat and flattens(network, node, kind, path):
             flat = True
         elif isinstance(network.module(node), (*CONVS, nn.Linear)) and node.args[:1] == (before,):
             consumer = network.own(node)
             break
         else:
-            raise _NotAUnit(_obstacle(network, node))
+            raise NotAUnit(obstacle(network, node))
         path.append(node)
     if isinstance(consumer, CONVS):
         if flat or type(consumer) is not type(layer) or consumer.groups > 1 or consumer.in_channels != neurons:
-            raise _NotAUnit(f"{node.target} does not read its neurons as channels of a plain convolution")
+            raise NotAUnit(f"{node.target} does not read its neurons as channels of a plain convolution")
     elif dimension and not flat:
-        raise _NotAUnit(f"{node.target} reads it without a flatten")
+        raise NotAUnit(f"{node.target} reads it without a flatten")
     elif consumer.in_features % neurons or (not dimension and consumer.in_features != neurons):
-        raise _NotAUnit(f"{node.target} has {consumer.in_features} inputs for {neurons} neurons")
-    next_bn = _next_norm(network, node)
+        raise NotAUnit(f"{node.target} has {consumer.in_features} inputs for {neurons} neurons")
+    next_bn = next_norm(network, node)
     branch = addition(node, next_bn, network.kind) is not None
     return Unit(name, bn, relu, node.target, next_bn, activation, branch)
 
@@ -204,19 +217,19 @@ def addition(node: fx.Node, bn: str | None, kind: Callable[[fx.Node], Any]) -> t
     return None
 
 
-def _next_norm(network: _Graph, node: fx.Node) -> str | None:
+def next_norm(network: Graph, node: fx.Node) -> str | None:
     """The BatchNorm that is all that reads the consumer at `node`, and may be rewritten."""
     try:
         reader = network.reader(node)
         if network.kind(reader) in NORMS and network.own(reader).running_mean is not None:
             normalises_channels = isinstance(network.module(node), CONVS)
             return reader.target if normalises_channels else None
-    except _NotAUnit:
+    except NotAUnit:
         pass
     return None
 
 
-def _pools(network: _Graph, node: fx.Node, dimension: int) -> bool:
+def pools(network: Graph, node: fx.Node, dimension: int) -> bool:
     """Pooling of every neuron by itself: not with indices, nor with a divisor that makes a mean something else."""
     if network.kind(node) not in POOLS[dimension]:
         return False
@@ -226,7 +239,7 @@ def _pools(network: _Graph, node: fx.Node, dimension: int) -> bool:
     return not (options.get("return_indices") or options.get("divisor_override") or divisor_given_by_place)
 
 
-def _flattens(network: _Graph, node: fx.Node, kind: Any, path: list[fx.Node]) -> bool:
+def flattens(network: Graph, node: fx.Node, kind: Any, path: list[fx.Node]) -> bool:
     """[B, N, …] → [B, N·k]: flatten from dimension 1 on, or a view whose first size is the batch's and whose second is −1."""
     if kind is nn.Flatten:
         module = network.module(node)
@@ -261,7 +274,7 @@ def _is_shape(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
 
 
-def _asks_no_width(node: fx.Node) -> bool:
+def asks_no_width(node: fx.Node) -> bool:
     """A question about a tensor whose answer does not change with the number of neurons: its batch size, dtype, rank."""
     if _is_shape(node):
         return all(_batch_of(user) is not None for user in node.users)
@@ -270,12 +283,14 @@ def _asks_no_width(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is getattr and node.args[1] in ("ndim", "device", "dtype")
 
 
-def _obstacle(network: _Graph, node: fx.Node) -> str:
+def obstacle(network: Graph, node: fx.Node) -> str:
+    """Why what goes into `node` cannot be pruned."""
     if node.op == "output":
         return "its output is an output of the network"
-    what = _name(network.kind(node))
+    what = name_of(network.kind(node))
     return f"its output goes through {what}" + (f" ({node.target})" if node.op == "call_module" else "")
 
 
-def _name(kind: Any) -> str:
+def name_of(kind: Any) -> str:
+    """Of what `Graph.kind` gives."""
     return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))

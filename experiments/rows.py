@@ -34,6 +34,7 @@ _OPTIONAL = (
     "budget",
     "multiple",
     "drop_blocks",
+    "coupled",
 )  # of methods that came later
 
 Row = dict[str, Any]

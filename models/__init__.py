@@ -6,14 +6,14 @@ from torch import nn
 
 from blocks import drop
 from errors import NeuronMergingError
-from models.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, stored
+from models.checkpoint import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint, stored
 from models.lenet import LeNet_300_100
 from models.resnet import ResNet
 from models.vgg import STAGES, VGG
 from models.wideresnet import WideResNet
 from trace import units
 
-__all__ = ["NETWORKS", "Checkpoint", "build", "load_checkpoint", "load_weights", "save_checkpoint", "stored"]
+__all__ = ["NETWORKS", "Checkpoint", "build", "fit", "load_checkpoint", "load_weights", "save_checkpoint", "stored"]
 
 NETWORKS = {"LeNet_300_100": LeNet_300_100, "VGG": VGG, "ResNet": ResNet, "WideResNet": WideResNet}
 

@@ -1,6 +1,7 @@
 """Checkpoints: dicts with at least `state_dict`, as the published ones; read without running anything they contain."""
 
 import hashlib
+import json
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blocks import drop
 from errors import NeuronMergingError
 from files import write_atomically
+from trace import CONVS, NORMS, units
 
+SAFETENSORS, ABOUT = ".safetensors", "neuron_merging"  # the ending, and the key of what else is known
 HALF_ABOVE = 16 * 2**20  # bytes of float32 weights above which a file is stored in half precision
 
 
@@ -48,7 +52,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch.load has to say of an odd file is said below
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            read = _read_safetensors if path.suffix == SAFETENSORS else _read
+            loaded = read(path)
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
         raise NeuronMergingError(
             f"{path} is not a checkpoint that can be read: cut short, damaged, or not made of plain tensors"
@@ -70,6 +75,18 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, digest, weights, about)
 
 
+def _read(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+        return {**about, "state_dict": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118 (no mapping)
+
+
 def sha256(path: Path) -> str:
     """Of the file's content, in hexadecimal. Raises NeuronMergingError for a file that cannot be read."""
     try:
@@ -81,12 +98,12 @@ def sha256(path: Path) -> str:
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """Copy the checkpoint's weights into `model` and return it; every name and shape has to fit.
 
-    A pruned network may have biases that the full one lacks (they hold absorbed constants): those are created.
+    Where the file holds a pruned network, `model` is cut to its shapes (`fit`).
     Raises NeuronMergingError that names the first mismatch of each kind.
     """
     weights = checkpoint.state_dict
     if checkpoint.widths is not None:
-        _create_biases(model, weights)
+        fit(model, weights)
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
     unknown = [name for name in weights if name not in expected]
@@ -109,14 +126,54 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     return model
 
 
-def stored(model: nn.Module) -> dict[str, Tensor]:
+def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """Cut the layers of `model` (whose own weights do not matter) to the shapes that they have in `weights`; returns it.
+
+    So a smaller network can be read into the code of the original one, whoever wrote it. A bias that only the file has is
+    made; a block that the file has as a constant is left out. What still does not fit is for `load_weights` to say.
+    """
+    if any(name.endswith(".value") for name in weights):
+        for unit in units(model):
+            if f"{unit.next}.value" in weights:
+                drop(model, unit)
+    for name, module in model.named_modules():
+        found = weights.get(f"{name}.weight", weights.get(f"{name}.running_mean"))
+        if found is None or not isinstance(module, (*CONVS, *NORMS, nn.Linear)):
+            continue
+        own = module.running_mean if isinstance(module, NORMS) else module.weight
+        smaller = found.ndim == own.ndim and all(n <= m for n, m in zip(found.shape[:2], own.shape))
+        if found.shape != own.shape and smaller and found.shape[2:] == own.shape[2:]:
+            _resize(module, found.shape)
+        if not isinstance(module, NORMS) and module.bias is None and f"{name}.bias" in weights:
+            module.bias = nn.Parameter(torch.zeros(len(found)))
+    return model
+
+
+def _resize(module: nn.Module, shape: torch.Size) -> None:
+    """Give a layer the weights' `shape`, or a BatchNorm the number of its channels."""
+    for kind, tensors in (("_parameters", module._parameters), ("_buffers", module._buffers)):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.ndim:
+                empty = tensor.new_empty(shape if name == "weight" else shape[:1])
+                tensors[name] = nn.Parameter(empty) if kind == "_parameters" else empty
+    if isinstance(module, NORMS):
+        module.num_features = shape[0]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    else:
+        depthwise = module.groups > 1 and module.groups == module.in_channels
+        module.groups = shape[0] if depthwise else module.groups
+        module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
+
+
+def stored(model: nn.Module, half_above: float = HALF_ABOVE) -> dict[str, Tensor]:
     """The weights as a checkpoint file holds them, on the CPU.
 
-    Of a model above `HALF_ABOVE` the weights of convolutions and linear layers are rounded to half precision, unless
+    Of a model above `half_above` bytes the weights of convolutions and linear layers are rounded to half precision, unless
     one would overflow or vanish; BatchNorm, whose variances leave that range easily, stays float32.
     """
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
-    if sum(w.nbytes for w in weights.values()) <= HALF_ABOVE:
+    if sum(w.nbytes for w in weights.values()) <= half_above:
         return weights
     return {name: _halved(w) if w.dtype == torch.float32 and w.ndim > 1 else w for name, w in weights.items()}
 
@@ -126,20 +183,21 @@ def _halved(w: Tensor) -> Tensor:
     return half if torch.isfinite(half).all() and torch.equal(half == 0, w == 0) else w
 
 
-def _create_biases(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is None and f"{name}.bias" in weights:
-            module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]))
-
-
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def save_checkpoint(path: str | Path, model: nn.Module, **about: Any) -> None:
+def save_checkpoint(path: str | Path, model: nn.Module, half_above: float = HALF_ABOVE, **about: Any) -> None:
     """Write `model` and what is known `about` it (plain numbers, strings, lists), whole or not at all.
 
-    Above `HALF_ABOVE` in half precision where that holds them: see `stored`.
+    As safetensors where that is the file's ending, with what is known in its metadata. Above `half_above` bytes in half
+    precision where that holds them: see `stored`.
     """
-    weights = stored(model)
-    write_atomically(Path(path), lambda file: torch.save({**about, "state_dict": weights}, file))
+    weights, path = stored(model, half_above), Path(path)
+    if path.suffix == SAFETENSORS:
+        from safetensors.torch import save
+
+        content = save({name: w.contiguous() for name, w in weights.items()}, {ABOUT: json.dumps(about)})
+        write_atomically(path, lambda file: file.write(content))
+    else:
+        write_atomically(path, lambda file: torch.save({**about, "state_dict": weights}, file))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from decompose import decompose, rebuild
-from experiments import beyond, demo, features, figures, grid, manifest, rows, tables, tuning
+from experiments import beyond, chosen, demo, features, figures, grid, manifest, rows, tables, tuning
 from experiments.grid import GRIDS
 from trace import units
 
@@ -159,6 +159,15 @@ def test_what_goes_beyond_the_paper_is_listed_once():
     assert {e.model_type for e in listed} == {"prune", "merge", *beyond.DATA_FREE, *beyond.LOOKS}
     assert all(e.calibrate == "cifar10:512" for e in listed if e.model_type.endswith("-bn"))
     assert {e.ratio for e in listed if e.widths == "uniform"} == {0.1, 0.2, 0.3, 0.4, 0.5}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_choices_of_widths_are_listed_once_and_find_their_column(name):
+    grid = GRIDS[name]
+    listed = [e.settings() for e in chosen.experiments(grid)]
+    assert len({rows.key(about | {"checkpoint_sha256": ""}) for about in listed}) == len(listed)
+    rules = {chosen.rule(grid, about) for about in listed}
+    assert rules == set(chosen.RULES) - (set() if grid.blocks else {"auto, blocks may go"})
 
 
 def test_a_table_beyond_the_paper_shows_means_and_says_what_looked_at_images():

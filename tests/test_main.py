@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import main
+import options
 import settings
 from decompose import COMPENSATIONS, CRITERIA
 from errors import NeuronMergingError
@@ -95,7 +96,7 @@ def test_the_defaults_are_those_of_the_published_scripts():
 
 @pytest.mark.parametrize("text", ["40,4", "[40,4]", "(40, 4)", "[40, 4]"])
 def test_depth_wide_is_parsed(text):
-    assert main.depth_wide(text) == (40, 4)
+    assert options.depth_wide(text) == (40, 4)
 
 
 def test_the_summary_for_people(cli, pretrained):

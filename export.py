@@ -1,0 +1,71 @@
+"""A network in a file that runs without this program: ONNX, torch.export (pt2) or TorchScript, checked when it is written."""
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from errors import NeuronMergingError
+from files import write_atomically
+from settings import EXPORTS
+
+TOLERANCE = 1e-4  # of the largest output
+
+
+def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
+    """Write `model` in the format of the ending of `path`, for any batch size; the largest error of the file's outputs.
+
+    shape: of one input, without the batch. The file is loaded again and run on a batch of another size; errors are relative to
+    the largest output. Raises NeuronMergingError where a package is missing, the network cannot be exported, or an output is
+    off by more than `TOLERANCE`.
+    """
+    if path.suffix not in EXPORTS:
+        raise NeuronMergingError(f"{path}: name a file that ends in {', '.join(EXPORTS)}")
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    example, other = (torch.randn(count, *shape, generator=random) for count in (2, 3))
+    write = {".onnx": _onnx, ".pt2": _pt2, ".pt": _torchscript}[path.suffix]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of interest to PyTorch's developers
+        partial = Path(folder) / path.name
+        try:
+            found = write(model, example, partial, other)
+        except ModuleNotFoundError as error:
+            raise NeuronMergingError(
+                f"{EXPORTS[path.suffix]} needs the package {error.name}: pip install onnx onnxscript onnxruntime"
+            ) from error
+        except Exception as error:  # the exporters run the user's code and raise whatever it does
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise NeuronMergingError(
+                f"{type(model).__name__} cannot be exported to {EXPORTS[path.suffix]}: {reason}"
+            ) from error
+        wanted = model(other)
+        off = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+        if not off <= TOLERANCE:
+            raise NeuronMergingError(f"{path} was not written: its outputs would be off by {off:.1e}")
+        content = partial.read_bytes()
+    write_atomically(path, lambda file: file.write(content))
+    return off
+
+
+def _onnx(model: nn.Module, example: Tensor, path: Path, other: Tensor) -> Tensor:
+    import onnxruntime
+
+    program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: other.numpy()})[0])
+
+
+def _pt2(model: nn.Module, example: Tensor, path: Path, other: Tensor) -> Tensor:
+    batch = torch.export.Dim("batch", max=2**16)
+    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=({0: batch},)), path)
+    return torch.export.load(path).module()(other)
+
+
+def _torchscript(model: nn.Module, example: Tensor, path: Path, other: Tensor) -> Tensor:
+    torch.jit.save(torch.jit.trace(model, example), path)
+    return torch.jit.load(path)(other)

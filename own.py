@@ -1,0 +1,227 @@
+"""A network of the user's own on the command line: imported, loaded, made smaller, measured on a folder of images."""
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+from errors import NeuronMergingError
+from evaluate import accuracy as on_images
+from experiment import CHOSEN, taken_out, versions
+from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
+from shrink import parse_budget, shrink, summary
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into one line."""
+    try:
+        yield
+    except NeuronMergingError:
+        raise
+    except Exception as error:  # it can be anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise NeuronMergingError(f"{what}: {type(error).__name__}: {reason}") from error
+
+
+def build(spec: str, arguments: str | None = None) -> nn.Module:
+    """Call what `spec` names, "package.module:callable" (the current folder is searched first), with JSON keyword arguments.
+
+    Raises NeuronMergingError where that is not there, fails, or gives no module.
+    """
+    module, _, name = spec.partition(":")
+    if not name:
+        raise NeuronMergingError(f"--model {spec}: give module:callable, such as torchvision.models:resnet18")
+    try:
+        keywords = json.loads(arguments or "{}")
+    except ValueError:
+        keywords = None
+    if not isinstance(keywords, dict):
+        raise NeuronMergingError(f"--model-args {arguments}: give a JSON object, such as '{{\"num_classes\": 10}}'")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    with _said(f"--model {spec} cannot be made"):
+        made = getattr(importlib.import_module(module), name)(**keywords)
+    if not isinstance(made, nn.Module):
+        raise NeuronMergingError(f"--model {spec} gives {type(made).__name__}, no torch.nn.Module")
+    return made
+
+
+def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint | None:
+    """Load `weights` into `model`: a file, also of a network that this program made smaller, or torchvision's name for some.
+
+    None: the model keeps what it was made with. Raises NeuronMergingError where there are none or they do not fit.
+    """
+    if weights is None:
+        return None
+    path = Path(weights)
+    if not path.exists():
+        known = _torchvision_weights(spec)
+        if weights not in known:
+            names = f", nor one of {', '.join(known)}" if known else ""
+            raise NeuronMergingError(f"--weights {weights} is no file that is there{names}")
+        with _said(f"--weights {weights}"):
+            model.load_state_dict(known[weights].get_state_dict(progress=sys.stderr.isatty()))
+        return None
+    checkpoint = load_checkpoint(path)
+    fit(model, checkpoint.state_dict)
+    load_weights(model, checkpoint)
+    return checkpoint
+
+
+def _torchvision_weights(spec: str) -> dict[str, Any]:
+    """By name the weights that torchvision has for one of its own models."""
+    if not spec.startswith("torchvision.models"):
+        return {}
+    from torchvision.models import get_model_weights
+
+    try:
+        return dict(get_model_weights(spec.rpartition(":")[2]).__members__)
+    except (ValueError, AttributeError):
+        return {}
+
+
+def transforms(spec: str, weights: str | None, shape: tuple[int, ...]) -> Callable[[Any], Tensor]:
+    """How an image becomes an input: as the weights' own say, else those of torchvision's default weights of that model.
+
+    Where there are none either: the shorter side to the input's, the centre, ImageNet's mean and standard deviation.
+    """
+    from torchvision import transforms as T
+
+    known = _torchvision_weights(spec)
+    entry = known.get(weights) or known.get("DEFAULT")
+    if entry is not None and tuple(shape[1:]) == (224, 224):
+        return entry.transforms()
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    gray = [T.Grayscale()] if shape[0] == 1 else []
+    scale = T.Normalize(mean, std) if shape[0] == 3 else T.Normalize((0.5,), (0.5,))
+    return T.Compose([T.Resize(min(shape[1:])), T.CenterCrop(tuple(shape[1:])), *gray, T.ToTensor(), scale])
+
+
+@torch.inference_mode()
+def accuracy(
+    model: nn.Module, folder: Path, transform: Callable[[Any], Tensor], device: torch.device, batch_size: int
+) -> tuple[int, int]:
+    """(correct, total) on the images of `folder`, a folder for each class, in the order of the network's outputs."""
+    from torchvision.datasets import ImageFolder
+
+    if not folder.is_dir():
+        raise NeuronMergingError(f"--dataset imagefolder:{folder} is no folder")
+    with _said(f"--dataset imagefolder:{folder}"):
+        images = ImageFolder(str(folder), transform)
+        model.eval()
+        correct = 0
+        loader = torch.utils.data.DataLoader(images, batch_size)
+        for x, labels in tqdm(loader, "evaluate", unit="batch", leave=False, disable=None):
+            correct += int((model(x.to(device)).argmax(1).cpu() == labels).sum())
+    return correct, len(images)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Do what the command line says with the user's network; the result row."""
+    model = build(args.model, args.model_args)
+    checkpoint = with_weights(model, args.model, args.weights)
+    ignore = args.ignore.split(",") if args.ignore else ()
+    if args.summary:
+        return {"summary": summary(model, args.coupled, ignore)}
+    if args.weights is None:
+        print("warning: no --weights: the network is as its code makes it", file=sys.stderr)
+    model = model.to(device).eval()
+    shape, small, report = args.input_size, model, None
+    looked_at = None
+    if args.calibrate:
+        looked_at = _looked_at(args.calibrate, transforms(args.model, args.weights, shape), args.seed).to(device)
+    if args.model_type != "original":
+        named = isinstance(args.widths, str)
+        rule = args.widths if args.widths in CHOSEN else "uniform"
+        small, report = shrink(
+            model, (args.ratios or args.pruning_ratio) if named else args.widths, example_input=shape,
+            criterion=args.criterion, compensation=args.model_type, widths=rule,
+            budget=args.budget and parse_budget(args.budget), multiple=args.multiple, drop_blocks=args.drop_blocks,
+            coupled=args.coupled, ignore=ignore, **_told(args), images=looked_at,
+        )  # fmt: skip
+    row = {
+        "model": args.model, "weights": args.weights, "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,
+        "type": args.model_type, "criterion": args.criterion, "ratio": args.ratios or args.pruning_ratio,
+        "calibrate": args.calibrate, "input_size": list(shape), "device": str(device), "versions": versions(),
+    }  # fmt: skip
+    if report is not None:
+        row |= {
+            "widths": {unit.layer: kept for unit, kept in zip(report.units, report.widths)}, "coupled": args.coupled,
+            "left_out": report.left_out, "params_original": report.params[0], "params": report.params[1],
+            "macs_original": report.macs[0], "macs": report.macs[1], "seconds": round(report.seconds, 4),
+            "peak_mb": report.peak_mb, "report": str(report),
+        }  # fmt: skip
+    if args.evaluate:
+        row |= _measured(args, {"original": model, "smaller": small}, shape, device)
+    if args.save:
+        about = {name: row[name] for name in ("type", "criterion", "ratio", "widths", "input_size") if name in row}
+        command = shlex.join(["python", "main.py", *sys.argv[1:]])
+        save_checkpoint(args.save, small, math.inf, network=args.model, command=command, **about)
+    return row | taken_out(args, model, small, shape)
+
+
+def _told(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of methods that the command line may leave to them."""
+    told = {"threshold": args.threshold, "lamda": args.lamda, "probe_samples": args.probe_samples}
+    told = {name: value for name, value in told.items() if value is not None}
+    return told | {"probe": args.probe, "ridge": args.ridge, "seed": args.seed}
+
+
+def _measured(
+    args: argparse.Namespace, networks: dict[str, nn.Module], shape: tuple[int, ...], device: torch.device
+) -> dict[str, Any]:
+    """The accuracy of both networks on what --dataset names."""
+    name, _, folder = (args.dataset or "").partition(":")
+    if name == "imagefolder":
+        transform = transforms(args.model, args.weights, shape)
+        counts = {n: accuracy(m, Path(folder), transform, device, args.test_batch_size) for n, m in networks.items()}
+    elif name in data.DATASETS:
+        images = data.load(name, args.split, args.data).to(device)
+        counts = {n: on_images(m, images, args.test_batch_size) for n, m in networks.items()}
+    else:
+        raise NeuronMergingError(
+            f"--dataset {args.dataset}: give imagefolder:DIR, or one of {', '.join(data.DATASETS)}"
+        )
+    rates = {n: round(100 * correct / max(1, total), 2) for n, (correct, total) in counts.items()}
+    return {
+        "dataset": args.dataset, "accuracy_original": rates["original"], "accuracy": rates["smaller"],
+        "correct": counts["smaller"][0], "total": counts["smaller"][1],
+    }  # fmt: skip
+
+
+def _looked_at(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor:
+    """The images of a folder, "DIR" or "DIR:N", as inputs [N, …]."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+
+    folder, _, number = text.rpartition(":")
+    folder, number = (folder, int(number)) if number.isdigit() and folder else (text, None)
+    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
+    if len(files) < max(2, number or 2):
+        raise NeuronMergingError(
+            f"--calibrate {text}: {len(files)} images are there, at least {max(2, number or 2)} are needed"
+        )
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:number]
+    with _said(f"--calibrate {text}"):
+        return torch.stack([transform(default_loader(files[i])) for i in order])
+
+
+def text(row: dict[str, Any]) -> str:
+    """A row for people."""
+    lines = [f"{row['model']}: {row['type']}"]
+    if "report" in row:
+        lines.append(row["report"])
+    if "accuracy" in row:
+        lines.append(f"accuracy    {row['accuracy_original']:.2f} % -> {row['accuracy']:.2f} % of {row['total']:,}")
+    return "\n".join(lines)

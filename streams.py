@@ -1,0 +1,453 @@
+"""Channels that several layers write or read: residual streams, concatenations, what passes depthwise convolutions (ours).
+
+The paper prunes what one layer writes and one other reads (trace.py). Here the graph is read as a system of channel spaces:
+a convolution or linear layer opens a new one; elementwise operations, BatchNorm, pooling and depthwise convolutions stay in
+it; a sum or product makes two spaces one; a concatenation puts spaces side by side. A space that is neither an input nor an
+output of the network, and that nothing unknown touches, can lose channels: every writer loses rows, every follower
+channels, every reader columns.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from decompose import CRITERIA, absorb, batchnorm, cut, neurons, others, scaling_matrix, similarity
+from errors import NeuronMergingError
+from trace import (
+    ACTIVATIONS,
+    ADDITIONS,
+    CONVS,
+    DROPOUT,
+    NORMS,
+    RELU,
+    Graph,
+    NotAUnit,
+    asks_no_width,
+    flattens,
+    name_of,
+    next_norm,
+    obstacle,
+    pools,
+)  # fmt: skip
+
+PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+MEANS = {torch.mean, "mean"}
+PASSING = {"stochastic_depth"}  # other packages' functions that act on every channel by itself, by name
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module whose channels from `offset` on are those of a stream."""
+
+    module: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Reader(Place):
+    """A layer that reads them, behind the followers `path` (BatchNorms, depthwise convolutions) since they were summed.
+
+    channels: all that it reads. writer: whose output it reads before that is summed, None for one that reads the sum.
+    """
+
+    channels: int = 0
+    path: tuple[Place, ...] = ()
+    writer: str | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Channels that can only be dropped together. chains: by writer the followers between it and the sum.
+
+    norms: by writer and reader the BatchNorm that is all that reads it, if any. obstacle: why dropped channels cannot be
+    merged into kept ones (None: they can); they can be pruned and restored.
+    """
+
+    width: int
+    writers: tuple[str, ...]
+    followers: tuple[Place, ...]
+    readers: tuple[Reader, ...]
+    chains: tuple[tuple[Place, ...], ...]
+    norms: dict[str, str | None]
+    obstacle: str | None = None
+    branch: bool = False  # it cannot lose all its channels
+
+    @property
+    def layer(self) -> str:
+        """What it is called: its first writer."""
+        return self.writers[0]
+
+
+def streams(model: nn.Module) -> tuple[list[Stream], dict[str, str]]:
+    """All channel spaces that can lose channels, in the order of the forward pass, and why the writers of others cannot.
+
+    Raises NeuronMergingError where torch.fx cannot trace `model`.
+    """
+    network = Graph(model)
+    spaces = _Spaces(network)
+    for node in network.nodes:
+        spaces.add(node)
+    found, left_out = [], {}
+    for space in dict.fromkeys(space.root for space in spaces.opened):
+        if space.frozen is None and not space.readers:
+            space.frozen = "nobody reads its output"
+        if space.frozen is None:
+            writers = tuple(node.target for node in network.nodes if node.target in space.writers)
+            chains = tuple(space.writers[writer] for writer in writers)
+            layers = (*writers, *(reader.module for reader in space.readers))
+            norms = {node.target: next_norm(network, node) for node in network.nodes if node.target in layers}
+            places = tuple(space.followers), tuple(space.readers)
+            found.append(Stream(space.width, writers, *places, chains, norms, space.obstacle))
+        else:
+            left_out |= dict.fromkeys(space.writers, space.frozen)
+    return found, left_out
+
+
+@dataclass(eq=False)
+class _Space:
+    """A channel space in the making; spaces that became one have the same `root`."""
+
+    width: int
+    writers: dict[str, tuple[Place, ...]] = field(default_factory=dict)
+    followers: list[Place] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
+    frozen: str | None = None  # why it cannot lose channels
+    obstacle: str | None = None  # why it cannot be merged
+    parent: "_Space | None" = None
+
+    @property
+    def root(self) -> "_Space":
+        space = self
+        while space.parent is not None:
+            space = space.parent
+        return space
+
+    def unite(self, other: "_Space") -> None:
+        """Make two spaces one."""
+        mine, its = self.root, other.root
+        if mine is its:
+            return
+        its.parent = mine
+        mine.writers |= its.writers
+        mine.followers += its.followers
+        mine.readers += its.readers
+        mine.frozen = mine.frozen or its.frozen
+        mine.obstacle = mine.obstacle or its.obstacle
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Channels of a value. writer: who wrote them, where no sum is between; path: the followers since then or since the sum."""
+
+    space: _Space
+    writer: str | None = None
+    path: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Value:
+    """The channels of a node's value, side by side. dimension: of the convolution (0: a linear layer); flat: flattened."""
+
+    segments: tuple[_Segment, ...]
+    dimension: int
+    flat: bool = False
+
+    @property
+    def widths(self) -> list[int]:
+        return [segment.space.root.width for segment in self.segments]
+
+    def placed(self) -> list[tuple[_Segment, int]]:
+        """Every segment with its first channel."""
+        return list(zip(self.segments, accumulate(self.widths, initial=0)))
+
+    def freeze(self, reason: str) -> None:
+        """No channel can be lost."""
+        for segment in self.segments:
+            segment.space.root.frozen = segment.space.root.frozen or reason
+
+    def bend(self, reason: str) -> None:
+        """No channel can be merged into another."""
+        for segment in self.segments:
+            segment.space.root.obstacle = segment.space.root.obstacle or reason
+
+
+class _Spaces:
+    """The values of all nodes so far."""
+
+    def __init__(self, network: Graph) -> None:
+        self.network = network
+        self.values: dict[fx.Node, _Value | None] = {}
+        self.opened: list[_Space] = []
+
+    def add(self, node: fx.Node) -> None:
+        """Work out the channels of a node's value from those of what it reads."""
+        inputs = [self.values[n] for n in node.all_input_nodes if self.values[n] is not None]
+        layer = self.network.module(node)
+        self.values[node] = None
+        try:
+            self.network.check_hooks(node)
+            self.values[node] = self._value(node, inputs)
+        except NotAUnit as reason:
+            if isinstance(layer, (*CONVS, nn.Linear)):
+                self.values[node] = self._open(node)
+                inputs.append(self.values[node])
+            for value in inputs:
+                value.freeze(str(reason))
+
+    def _value(self, node: fx.Node, inputs: list[_Value]) -> _Value | None:
+        """Raises NotAUnit where a node does something that does not leave every channel by itself."""
+        network, kind, module = self.network, self.network.kind(node), self.network.module(node)
+        if isinstance(module, (*CONVS, nn.Linear)):
+            return self._layer(node, module, inputs)
+        if not inputs or asks_no_width(node):
+            return None
+        if kind in ADDITIONS or kind in PRODUCTS:
+            return self._united(node, kind, inputs)
+        if kind is torch.cat:
+            return self._concatenated(node)
+        value = self.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if value is None or len(inputs) > 1:
+            raise NotAUnit(obstacle(network, node))
+        spatial = value.dimension and not value.flat
+        if spatial and kind is NORMS[value.dimension - 1]:
+            if network.own(node).running_mean is None:
+                raise NotAUnit(f"{node.target} keeps no running statistics")
+            return self._followed(node, value)
+        if kind in RELU or kind in DROPOUT or name_of(kind) in PASSING:
+            return value
+        if kind in ACTIVATIONS:
+            value.bend(f"its output goes through {name_of(kind)}")
+            return value
+        if spatial and (pools(network, node, value.dimension) or _averages(node, kind, value.dimension) == "kept"):
+            return value
+        if spatial and (flattens(network, node, kind, network.nodes) or _averages(node, kind, value.dimension)):
+            return replace(value, flat=True)
+        raise NotAUnit(obstacle(network, node))
+
+    def _open(self, node: fx.Node) -> _Value:
+        """The new space that a layer writes."""
+        layer = self.network.module(node)
+        space = _Space(len(layer.weight), {node.target: ()})
+        self.opened.append(space)
+        return _Value((_Segment(space, node.target),), _dimension(layer))
+
+    def _layer(self, node: fx.Node, layer: nn.Module, inputs: list[_Value]) -> _Value:
+        """A layer reads channels and opens a space; a depthwise convolution follows what it reads."""
+        self.network.own(node)
+        if len(node.all_input_nodes) > 1:
+            raise NotAUnit(f"{node.target} reads several values")
+        value = inputs[0] if inputs else None
+        grouped = isinstance(layer, CONVS) and layer.groups > 1
+        if grouped:
+            fits = value is not None and not value.flat and value.dimension == _dimension(layer)
+            if not fits or not layer.groups == layer.in_channels == layer.out_channels == sum(value.widths):
+                raise NotAUnit(f"{node.target} is a grouped convolution")
+            return self._followed(node, value)
+        opened = self._open(node)
+        if value is None:
+            return opened
+        total = sum(value.widths)
+        if isinstance(layer, CONVS):
+            reads = not value.flat and value.dimension == _dimension(layer) and layer.in_channels == total
+        else:
+            reads = layer.in_features % total == 0 and (
+                value.flat or (not value.dimension and layer.in_features == total)
+            )
+        if not reads:
+            value.freeze(f"{node.target} does not read its channels as such")
+            return opened
+        for segment, offset in value.placed():
+            segment.space.root.readers.append(Reader(node.target, offset, total, segment.path, segment.writer))
+        return opened
+
+    def _followed(self, node: fx.Node, value: _Value) -> _Value:
+        """The value behind a module that has something for every channel."""
+        segments = []
+        for segment, offset in value.placed():
+            place = Place(node.target, offset)
+            segment.space.root.followers.append(place)
+            segments.append(replace(segment, path=(*segment.path, place)))
+        return replace(value, segments=tuple(segments))
+
+    def _united(self, node: fx.Node, kind: Any, inputs: list[_Value]) -> _Value:
+        """A sum or product of two values, channel by channel, or of one with a number."""
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        values = [self.values[operand] for operand in operands]
+        if node.kwargs or len(node.args) != 2 or None in values:
+            raise NotAUnit(obstacle(self.network, node))
+        if len(operands) == 1 or kind in PRODUCTS:
+            for value in values:
+                value.bend(f"its output goes through {name_of(kind)}")
+        if len(operands) == 1:
+            return values[0]
+        first, second = values
+        if first.widths != second.widths or (first.dimension, first.flat) != (second.dimension, second.flat):
+            raise NotAUnit(obstacle(self.network, node))
+        for segment in (*first.segments, *second.segments):
+            if segment.writer is not None:
+                segment.space.root.writers[segment.writer] = segment.path
+            elif segment.path:
+                segment.space.root.obstacle = "a BatchNorm or depthwise convolution stands between two sums"
+        for mine, its in zip(first.segments, second.segments):
+            mine.space.unite(its.space)
+        return replace(first, segments=tuple(_Segment(segment.space) for segment in first.segments))
+
+    def _concatenated(self, node: fx.Node) -> _Value:
+        """Values side by side."""
+        parts = node.args[0] if node.args and isinstance(node.args[0], list | tuple) else ()
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        values = [self.values.get(part) for part in parts]
+        alike = values and None not in values and len({(v.dimension, v.flat) for v in values}) == 1
+        if (
+            not alike
+            or values[0].flat
+            or dim not in ((1, -1) if not values[0].dimension else (1, -1 - values[0].dimension))
+        ):
+            raise NotAUnit(obstacle(self.network, node))
+        return replace(values[0], segments=tuple(segment for value in values for segment in value.segments))
+
+
+def _dimension(layer: nn.Module) -> int:
+    """Of a convolution; 0 for a linear layer."""
+    return CONVS.index(type(layer)) + 1 if isinstance(layer, CONVS) else 0
+
+
+def _averages(node: fx.Node, kind: Any, dimension: int) -> str | None:
+    """The mean over all positions: "flat" where it also takes those dimensions away, "kept" where it keeps them."""
+    if kind not in MEANS:
+        return None
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    dims = sorted(
+        d % (dimension + 2) for d in (dims if isinstance(dims, list | tuple) else [dims]) if isinstance(d, int)
+    )
+    if dims != list(range(2, dimension + 2)):
+        return None
+    return "kept" if node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False) else "flat"
+
+
+# ---------------------------------------------------------------- selection, compensation, cutting
+
+
+def choose_channels(model: nn.Module, stream: Stream, P: int, criterion: str) -> Tensor:
+    """Indices [P], ascending, of the channels whose scores, summed over all writers, are the largest.
+
+    Raises NeuronMergingError for a width that is not between 1 and N.
+    """
+    if not 1 <= P <= stream.width:
+        raise NeuronMergingError(
+            f"{P} of {stream.width} channels cannot be kept in {stream.layer}: give 1 to {stream.width}"
+        )
+    scores = sum(CRITERIA[criterion](neurons(model, writer).W) for writer in stream.writers)
+    return scores.argsort(descending=True, stable=True)[:P].sort().values
+
+
+def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float) -> list[Tensor]:
+    """By reader the matrix Z [P, N] that it absorbs, when every dropped channel has its most similar kept one stand in for it.
+
+    A channel's weights are those of all its writers, as the BatchNorms behind them scale them: channels whose weights are
+    positive multiples of each other, everywhere, are merged without loss. What scales channels on the way to a reader
+    scales its Z. Cosines below t: pruned. Raises NeuronMergingError where a positive scale does not pass.
+    """
+    if stream.obstacle:
+        raise NeuronMergingError(
+            f"{stream.layer}: {stream.obstacle}, which a merge does not pass; use prune or restore"
+        )
+    written = [_written(model, writer, chain, stream.width) for writer, chain in zip(stream.writers, stream.chains)]
+    W = torch.cat([weights for weights, _ in written], 1)  # [N, ΣD]
+    drop = others(W, keep)
+    cos, s = similarity(W, keep, drop)
+    paths = [[_step(model, place, stream.width) for place in reader.path] for reader in stream.readers]
+    for step in (step for steps in (*(steps for _, steps in written), *paths) for step in steps):
+        if step.filters is not None:
+            cos = cos * similarity(step.filters, keep, drop)[0]
+    found = []
+    for reader, steps in zip(stream.readers, paths):
+        scale = s
+        before = stream.chains[stream.writers.index(reader.writer)] if reader.writer else ()  # s has them in it
+        for step in steps:
+            scale = scale * step.gain[drop] / step.gain[keep][:, None]
+        for step in (_step(model, place, stream.width) for place in before):
+            scale = scale / step.gain[drop] * step.gain[keep][:, None]
+        usable = (scale > 0) & torch.isfinite(scale)
+        found.append(scaling_matrix(keep, drop, scale, 1 - cos, cos, usable, t))
+    return found
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a follower does to channels: how much it scales each, [N], and a filter [N, K] for each, where it has one."""
+
+    gain: Tensor
+    filters: Tensor | None = None
+
+
+def _step(model: nn.Module, place: Place, width: int) -> _Step:
+    """A follower as the channels of a stream see it."""
+    module, part = model.get_submodule(place.module), slice(place.offset, place.offset + width)
+    if isinstance(module, NORMS):
+        bn = batchnorm(module)
+        return _Step((bn.gamma / (bn.var + bn.eps).sqrt())[part])
+    filters = neurons(model, place.module).W[part]
+    return _Step(filters.norm(dim=1), filters)
+
+
+def _written(model: nn.Module, writer: str, chain: Sequence[Place], width: int) -> tuple[Tensor, list[_Step]]:
+    """The weights [N, D] with which a layer writes its channels, all that scales them on the way to the sum included."""
+    steps = [_step(model, place, width) for place in chain]
+    W = neurons(model, writer).W
+    if chain and chain[0].offset == 0 and isinstance(model.get_submodule(chain[0].module), NORMS):
+        read, first, *steps = neurons(model, writer, chain[0].module), *steps
+        constant = read.bn.beta[:width] - first.gain * read.bn.mu[:width]
+        W = torch.cat([read.W * first.gain[:, None], constant[:, None]], 1)
+    for step in steps:
+        W = W * step.gain[:, None]
+    return W, steps
+
+
+def cut_streams(
+    model: nn.Module,
+    small: nn.Module,
+    kept: Sequence[tuple[Stream, Tensor]],
+    t: float | None = None,
+    strict: bool = True,
+) -> None:
+    """Cut the streams of `small`, a copy of `model` whose units may have been cut, to the channels ([P]) that each keeps.
+
+    t: the least cosine at which a dropped channel is merged into a kept one; None: prune. strict: raise as
+    `scaling_matrices` does where that cannot be; else prune there.
+    """
+    columns: dict[str, list[tuple[int, int, Tensor]]] = {}
+    for stream, keep in kept:
+        one_hot = torch.eye(stream.width, dtype=torch.float64, device=keep.device)[keep]
+        merged = t is not None and (strict or not stream.obstacle)
+        matrices = scaling_matrices(model, stream, keep, t=t) if merged else [one_hot] * len(stream.readers)
+        for reader, Z in zip(stream.readers, matrices):
+            columns.setdefault(reader.module, []).append((reader.offset, reader.channels, Z))
+    for name, blocks in columns.items():
+        channels = blocks[0][1]
+        for offset, _, Z in sorted(blocks, key=lambda block: -block[0]):  # the last first: the others stay in place
+            absorb(small.get_submodule(name), Z, channels, offset)
+            channels += len(Z) - Z.shape[1]
+    for name, keep in kept_channels(model, kept).items():
+        cut(small.get_submodule(name), keep)
+
+
+def kept_channels(model: nn.Module, kept: Sequence[tuple[Stream, Tensor]]) -> dict[str, Tensor]:
+    """By writer and follower the indices of its channels that stay."""
+    stays: dict[str, Tensor] = {}
+    for stream, keep in kept:
+        for place in (*map(Place, stream.writers), *stream.followers):
+            module = model.get_submodule(place.module)
+            mask = stays.setdefault(place.module, torch.ones(_channels(module), dtype=torch.bool, device=keep.device))
+            mask[place.offset : place.offset + stream.width] = False
+            mask[place.offset + keep] = True
+    return {name: mask.nonzero().squeeze(1) for name, mask in stays.items()}
+
+
+def _channels(module: nn.Module) -> int:
+    return module.num_features if isinstance(module, NORMS) else len(module.weight)

@@ -1,0 +1,269 @@
+"""A network of one's own: the call, the command, exports, files, measurements, and what is said where something is wrong."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import latency
+from decompose import decompose, rebuild
+from errors import NeuronMergingError
+from experiment import Experiment
+from experiment import shrink as of_experiment
+from export import export
+from models import build
+from shrink import shrink
+from tests.conftest import example
+from trace import units
+
+CODE = """
+import torch
+from torch import nn
+
+def small(classes=10, width=16):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2), nn.BatchNorm2d(2 * width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, classes),
+    )
+
+def broken():
+    raise ValueError("no\\nsuch thing")
+
+def branches():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+        def forward(self, x):
+            if x.sum() > 0:
+                return self.a(x)
+            return x
+    return Net()
+
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with the user's module `mine`, and its files."""
+    (tmp_path / "mine.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("mine", None)
+    namespace: dict = {}
+    exec(CODE, namespace)
+    torch.save({"state_dict": namespace["small"]().state_dict()}, tmp_path / "mine.pth.tar")
+    return tmp_path
+
+
+@pytest.fixture
+def pictures(mine):
+    """A folder of images, a folder for each of ten classes."""
+    from torchvision.transforms.functional import to_pil_image
+
+    for label in range(10):
+        folder = mine / "pictures" / f"class{label}"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            noise = torch.randint(
+                0, 256, (3, 24, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(label + i)
+            )
+            to_pil_image(noise).save(folder / f"{i}.png")
+    return mine / "pictures"
+
+
+OWN = ("--model", "mine:small", "--weights", "mine.pth.tar", "--input-size", "3,16,16")
+
+# ---------------------------------------------------------------- the call
+
+
+@torch.no_grad()
+def test_the_call_is_the_papers_where_it_is_told_so():
+    torch.manual_seed(0)
+    model = build("VGG", (11,)).eval()
+    found = units(model)
+    widths = [len(model.get_submodule(unit.layer).weight) // 2 for unit in found]
+    by_hand = rebuild(model, found, decompose(model, found, widths, "l1-norm", "merge", t=0.1, lam=0.85))
+    small, report = shrink(model, 0.5, criterion="l1-norm", compensation="merge")
+    assert report.widths == widths and report.macs is None
+    assert torch.equal(small(example(model)), by_hand(example(model)))
+    assert all(0 < cosine <= 1 for cosine in report.cosine)
+
+
+def test_ratios_by_name_and_widths():
+    model = build("ResNet", (14,)).eval()
+    _, report = shrink(model, {"layer1.*": 0.5, "layer3.0.conv1": 0.25}, compensation="prune")
+    kept = dict(zip((unit.layer for unit in report.units), report.widths))
+    assert kept["layer1.0.conv1"] == 8 and kept["layer3.0.conv1"] == 48 and kept["layer2.0.conv1"] == 32
+    _, report = shrink(model, [3, 4, 5, 6, 7, 8], compensation="prune")
+    assert report.widths == [3, 4, 5, 6, 7, 8]
+    _, report = shrink(model, 0.3, compensation="prune", multiple=8, ignore=["layer2.*"])
+    assert report.widths == [8, 8, 48, 48] and "it is ignored" in report.left_out["layer2.0.conv1"]
+    text = str(report)
+    assert "layer1.0.conv1 -> layer1.0.conv2" in text and "8 of 16" in text and "conv1 stays whole" in text
+    _, report = shrink(
+        model, example_input=torch.zeros(1, 3, 32, 32), compensation="merge", widths="auto", budget={"params": 0.5},
+        probe_samples=32,
+    )  # fmt: skip
+    assert report.params[1] <= 0.5 * report.params[0] and report.curves is not None
+    _, again = shrink(model, 0.7, example_input=(3, 32, 32), compensation="merge", widths="auto", known=report.curves)
+    assert again.seconds_widths is None and sum(again.widths) < sum(report.widths)
+
+
+BAD_CALLS = {
+    "ratio": ({"ratio": 1.0}, "ratio 1.0 of layer1.0.conv1 is outside"),
+    "no neuron left": ({"ratio": 0.99}, "leaves no neuron of 16 in layer1.0.conv1"),
+    "unknown name": ({"ratio": {"layer9.*": 0.5}}, "no convolution or linear layer is called layer9"),
+    "a name that cannot": ({"ratio": {"conv1": 0.5}}, "conv1 cannot be pruned: its output"),
+    "ignored nothing": ({"ignore": ["nobody"]}, "no convolution or linear layer is called nobody"),
+    "everything ignored": ({"ignore": ["*"]}, "has no layer that can be pruned"),
+    "widths": ({"ratio": [1, 2]}, "2 widths for 3 units: layer1.0.conv1, "),
+    "compensation": ({"compensation": "glue"}, "unknown compensation 'glue'"),
+    "criterion": ({"criterion": "l3"}, "unknown criterion 'l3'"),
+    "rule": ({"widths": "some"}, "unknown widths 'some'"),
+    "budget": ({"widths": "auto", "budget": {"bytes": 1}}, "say the shares to keep"),
+    "no input": ({"example_input": None}, "give example_input"),
+    "an input that does not run": ({"example_input": (1, 32, 32)}, r"does not run on an input of shape \[1, 32, 32\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_a_call_that_cannot_be_says_why(name):
+    arguments, message = BAD_CALLS[name]
+    with pytest.raises(NeuronMergingError, match=message):
+        shrink(build("ResNet", (8,)).eval(), **({"example_input": (3, 32, 32), "probe_samples": 8} | arguments))
+
+
+def test_an_untraceable_network_names_the_line(mine):
+    namespace: dict = {}
+    source = compile(CODE, str(mine / "mine.py"), "exec")
+    exec(source, namespace)
+    with pytest.raises(
+        NeuronMergingError, match=r"Net cannot be traced by torch.fx \(mine.py, line \d+: if x.sum\(\) > 0:\)"
+    ):
+        shrink(namespace["branches"](), compensation="prune")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_makes_saves_and_reloads(cli, mine, pictures):
+    options = (*OWN, "--model-type", "restore", "--pruning-ratio", "0.5", "--probe-samples", "32")
+    for file in ("small.pth.tar", "small.safetensors"):
+        made = cli(*options, "--evaluate", "--dataset", f"imagefolder:{pictures}", "--save", file, "--json", "row.json")
+        assert made.code == 0, made.err
+        row = json.loads((mine / "row.json").read_text())
+        assert row["widths"] == {"0": 8, "3": 16} and row["total"] == 30
+        assert "0 -> 3" in made.out and "8 of 16" in made.out and "accuracy" in made.out
+        again = cli("--model", "mine:small", "--weights", file, "--input-size", "3,16,16", "--evaluate",
+                    "--dataset", f"imagefolder:{pictures}", "--json", "-")  # fmt: skip
+        assert again.code == 0, again.err
+        assert json.loads(again.out)["correct"] == row["correct"]
+
+
+def test_the_command_has_ratios_budgets_and_real_images(cli, mine, pictures):
+    common = (*OWN, "--json", "-", "--model-type", "restore", "--probe-samples", "32")
+    row = json.loads(cli(*common, "--ratios", "3=0.5").out)
+    assert row["widths"] == {"0": 16, "3": 16}
+    row = json.loads(cli(*common, "--widths", "auto", "--budget", "macs=0.5").out)
+    assert row["macs"] <= 0.5 * row["macs_original"]
+    row = json.loads(cli(*common, "--widths", "5,6", "--calibrate", f"{pictures}:20").out)
+    assert row["widths"] == {"0": 5, "3": 6} and row["calibrate"].endswith("pictures:20")
+    row = json.loads(cli(*common, "--model-args", '{"width": 8}', "--ignore", "0", "--weights", "none.pth").out or "{}")
+    assert row == {}
+
+
+def test_a_summary_touches_nothing(cli, mine):
+    said = cli("--model", "torchvision.models:resnet18", "--summary", "--coupled")
+    assert said.code == 0 and "layer1.0.conv1 -> layer1.0.conv2: 64" in said.out
+    assert "conv1 and 2 more -> 4 layers: 64" in said.out and "fc stays whole" in said.out
+
+
+BAD_COMMANDS = {
+    "no colon": (["--model", "mine", "--input-size", "3,8,8", "--json", "-"], "give module:callable"),
+    "no module": (["--model", "nobody:f", "--input-size", "3,8,8", "--json", "-"], "No module named 'nobody'"),
+    "no callable": (["--model", "mine:f", "--input-size", "3,8,8", "--json", "-"], "has no attribute 'f'"),
+    "it raises": (["--model", "mine:broken", "--input-size", "3,8,8", "--json", "-"], "ValueError: no"),
+    "no network": (["--model", "builtins:int", "--input-size", "3,8,8", "--json", "-"], "gives int, no torch.nn.Module"),
+    "arguments": (["--model", "mine:small", "--model-args", "{", "--input-size", "3,8,8", "--json", "-"], "a JSON object"),
+    "no weights file": ([*OWN[:2], "--weights", "gone", *OWN[4:], "--json", "-"], "is no file that is there"),
+    "torchvision's weights": (
+        ["--model", "torchvision.models:resnet18", "--weights", "V9", "--input-size", "3,8,8", "--json", "-"],
+        "nor one of IMAGENET1K_V1, DEFAULT",
+    ),
+    "weights that do not fit": ([*OWN, "--model-args", '{"classes": 5}', "--json", "-"], "does not fit Sequential"),
+    "nothing to do": ([*OWN], "say what to do"),
+    "no input size": (["--model", "mine:small", "--json", "-"], "--model needs --input-size"),
+    "input size": (["--model", "mine:small", "--input-size", "3,0", "--json", "-"], "is no shape"),
+    "an input that does not run": ([*OWN[:4], "--input-size", "1,8,8", "--model-type", "merge", "--json", "-"], "does not run"),
+    "an output of no format": ([*OWN, "--export", "small.bin"], "name a file that ends in .onnx, .pt2, .pt"),
+    "no images": ([*OWN, "--evaluate", "--dataset", "imagefolder:gone"], "is no folder"),
+    "no data set": ([*OWN, "--evaluate"], "give imagefolder:DIR"),
+    "ratios": ([*OWN, "--ratios", "0", "--json", "-"], "give a share for every layer"),
+    "too few images": ([*OWN, "--model-type", "restore", "--calibrate", ".:9", "--json", "-"], "0 images are there"),
+    "published flags": ([*OWN, "--pretrained", "x", "--json", "-"], "with --model give --weights"),
+    "own flags": (["--weights", "x"], "belong to --model"),
+    "untraceable": (["--model", "mine:branches", "--summary"], "cannot be traced by torch.fx (mine.py, line"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_COMMANDS)
+def test_a_command_that_cannot_be_is_one_line(cli, mine, name):
+    options, message = BAD_COMMANDS[name]
+    before = {path.name for path in mine.iterdir()}
+    said = cli(*options)
+    assert said.code == 2 and said.out == ""
+    lines = [line for line in said.err.splitlines() if not line.startswith("warning")]
+    assert len(lines) == 1 and message in lines[0], said.err
+    assert {path.name for path in mine.iterdir()} - {"__pycache__"} == before - {"__pycache__"}
+
+
+# ---------------------------------------------------------------- out of here
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2", ".pt"])
+def test_exports_give_the_same_outputs(tmp_path, ending):
+    if ending == ".onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = build("ResNet", (8,)).eval()
+    small, _ = shrink(model, 0.5, example_input=(3, 32, 32), compensation="merge", coupled=True)
+    path = tmp_path / f"small{ending}"
+    assert export(small, path, (3, 32, 32)) <= 1e-4
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_export_that_would_be_wrong_is_not_written(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x + torch.rand(())
+
+    with pytest.raises(NeuronMergingError, match="was not written: its outputs would be off"):
+        export(nn.Sequential(nn.Linear(3, 3), Odd()), tmp_path / "odd.pt", (3,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_speeds_are_compared_in_one_run(monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS", 0.02)
+    torch.manual_seed(0)
+    model = build("VGG", (11,)).eval()
+    small, _ = shrink(model, 0.5, compensation="prune")
+    found = latency.compare({"original": model, "smaller": small}, (3, 32, 32), batch=8)
+    assert found["smaller"]["parameters"] < 0.4 * found["original"]["parameters"]
+    assert found["smaller"]["file_mb"] < 0.4 * found["original"]["file_mb"]
+    assert all(found[name][key] > 0 for name in found for key in ("latency_ms", "images_per_second"))
+    lines = latency.table(found).splitlines()
+    assert len(lines) == 8 and "threads" in lines[-1]
+
+
+def test_an_experiment_can_be_coupled(pretrained):
+    experiment = Experiment("LeNet_300_100", "FashionMNIST", pretrained, (), "merge", coupled=True)
+    assert experiment.settings()["coupled"] is True
+    shrunk = of_experiment(build("LeNet_300_100").eval(), experiment)
+    assert shrunk.widths == [150, 50]  # nothing is shared in it

@@ -1,0 +1,226 @@
+"""Coupled channels: what is found, what is lossless, what stays whole and why, what reloads; in published and odd networks."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from errors import NeuronMergingError
+from evaluate import count_macs, count_parameters
+from models import build, fit, load_checkpoint, load_weights, save_checkpoint
+from restore import restore
+from shrink import prunable, select, shrink, summary, width
+from streams import Stream, streams
+from tests.test_restore import network, shape_of  # noqa: F401 (network: a fixture)
+
+
+def images(model, count=4):
+    return torch.randn(count, *shape_of(model), generator=torch.Generator().manual_seed(3))
+
+
+class Dense(nn.Module):
+    """Concatenation, a depthwise convolution, a gate, a mean, a second input of a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.norm, self.c = nn.BatchNorm2d(14), nn.Conv2d(14, 12, 1)
+        self.depth, self.norm2 = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.BatchNorm2d(12)
+        self.gate, self.back = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.a(x)
+        x = torch.cat([F.relu(x), self.b(F.relu(x))], 1)
+        x = F.relu(self.norm2(self.depth(self.c(F.relu(self.norm(x))))))
+        x = x + self.back(x)
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.fc(x.mean([2, 3]))
+
+
+def dense():
+    torch.manual_seed(0)
+    model = Dense()
+    for bn in (model.norm, model.norm2):
+        nn.init.uniform_(bn.weight, 0.5, 1.5)
+        nn.init.normal_(bn.bias)
+        bn.momentum = 1.0
+    model.train()(torch.randn(32, 3, 12, 12))
+    return model.eval()
+
+
+@torch.no_grad()
+def duplicate(model, found, share=0.5):
+    """Make channels twins in every space: of a random half, everywhere that they are written or followed; the kept widths."""
+    random, widths = torch.Generator().manual_seed(5), []
+    for unit in found:
+        N = width(model, unit)
+        order = torch.randperm(N, generator=random)
+        P = max(1, round(N * share))
+        leaders, twins = order[:P], order[P:]
+        writers = unit.writers if isinstance(unit, Stream) else (unit.layer,)
+        places = [(name, 0) for name in writers]
+        places += [(p.module, p.offset) for p in unit.followers] if isinstance(unit, Stream) else []
+        places += [(unit.bn, 0)] if not isinstance(unit, Stream) and unit.bn else []
+        for name, offset in places:
+            module = model.get_submodule(name)
+            tensors = [*module._parameters.values(), *(b for b in module._buffers.values() if b is not None and b.ndim)]
+            for tensor in tensors:
+                if tensor is not None:
+                    for twin, leader in zip(twins, leaders[torch.arange(len(twins)) % P]):
+                        tensor[offset + twin] = tensor[offset + leader]
+        widths.append(P)
+    return widths
+
+
+@torch.no_grad()
+def kept_leaders(model, found, widths):
+    """Of every group of twins one."""
+    keep = []
+    for unit, P in zip(found, widths):
+        writers = unit.writers if isinstance(unit, Stream) else (unit.layer,)
+        W = torch.cat([model.get_submodule(name).weight.flatten(1) for name in writers], 1)
+        _, group = torch.unique(W, dim=0, return_inverse=True)
+        assert group.max() == P - 1
+        keep.append(torch.stack([(group == g).nonzero()[0, 0] for g in range(P)]).sort().values)
+    return keep
+
+
+def test_the_published_networks_lose_channels_in_every_layer_but_the_last(network):  # noqa: F811
+    found, left_out = prunable(network, coupled=True)
+    assert list(left_out.values()) in (["its output is an output of the network"], []) or "BatchNorm1d" in str(left_out)
+    kinds = {type(unit).__name__ for unit in found}
+    assert kinds == ({"Unit", "Stream"} if "Res" in type(network).__name__ else {"Unit"})
+
+
+@pytest.mark.parametrize("kind", ["prune", "merge", "merge-derived", "restore"])
+@torch.no_grad()
+def test_coupled_networks_run_and_are_smaller(network, kind):  # noqa: F811
+    before, x = copy.deepcopy(network.state_dict()), images(network)
+    small, report = shrink(
+        network, 0.5, example_input=shape_of(network), compensation=kind, coupled=True, probe_samples=24
+    )
+    assert small(x).shape == network(x).shape
+    assert report.params[1] == count_parameters(small) < 0.6 * report.params[0]
+    assert report.macs[1] == count_macs(small, shape_of(network)) < 0.6 * report.macs[0]
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values()))
+
+
+@pytest.mark.parametrize("kind", ["merge", "restore"])
+@torch.no_grad()
+def test_twins_are_merged_without_loss(network, kind):  # noqa: F811
+    from methods import METHODS, Settings
+
+    found, _ = prunable(network, coupled=True)
+    widths = duplicate(network, found)
+    keep = kept_leaders(network, found, widths)
+    x = images(network)
+    small = METHODS[kind](network, found, keep, Settings(shape_of(network), t=0.1, lam=1.0, images=images(network, 32)))
+    assert torch.allclose(small(x), network(x), atol=2e-3 * float(network(x).abs().max()))
+
+
+@torch.no_grad()
+def test_concatenations_gates_and_depthwise_convolutions():
+    model, x = dense(), torch.randn(4, 3, 12, 12)
+    found, left_out = prunable(model, coupled=True)
+    assert left_out == {"fc": "its output is an output of the network"}
+    by_name = {unit.layer: unit for unit in found}
+    assert set(by_name["c"].writers) == {"c", "back", "gate"}
+    assert by_name["b"].readers[0].offset == 8 and by_name["b"].readers[0].channels == 14
+    assert by_name["c"].obstacle == "its output goes through mul"
+    widths = duplicate(model, found)
+    keep = kept_leaders(model, found, widths)
+    small = restore(model, found, keep, x.repeat(16, 1, 1, 1) + 0.3 * torch.randn(64, 3, 12, 12))
+    assert small.depth.groups == small.norm2.num_features == widths[found.index(by_name["c"])]
+    assert torch.allclose(small(x), model(x), atol=0.05 * float(model(x).abs().max()))  # a gate: regression only
+    with pytest.raises(NeuronMergingError, match="c: its output goes through mul, which a merge does not pass"):
+        shrink(model, 0.5, compensation="merge", coupled=True)
+    pruned, _ = shrink(model, 0.3, compensation="prune", coupled=True, ignore=["gate"])
+    assert pruned(x).shape == (4, 5) and pruned.c.out_channels == 12 and pruned.b.out_channels == 4
+
+
+@torch.no_grad()
+def test_keeping_everything_changes_nothing():
+    model, x = dense(), torch.randn(4, 3, 12, 12)
+    for kind in ("prune", "restore"):
+        small, _ = shrink(model, 0.0, example_input=(3, 12, 12), compensation=kind, coupled=True, probe_samples=64)
+        assert torch.allclose(small(x), model(x), atol=1e-4)
+
+
+@torch.no_grad()
+def test_positive_multiples_in_a_stream_are_merged_without_loss():
+    """Twice the channel everywhere it is written, behind its BatchNorms, is absorbed by every reader."""
+    torch.manual_seed(0)
+    model = build("ResNet", (8,)).train()
+    model(torch.randn(32, 3, 32, 32))
+    model.eval()
+    (stream,) = [s for s in streams(model)[0] if "conv1" in s.writers]
+    assert stream.writers == ("conv1", "layer1.0.conv2")
+    for place in stream.followers:
+        bn = model.get_submodule(place.module)
+        nn.init.uniform_(bn.weight, 0.5, 1.5)
+        nn.init.normal_(bn.bias)
+    for writer, chain in zip(stream.writers, stream.chains):
+        conv, bn = model.get_submodule(writer), model.get_submodule(chain[0].module)
+        conv.weight[1] = conv.weight[0]
+        bn.running_mean[1], bn.running_var[1] = bn.running_mean[0], bn.running_var[0]
+        bn.weight[1], bn.bias[1] = 2 * bn.weight[0], 2 * bn.bias[0]
+    keep = torch.tensor([i for i in range(16) if i != 1])
+    from methods import METHODS, Settings
+
+    small = METHODS["merge"](model, [stream], [keep], Settings(t=0.99))
+    x = images(model)
+    assert torch.allclose(small(x), model(x), atol=1e-4)
+    assert small.conv1.out_channels == 15
+
+
+def test_what_stays_whole_says_why():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(4, 4, 1) for _ in range(3))
+            self.grouped, self.fc = nn.Conv2d(4, 4, 1, groups=2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = x + self.a(x)  # the input cannot lose channels
+            y = self.grouped(self.b(y)) + torch.roll(self.c(y), 1, 1)
+            return self.fc(y.mean((2, 3)))
+
+    _, left_out = prunable(Net(), coupled=True)
+    assert left_out["a"] == "its output goes through add" or "add" in left_out["a"]
+    assert "grouped is a grouped convolution" in left_out["b"]
+    assert "roll" in left_out["c"]
+    assert "a stays whole" in summary(Net(), coupled=True)
+
+
+@pytest.mark.parametrize("ending", [".pth.tar", ".safetensors"])
+@torch.no_grad()
+def test_a_coupled_network_reloads_into_the_original_code(tmp_path, ending, network):  # noqa: F811
+    small, report = shrink(network, 0.4, compensation="prune", coupled=True)
+    path = tmp_path / f"small{ending}"
+    save_checkpoint(path, small, widths=report.widths, coupled=True)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.about == {"widths": report.widths, "coupled": True}
+    again = load_weights(fit(copy.deepcopy(network), checkpoint.state_dict), checkpoint).eval()
+    assert torch.equal(again(images(network)), small(images(network)))
+
+
+def test_what_does_not_go_together_is_said():
+    model = build("ResNet", (8,))
+    for kind in ("lbyl", "fold"):
+        with pytest.raises(NeuronMergingError, match=f"{kind} has no form for coupled channels"):
+            shrink(model, 0.5, compensation=kind, coupled=True)
+    with pytest.raises(NeuronMergingError, match="chosen unit by unit"):
+        shrink(model, 0.5, example_input=(3, 32, 32), coupled=True, widths="auto")
+    found, _ = prunable(model, coupled=True)
+    with pytest.raises(NeuronMergingError, match="0 of 16 channels cannot be kept in conv1"):
+        select(model, [u for u in found if isinstance(u, Stream)][:1], [0], "l1-norm")
+
+
+def test_coupled_on_the_command_line(cli, tmp_path):
+    options = ("--arch", "ResNet", "--depth-wide", "8", "--summary")
+    plain, coupled = cli(*options), cli(*options, "--coupled")
+    assert plain.code == coupled.code == 0
+    assert "conv1 stays whole" in plain.out and "conv1 and 1 more" in coupled.out
