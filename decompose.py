@@ -148,6 +148,19 @@ def others(W: Tensor, keep: Tensor) -> Tensor:
     return dropped.nonzero().squeeze(1)
 
 
+def effective(neurons: Neurons) -> Tensor:
+    """What the neurons compute, their BatchNorm included: weights and constant, [N, D + 1] (or W, without BatchNorm)."""
+    if neurons.bn is None:
+        return neurons.W
+    gain = neurons.bn.gamma / (neurons.bn.var + neurons.bn.eps).sqrt()
+    return torch.cat([neurons.W * gain[:, None], (neurons.bn.beta - gain * neurons.bn.mu)[:, None]], 1)
+
+
+def only_twins(Z: Tensor) -> Tensor:
+    """Z [P, N] without its merges at a scale other than 1: what passes any activation."""
+    return Z.where((Z - 1).abs() < 1e-3, 0)
+
+
 def similarity(W: Tensor, keep: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
     """cos(w_n, w_m) and s = ‖w_n‖ / ‖w_m‖, both [P, Q]; both 0 where either is a filter of zeros."""
     norm = W.norm(dim=1)

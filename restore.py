@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from blocks import Constant, Silence
-from decompose import Decomposition, merge_derived, prune, read, rebuild
+from decompose import Decomposition, Neurons, effective, merge, merge_derived, only_twins, prune, read, rebuild
 from errors import NeuronMergingError
 from settings import RIDGE
 from streams import Stream, cut_streams, kept_channels
@@ -78,9 +78,16 @@ def restore(
 
 
 def _start(model: nn.Module, unit: Unit, keep: Tensor) -> Decomposition:
-    """Where the regression starts from: pruning, with (nearly) exact multiples of kept neurons folded into them."""
-    fold = prune if unit.activation or not len(keep) else merge_derived
-    return replace(fold(read(model, unit), keep, t=0.999, lam=1.0), shift=None)
+    """Where the regression starts from: pruning, with (nearly) exact multiples of kept neurons folded into them.
+
+    Where a scale does not pass the activation, only (nearly) exact twins are.
+    """
+    neurons = read(model, unit)
+    if not len(keep):
+        return prune(neurons, keep, t=1.0, lam=1.0)
+    if unit.activation is None:
+        return replace(merge_derived(neurons, keep, t=0.999, lam=1.0), shift=None)
+    return Decomposition(keep, only_twins(merge(Neurons(effective(neurons), None, False), keep, t=0.999, lam=1.0).Z))
 
 
 class Ridge:

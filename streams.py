@@ -16,7 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from decompose import CRITERIA, absorb, batchnorm, cut, neurons, others, scaling_matrix, similarity
+from decompose import (
+    CRITERIA,
+    absorb,
+    batchnorm,
+    cut,
+    effective,
+    neurons,
+    only_twins,
+    others,
+    scaling_matrix,
+    similarity,
+)
 from errors import NeuronMergingError
 from trace import (
     ACTIVATIONS,
@@ -346,14 +357,15 @@ def choose_channels(model: nn.Module, stream: Stream, P: int, criterion: str) ->
     return scores.argsort(descending=True, stable=True)[:P].sort().values
 
 
-def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float) -> list[Tensor]:
+def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float, strict: bool = True) -> list[Tensor]:
     """By reader the matrix Z [P, N] that it absorbs, when every dropped channel has its most similar kept one stand in for it.
 
     A channel's weights are those of all its writers, as the BatchNorms behind them scale them: channels whose weights are
     positive multiples of each other, everywhere, are merged without loss. What scales channels on the way to a reader
-    scales its Z. Cosines below t: pruned. Raises NeuronMergingError where a positive scale does not pass.
+    scales its Z. Cosines below t: pruned. Where a positive scale does not pass: raises NeuronMergingError, or (not strict)
+    merges only (nearly) exact twins.
     """
-    if stream.obstacle:
+    if stream.obstacle and strict:
         raise NeuronMergingError(
             f"{stream.layer}: {stream.obstacle}, which a merge does not pass; use prune or restore"
         )
@@ -374,7 +386,8 @@ def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float
         for step in (_step(model, place, stream.width) for place in before):
             scale = scale / step.gain[drop] * step.gain[keep][:, None]
         usable = (scale > 0) & torch.isfinite(scale)
-        found.append(scaling_matrix(keep, drop, scale, 1 - cos, cos, usable, t))
+        Z = scaling_matrix(keep, drop, scale, 1 - cos, cos, usable, t)
+        found.append(only_twins(Z) if stream.obstacle else Z)
     return found
 
 
@@ -401,9 +414,7 @@ def _written(model: nn.Module, writer: str, chain: Sequence[Place], width: int) 
     steps = [_step(model, place, width) for place in chain]
     W = neurons(model, writer).W
     if chain and chain[0].offset == 0 and isinstance(model.get_submodule(chain[0].module), NORMS):
-        read, first, *steps = neurons(model, writer, chain[0].module), *steps
-        constant = read.bn.beta[:width] - first.gain * read.bn.mu[:width]
-        W = torch.cat([read.W * first.gain[:, None], constant[:, None]], 1)
+        W, steps = effective(neurons(model, writer, chain[0].module)), steps[1:]
     for step in steps:
         W = W * step.gain[:, None]
     return W, steps
@@ -418,14 +429,14 @@ def cut_streams(
 ) -> None:
     """Cut the streams of `small`, a copy of `model` whose units may have been cut, to the channels ([P]) that each keeps.
 
-    t: the least cosine at which a dropped channel is merged into a kept one; None: prune. strict: raise as
-    `scaling_matrices` does where that cannot be; else prune there.
+    t: the least cosine at which a dropped channel is merged into a kept one; None: prune. strict: of `scaling_matrices`.
     """
     columns: dict[str, list[tuple[int, int, Tensor]]] = {}
     for stream, keep in kept:
         one_hot = torch.eye(stream.width, dtype=torch.float64, device=keep.device)[keep]
-        merged = t is not None and (strict or not stream.obstacle)
-        matrices = scaling_matrices(model, stream, keep, t=t) if merged else [one_hot] * len(stream.readers)
+        matrices = [one_hot] * len(stream.readers)
+        if t is not None:
+            matrices = scaling_matrices(model, stream, keep, t=t, strict=strict)
         for reader, Z in zip(stream.readers, matrices):
             columns.setdefault(reader.module, []).append((reader.offset, reader.channels, Z))
     for name, blocks in columns.items():

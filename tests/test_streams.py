@@ -134,7 +134,7 @@ def test_concatenations_gates_and_depthwise_convolutions():
     keep = kept_leaders(model, found, widths)
     small = restore(model, found, keep, x.repeat(16, 1, 1, 1) + 0.3 * torch.randn(64, 3, 12, 12))
     assert small.depth.groups == small.norm2.num_features == widths[found.index(by_name["c"])]
-    assert torch.allclose(small(x), model(x), atol=0.05 * float(model(x).abs().max()))  # a gate: regression only
+    assert torch.allclose(small(x), model(x), atol=2e-3 * float(model(x).abs().max()))
     with pytest.raises(NeuronMergingError, match="c: its output goes through mul, which a merge does not pass"):
         shrink(model, 0.5, compensation="merge", coupled=True)
     pruned, _ = shrink(model, 0.3, compensation="prune", coupled=True, ignore=["gate"])
