@@ -10,7 +10,7 @@ demo: .venv/runtime ## the paper's LeNet table, measured here, beside the publis
 	@$(RUN) -m experiments.demo
 
 test: .venv/test lint ## set up, check style, run all tests
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n auto
 
 lint: .venv/test ## ruff
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
@@ -34,6 +34,9 @@ manifest: .venv/runtime ## evaluate the shipped checkpoints and rebuild pretrain
 
 tuning: .venv/runtime ## how restoration's settings were chosen, on held-out training images (results/tuning/)
 	@$(RUN) -m experiments.tuning
+
+zoo: .venv/runtime ## make torchvision's networks smaller (results/zoo.md)
+	@$(RUN) -m experiments.zoo
 
 sketch: .venv/runtime ## redraw the figure of docs/restore.md
 	@$(RUN) -m experiments.sketch
@@ -62,4 +65,4 @@ clean: ## remove the environment and everything a run leaves behind
 	@touch $@
 
 .NOTPARALLEL: # rows before tables
-.PHONY: help demo test lint rows features reproduce tables check-tables manifest tuning sketch bench bench-train clean
+.PHONY: help demo test lint rows features reproduce tables check-tables manifest tuning zoo sketch bench bench-train clean

@@ -38,7 +38,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of convolutions and linear layers for one input of `shape` (without the batch)."""
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *shape))
     return counter.get_total_flops() // 2

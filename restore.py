@@ -25,7 +25,7 @@ from errors import NeuronMergingError
 from settings import RIDGE
 from streams import Stream, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
-from walk import POSITIONS, Walk, as_weight, gram, last_reads, matrix, penalty, rows
+from walk import POSITIONS, Walk, as_weight, covariance, last_reads, matrix, penalty, rows
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ class Ridge:
             scaled = self.U / (n * self.penalty).sqrt()
             kernel = scaled @ scaled.T + torch.eye(n, dtype=torch.float64, device=U.device)
         else:
-            kernel = gram(U).double() / n
-            kernel -= torch.outer(self.mean, self.mean)
+            kernel = covariance(U)
             kernel.diagonal().add_(penalty(kernel.diagonal(), ridge))
         self.factor = torch.linalg.cholesky(kernel)
 

@@ -7,6 +7,7 @@ re-estimation: BatchNorm statistics measured anew on real images; not data-free.
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -80,7 +81,7 @@ def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: i
         if bn is not None:
             direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
             together = (Z @ direction).norm(dim=1)  # its square is the sum of all cosines of a cluster
-            gamma = Z.sum(1) / together.clamp(min=1e-12)
+            gamma = torch.where(together > 1e-9, Z.sum(1) / together, 1)  # 1 for a cluster of zeros
             _replace_norm(clustered.get_submodule(unit.bn), Z.T @ gamma, average @ bn.beta, average @ shift)
     return rebuild(clustered, units, parts)
 
@@ -100,7 +101,14 @@ def _clusters(neurons: Neurons, P: int, seed: int) -> Tensor:
 
     W, shift = _scaled(neurons)
     points = W if neurons.bn is None else torch.cat([W, (neurons.bn.beta - shift)[:, None]], 1)
-    label = torch.from_numpy(KMeans(P, n_init=3, random_state=seed).fit(points.cpu().numpy()).labels_).long()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some neurons are equal is no surprise
+        label = torch.from_numpy(KMeans(P, n_init=3, random_state=seed).fit(points.cpu().numpy()).labels_).long()
+    for empty in set(range(P)) - set(
+        label.tolist()
+    ):  # of equal neurons k-means makes fewer clusters than it is asked for
+        largest = label.bincount(minlength=P).argmax()
+        label[(label == largest).nonzero()[-1]] = empty
     return F.one_hot(label.to(W.device), P).T.double()
 
 

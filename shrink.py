@@ -131,7 +131,7 @@ def shrink(
         raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}")
     full = [width(model, unit) for unit in found]
     told = Settings(shape or (), threshold, lamda, probe, probe_samples, ridge, seed, images)
-    kept = _kept(ratio, found, full, left_out)
+    kept = full if budget and widths != "uniform" else _kept(ratio, found, full, left_out)
     seconds_widths = None
     if looks and known is None:
         began = time.perf_counter()

@@ -164,6 +164,18 @@ def gram(U: Tensor, blocks: int = 8) -> Tensor:
     return A
 
 
+def covariance(U: Tensor) -> Tensor:
+    """Of the columns of U [n, F]: [F, F], in float64 but for the products. A column that hardly varies counts as constant."""
+    mean = U.mean(0).double()
+    A = gram(U).double() / len(U)
+    A -= torch.outer(mean, mean)
+    floor = 1e-5 * mean**2  # below it the variance is what rounding leaves
+    constant = A.diagonal() < floor
+    A[constant], A[:, constant] = 0, 0
+    A.diagonal()[constant] = floor[constant]
+    return A
+
+
 def penalty(energy: Tensor, ridge: float) -> Tensor:
     """The diagonal of Λ for the features' variances `energy` [F]: λ of each, and λ/10 of their mean."""
     return ridge * energy + 0.1 * ridge * energy.mean() + 1e-10

@@ -27,7 +27,7 @@ from decompose import CRITERIA, Decomposition, Neurons, read
 from errors import NeuronMergingError
 from evaluate import count_macs, count_parameters
 from trace import CONVS, Unit
-from walk import Walk, as_weight, gram, last_reads, matrix, penalty, rows
+from walk import Walk, as_weight, covariance, last_reads, matrix, penalty, rows
 
 MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept neurons at which sensitivity is measured
 STEPS = 16  # shares at which an error without a curve in closed form is computed
@@ -334,8 +334,7 @@ class _Seen:
             self.U = (U.double() - self.mean) / n**0.5  # A = UᵀU
             energy = self.U.pow(2).sum(0)
         else:
-            self.A = gram(U).double() / n
-            self.A -= torch.outer(self.mean, self.mean)
+            self.A = covariance(U)
             energy = self.A.diagonal()
         self.penalty = penalty(energy, ridge)
 

@@ -166,14 +166,14 @@ def _resize(module: nn.Module, shape: torch.Size) -> None:
         module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
 
 
-def stored(model: nn.Module, half_above: float = HALF_ABOVE) -> dict[str, Tensor]:
+def stored(model: nn.Module, half_above: float | None = None) -> dict[str, Tensor]:
     """The weights as a checkpoint file holds them, on the CPU.
 
-    Of a model above `half_above` bytes the weights of convolutions and linear layers are rounded to half precision, unless
+    Of a model above `half_above` bytes (`HALF_ABOVE`) the weights of convolutions and linear layers are rounded to half precision, unless
     one would overflow or vanish; BatchNorm, whose variances leave that range easily, stays float32.
     """
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
-    if sum(w.nbytes for w in weights.values()) <= half_above:
+    if sum(w.nbytes for w in weights.values()) <= (HALF_ABOVE if half_above is None else half_above):
         return weights
     return {name: _halved(w) if w.dtype == torch.float32 and w.ndim > 1 else w for name, w in weights.items()}
 
@@ -187,7 +187,7 @@ def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def save_checkpoint(path: str | Path, model: nn.Module, half_above: float = HALF_ABOVE, **about: Any) -> None:
+def save_checkpoint(path: str | Path, model: nn.Module, half_above: float | None = None, **about: Any) -> None:
     """Write `model` and what is known `about` it (plain numbers, strings, lists), whole or not at all.
 
     As safetensors where that is the file's ending, with what is known in its metadata. Above `half_above` bytes in half

@@ -16,6 +16,8 @@ import main
 from models import build
 
 ROOT = Path(__file__).resolve().parents[1]
+if os.environ.get("PYTEST_XDIST_WORKER"):  # each worker has its share of the cores
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 NETWORKS = [
     ("LeNet_300_100", ()),
     ("VGG", (16,)),

@@ -14,17 +14,15 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_examples_run(capsys):
-    example, restoration = blocks("python")
+    example, pieces = blocks("python")
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
-    merged = names["small"]
-    exec(compile(restoration, "README.md", "exec"), names)
-    restored = names["small"]
-    assert [w.shape for w in restored.parameters()] == [w.shape for w in merged.parameters()]
     out = capsys.readouterr().out
-    assert "0 -> 4" in out and "4 -> 9" in out
+    assert "0 -> 4" in out and "16 of 32" in out and "4 -> 9" in out
     assert "9 stays whole: its output is an output of the network" in out
     assert out.endswith("torch.Size([1, 10])\n")
+    exec(compile(pieces, "README.md", "exec"), names)
+    assert [w.shape for w in names["small"].parameters()] == [w.shape for w in names["merged"].parameters()]
 
 
 def test_the_commands_are_those_the_program_has():

@@ -9,9 +9,11 @@ from torch import nn
 
 from errors import NeuronMergingError
 from evaluate import count_macs, count_parameters
+from experiments import zoo
+from experiments.zoo import plant
 from models import build, fit, load_checkpoint, load_weights, save_checkpoint
 from restore import restore
-from shrink import prunable, select, shrink, summary, width
+from shrink import prunable, select, shrink, summary
 from streams import Stream, streams
 from tests.test_restore import network, shape_of  # noqa: F401 (network: a fixture)
 
@@ -51,43 +53,6 @@ def dense():
     return model.eval()
 
 
-@torch.no_grad()
-def duplicate(model, found, share=0.5):
-    """Make channels twins in every space: of a random half, everywhere that they are written or followed; the kept widths."""
-    random, widths = torch.Generator().manual_seed(5), []
-    for unit in found:
-        N = width(model, unit)
-        order = torch.randperm(N, generator=random)
-        P = max(1, round(N * share))
-        leaders, twins = order[:P], order[P:]
-        writers = unit.writers if isinstance(unit, Stream) else (unit.layer,)
-        places = [(name, 0) for name in writers]
-        places += [(p.module, p.offset) for p in unit.followers] if isinstance(unit, Stream) else []
-        places += [(unit.bn, 0)] if not isinstance(unit, Stream) and unit.bn else []
-        for name, offset in places:
-            module = model.get_submodule(name)
-            tensors = [*module._parameters.values(), *(b for b in module._buffers.values() if b is not None and b.ndim)]
-            for tensor in tensors:
-                if tensor is not None:
-                    for twin, leader in zip(twins, leaders[torch.arange(len(twins)) % P]):
-                        tensor[offset + twin] = tensor[offset + leader]
-        widths.append(P)
-    return widths
-
-
-@torch.no_grad()
-def kept_leaders(model, found, widths):
-    """Of every group of twins one."""
-    keep = []
-    for unit, P in zip(found, widths):
-        writers = unit.writers if isinstance(unit, Stream) else (unit.layer,)
-        W = torch.cat([model.get_submodule(name).weight.flatten(1) for name in writers], 1)
-        _, group = torch.unique(W, dim=0, return_inverse=True)
-        assert group.max() == P - 1
-        keep.append(torch.stack([(group == g).nonzero()[0, 0] for g in range(P)]).sort().values)
-    return keep
-
-
 def test_the_published_networks_lose_channels_in_every_layer_but_the_last(network):  # noqa: F811
     found, left_out = prunable(network, coupled=True)
     assert list(left_out.values()) in (["its output is an output of the network"], []) or "BatchNorm1d" in str(left_out)
@@ -114,8 +79,7 @@ def test_twins_are_merged_without_loss(network, kind):  # noqa: F811
     from methods import METHODS, Settings
 
     found, _ = prunable(network, coupled=True)
-    widths = duplicate(network, found)
-    keep = kept_leaders(network, found, widths)
+    keep = plant(network, found)
     x = images(network)
     small = METHODS[kind](network, found, keep, Settings(shape_of(network), t=0.1, lam=1.0, images=images(network, 32)))
     assert torch.allclose(small(x), network(x), atol=2e-3 * float(network(x).abs().max()))
@@ -130,10 +94,9 @@ def test_concatenations_gates_and_depthwise_convolutions():
     assert set(by_name["c"].writers) == {"c", "back", "gate"}
     assert by_name["b"].readers[0].offset == 8 and by_name["b"].readers[0].channels == 14
     assert by_name["c"].obstacle == "its output goes through mul"
-    widths = duplicate(model, found)
-    keep = kept_leaders(model, found, widths)
+    keep = plant(model, found)
     small = restore(model, found, keep, x.repeat(16, 1, 1, 1) + 0.3 * torch.randn(64, 3, 12, 12))
-    assert small.depth.groups == small.norm2.num_features == widths[found.index(by_name["c"])]
+    assert small.depth.groups == small.norm2.num_features == 6
     assert torch.allclose(small(x), model(x), atol=2e-3 * float(model(x).abs().max()))
     with pytest.raises(NeuronMergingError, match="c: its output goes through mul, which a merge does not pass"):
         shrink(model, 0.5, compensation="merge", coupled=True)
@@ -224,3 +187,22 @@ def test_coupled_on_the_command_line(cli, tmp_path):
     plain, coupled = cli(*options), cli(*options, "--coupled")
     assert plain.code == coupled.code == 0
     assert "conv1 stays whole" in plain.out and "conv1 and 1 more" in coupled.out
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "mobilenet_v2", "densenet121", "regnet_y_400mf", "efficientnet_b0", "squeezenet1_1", "googlenet"],
+)
+def test_torchvisions_networks(name):
+    """One of each kind: `make zoo` tries them all."""
+    row = zoo.tried(name)
+    assert row["prune"]["ok"] and row["restore"]["ok"] and row["untouched"]
+    assert row["merge"].get("ok", False) or "use prune or restore" in row["merge"]["why_not"]
+    assert row["error_at_0"] < 1e-4 and row["error_of_twins"] < 2e-3
+    assert (
+        set(row["left_out"].values()) - {"its output is an output of the network"} == set() or name == "regnet_y_400mf"
+    )
+
+
+def test_the_table_of_the_zoo_matches_its_rows():
+    assert zoo.TABLE.read_text() == zoo.table(zoo.rows.load(zoo.FOLDER / "rows.jsonl"))

@@ -1,0 +1,197 @@
+"""Every classification network of torchvision that torch.fx traces, made smaller: results/zoo.md.
+
+Random weights and made-up BatchNorm statistics: nothing here says how accurate a network would be. It says what can be
+pruned in it, that the result runs and is smaller, that dropping nothing changes nothing, and that planted twins, channels
+that are alike wherever they are written, are found and folded without loss.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_builder, list_models
+from tqdm import tqdm
+
+from errors import NeuronMergingError
+from evaluate import count_parameters
+from experiments import command, rows
+from experiments.rows import RESULTS, Row
+from experiments.tables import markdown
+from files import write_atomically
+from methods import METHODS, Settings
+from shrink import prunable, shrink, width
+from streams import Stream
+from trace import NORMS, Unit
+
+FOLDER = RESULTS / "zoo"
+TABLE = RESULTS / "zoo.md"
+KINDS = ("prune", "merge", "restore")
+RATIO, SAMPLES = 0.3, 8
+SIDES = {"inception_v3": 96, "swin": 64, "alexnet": 80, "maxvit_t": 224, "vit": 224}  # by name or its beginning
+LARGEST = 30e6  # parameters
+
+
+INTRODUCTION = f"""# torchvision's networks, made smaller
+
+Made by `make zoo` from `zoo/rows.jsonl`. Random weights, small inputs; of every unit's neurons and every stream's channels
+{RATIO:.0%} are dropped (`coupled=True`). A cell: the share of the parameters that is left, and the seconds; *no*: a merge does
+not pass what is between (the rows have the reason). *error at 0 %*: the largest change of an output when restoration drops
+nothing; *error of twins*: when half of all channels are twins and restoration drops those; both relative to the largest
+output."""
+
+
+def networks() -> list[str]:
+    """The names of torchvision's classification networks."""
+    import torchvision
+
+    return sorted(list_models(module=torchvision.models))
+
+
+def made(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A network with random weights and made-up BatchNorm statistics, and the shape of an input."""
+    torch.manual_seed(0)
+    model = get_model_builder(name)(weights=None)
+    for module in model.modules():
+        if isinstance(module, NORMS) and module.running_mean is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    side = next((side for start, side in SIDES.items() if name.startswith(start)), 64)
+    return model.eval(), (3, side, side)
+
+
+def places(unit: Unit | Stream) -> Iterator[tuple[str, int]]:
+    """The modules that have something for every neuron of a unit or channel of a stream, and the first of these."""
+    if isinstance(unit, Unit):
+        yield from ((name, 0) for name in (unit.layer, unit.bn) if name)
+    else:
+        yield from ((name, 0) for name in unit.writers)
+        yield from ((place.module, place.offset) for place in unit.followers)
+
+
+@torch.no_grad()
+def plant(model: nn.Module, found: Sequence[Unit | Stream], share: float = 0.5) -> list[Tensor]:
+    """Make twins of channels, in `model` itself: everywhere that they are written or followed; by unit one [P] of each."""
+    random, keep = torch.Generator().manual_seed(5), []
+    for unit in found:
+        N = width(model, unit)
+        order = torch.randperm(N, generator=random)
+        P = max(1, round(N * share))
+        leaders, twins = order[:P], order[P:]
+        of_twins = leaders[torch.arange(len(twins)) % P]
+        for name, offset in places(unit):
+            module = model.get_submodule(name)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and tensor.ndim:
+                    tensor[offset + twins] = tensor[offset + of_twins]
+        keep.append(leaders.sort().values)
+    return keep
+
+
+@torch.no_grad()
+def tried(name: str, largest: float = LARGEST) -> Row:
+    """All that is asked of one network of at most `largest` parameters."""
+    model, shape = made(name)
+    row: dict[str, Any] = {"network": name, "parameters": count_parameters(model), "input": list(shape)}
+    if row["parameters"] > largest:
+        return row | {"not_tried": f"more than {largest / 1e6:.0f} M parameters (`--largest`)"}
+    try:
+        found, left_out = prunable(model, coupled=True)
+    except NeuronMergingError as error:
+        return row | {"why_not": str(error)}
+    kinds = [sum(isinstance(unit, kind) for unit in found) for kind in (Unit, Stream)]
+    row |= {"units": kinds[0], "streams": kinds[1], "left_out": left_out}
+    if not found:
+        return row | {"why_not": "nothing can be pruned"}
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    before, wanted = copy.deepcopy(model.state_dict()), model(x)
+    for kind in KINDS:
+        start = time.perf_counter()
+        told = {"example_input": shape, "compensation": kind, "coupled": True, "probe_samples": SAMPLES}
+        try:
+            small, report = shrink(model, RATIO, **told)
+            ok = small(x).shape == wanted.shape and report.params[1] < report.params[0]
+            row[kind] = {
+                "ok": bool(ok),
+                "parameters": report.params[1],
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        except NeuronMergingError as error:
+            row[kind] = {"why_not": str(error)}
+    whole, _ = shrink(model, 0.0, example_input=shape, compensation="restore", coupled=True, probe_samples=SAMPLES)
+    row["error_at_0"] = _off(whole(x), wanted)
+    row["untouched"] = all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    keep = plant(model, found)
+    folded = METHODS["restore"](model, found, keep, Settings(shape, samples=SAMPLES))
+    row["error_of_twins"] = _off(folded(x), model(x))
+    return row
+
+
+def _off(y: Tensor, wanted: Tensor) -> float:
+    """The largest error, relative to the largest output."""
+    return float(f"{float((y - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)):.1e}")
+
+
+def table(measured: Sequence[Row]) -> str:
+    """results/zoo.md."""
+    header = ["network", "parameters", "units", "streams", "left out", *KINDS, "error at 0 %", "error of twins"]
+    lines, refused = [], []
+    measured = list({row["network"]: row for row in measured}.values())  # the last one counts
+    for row in sorted(measured, key=lambda row: row["network"]):
+        if "why_not" in row or "not_tried" in row:
+            refused.append(f"- {row['network']}: {row.get('why_not') or row['not_tried']}")
+            continue
+        cells = [_cell(row, kind) for kind in KINDS]
+        errors = [f"{row[key]:.0e}" for key in ("error_at_0", "error_of_twins")]
+        counts = (str(row[key]) for key in ("units", "streams"))
+        lines.append([row["network"], f"{row['parameters']:,}", *counts, str(len(row["left_out"])), *cells, *errors])
+    reasons: dict[str, int] = {}
+    for row in measured:
+        for layer, reason in row.get("left_out", {}).items():
+            general = reason.replace(layer, "it")
+            reasons[general.split(" (")[0]] = reasons.get(general.split(" (")[0], 0) + 1
+    counted = sorted(reasons.items(), key=lambda item: -item[1])
+    return "\n".join(
+        [
+            INTRODUCTION, "",
+            markdown(header, lines), "", "Not in the table:", "", *refused, "", "Why layers stay whole:", "",
+            *(f"- {count} × {reason}" for reason, count in counted if count > 2), "",
+        ]
+    )  # fmt: skip
+
+
+def _cell(row: Row, kind: str) -> str:
+    found = row[kind]
+    if "why_not" in found:
+        return "no"
+    share = f"{100 * found['parameters'] / row['parameters']:.0f} %, {found['seconds']:.1f} s"
+    return share if found["ok"] else f"**wrong**: {share}"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Try the networks that no row is there of, rebuild the table."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("names", nargs="*", help="[all]")
+    parser.add_argument(
+        "--largest", type=float, default=LARGEST, help="parameters of the largest to try [%(default).0f]"
+    )
+    args = parser.parse_args(argv)
+    path = FOLDER / "rows.jsonl"
+    done = {row["network"] for row in rows.load(path) if "not_tried" not in row}
+    for name in tqdm([n for n in args.names or networks() if n not in done], "zoo", leave=False, disable=None):
+        rows.append(tried(name, args.largest), path, key=lambda row: (row["network"], row.get("not_tried")))
+    text = table(rows.load(path))
+    write_atomically(TABLE, lambda file: file.write(text.encode()))
+    print(f"wrote {TABLE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
