@@ -1,7 +1,7 @@
 """A network in a file that runs without this program: ONNX, torch.export (pt2) or TorchScript, checked when it is written."""
 
 import copy
-import tempfile
+import io
 import warnings
 from pathlib import Path
 
@@ -28,11 +28,10 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
     random = torch.Generator().manual_seed(0)
     example, other = (torch.randn(count, *shape, generator=random) for count in (2, 3))
     write = {".onnx": _onnx, ".pt2": _pt2, ".pt": _torchscript}[path.suffix]
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of interest to PyTorch's developers
-        partial = Path(folder) / path.name
         try:
-            found = write(model, example, partial, other)
+            content, found = write(model, example, other)
         except ModuleNotFoundError as error:
             raise NeuronMergingError(
                 f"{EXPORTS[path.suffix]} needs the package {error.name}: pip install onnx onnxscript onnxruntime"
@@ -43,29 +42,32 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
                 f"{type(model).__name__} cannot be exported to {EXPORTS[path.suffix]}: {reason}"
             ) from error
         wanted = model(other)
-        off = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
-        if not off <= TOLERANCE:
-            raise NeuronMergingError(f"{path} was not written: its outputs would be off by {off:.1e}")
-        content = partial.read_bytes()
+    off = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    if not off <= TOLERANCE:
+        raise NeuronMergingError(f"{path} was not written: its outputs would be off by {off:.1e}")
     write_atomically(path, lambda file: file.write(content))
     return off
 
 
-def _onnx(model: nn.Module, example: Tensor, path: Path, other: Tensor) -> Tensor:
+# Each writes to memory (torch.jit.save ends the process where a disk is full), reads that again and runs it on `other`.
+
+
+def _onnx(model: nn.Module, example: Tensor, other: Tensor) -> tuple[bytes, Tensor]:
     import onnxruntime
 
     program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
-    program.save(path, external_data=False)
-    session = onnxruntime.InferenceSession(path)
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: other.numpy()})[0])
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content)
+    return content, torch.from_numpy(session.run(None, {session.get_inputs()[0].name: other.numpy()})[0])
 
 
-def _pt2(model: nn.Module, example: Tensor, path: Path, other: Tensor) -> Tensor:
-    batch = torch.export.Dim("batch", max=2**16)
-    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=({0: batch},)), path)
-    return torch.export.load(path).module()(other)
+def _pt2(model: nn.Module, example: Tensor, other: Tensor) -> tuple[bytes, Tensor]:
+    batch, file = torch.export.Dim("batch", max=2**16), io.BytesIO()
+    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=({0: batch},)), file)
+    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()(other)
 
 
-def _torchscript(model: nn.Module, example: Tensor, path: Path, other: Tensor) -> Tensor:
-    torch.jit.save(torch.jit.trace(model, example), path)
-    return torch.jit.load(path)(other)
+def _torchscript(model: nn.Module, example: Tensor, other: Tensor) -> tuple[bytes, Tensor]:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, example), file)
+    return file.getvalue(), torch.jit.load(io.BytesIO(file.getvalue()))(other)

@@ -190,10 +190,21 @@ def _idx(path: Path, read: Callable[..., Tensor]) -> tuple[Tensor, str]:
         content = gzip.decompress(content) if path.suffix == ".gz" else content
         with tempfile.TemporaryDirectory() as folder:
             plain = Path(folder) / path.stem
-            plain.write_bytes(content)
+            _write_temporary(plain, content)
             return read(plain), hashlib.md5(content).hexdigest()
+    except NeuronMergingError:
+        raise
     except Exception as error:  # torchvision asserts, indexes and reshapes its way through a damaged file
         raise NeuronMergingError(f"{path} is cut short or damaged; delete it to download it again") from error
+
+
+def _write_temporary(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise NeuronMergingError(
+            f"cannot write to {tempfile.gettempdir()}: {error.strerror}; make room, or set TMPDIR to another folder"
+        ) from error
 
 
 def _cifar(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:

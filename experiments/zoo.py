@@ -141,11 +141,14 @@ def _off(y: Tensor, wanted: Tensor) -> float:
 def table(measured: Sequence[Row]) -> str:
     """results/zoo.md."""
     header = ["network", "parameters", "units", "streams", "left out", *KINDS, "error at 0 %", "error of twins"]
-    lines, refused = [], []
+    lines, refused, waiting = [], [], {}
     measured = list({row["network"]: row for row in measured}.values())  # the last one counts
     for row in sorted(measured, key=lambda row: row["network"]):
-        if "why_not" in row or "not_tried" in row:
-            refused.append(f"- {row['network']}: {row.get('why_not') or row['not_tried']}")
+        if "not_tried" in row:
+            waiting.setdefault(row["not_tried"], []).append(row["network"])
+            continue
+        if "why_not" in row:
+            refused.append(f"- {row['network']}: {row['why_not']}")
             continue
         cells = [_cell(row, kind) for kind in KINDS]
         errors = [f"{row[key]:.0e}" for key in ("error_at_0", "error_of_twins")]
@@ -154,13 +157,14 @@ def table(measured: Sequence[Row]) -> str:
     reasons: dict[str, int] = {}
     for row in measured:
         for layer, reason in row.get("left_out", {}).items():
-            general = reason.replace(layer, "it")
-            reasons[general.split(" (")[0]] = reasons.get(general.split(" (")[0], 0) + 1
+            general = "a grouped convolution" if "grouped" in reason else reason.replace(layer, "it").split(" (")[0]
+            reasons[general] = reasons.get(general, 0) + 1
     counted = sorted(reasons.items(), key=lambda item: -item[1])
     return "\n".join(
         [
             INTRODUCTION, "",
-            markdown(header, lines), "", "Not in the table:", "", *refused, "", "Why layers stay whole:", "",
+            markdown(header, lines), "", *refused,
+            *(f"Not tried, {why}: {', '.join(names)}." for why, names in waiting.items()), "", "Why layers stay whole:", "",
             *(f"- {count} × {reason}" for reason, count in counted if count > 2), "",
         ]
     )  # fmt: skip

@@ -169,8 +169,8 @@ def _resize(module: nn.Module, shape: torch.Size) -> None:
 def stored(model: nn.Module, half_above: float | None = None) -> dict[str, Tensor]:
     """The weights as a checkpoint file holds them, on the CPU.
 
-    Of a model above `half_above` bytes (`HALF_ABOVE`) the weights of convolutions and linear layers are rounded to half precision, unless
-    one would overflow or vanish; BatchNorm, whose variances leave that range easily, stays float32.
+    Of a model above `half_above` bytes (`HALF_ABOVE`) the weights of convolutions and linear layers are rounded to half
+    precision, unless one would overflow or vanish; BatchNorm, whose variances leave that range easily, stays float32.
     """
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
     if sum(w.nbytes for w in weights.values()) <= (HALF_ABOVE if half_above is None else half_above):

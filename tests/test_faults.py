@@ -1,0 +1,120 @@
+"""Faults: a training run that is killed, a disk that is full, files that are cut or flipped, processes that write at once."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from errors import NeuronMergingError
+from models import build, load_checkpoint, load_weights, save_checkpoint
+from tests.conftest import ROOT
+
+TRAIN = """
+import sys, torch, data, main, train
+from tests.test_train import images
+data.load = lambda name, split, root: images(name, 600 if split == "train" else 40)
+train.SAVE_SECONDS = 0  # the state is written after every step
+sys.exit(main.main(["--epochs", "4", "--schedule", "2", "--gammas", "0.1", "--save", *sys.argv[1:]]))
+"""
+
+
+def training(*arguments):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_a_run_killed_between_and_inside_writes_goes_on_to_the_same_network(tmp_path):
+    whole = training(tmp_path / "whole")
+    assert whole.wait(120) == 0, whole.stdout.read()
+    state, target, rng = tmp_path / "killed.state", tmp_path / "killed", random.Random(0)
+    kills = 0
+    for _ in range(3):
+        run = training(target, *(["--resume"] if state.exists() else []))
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        while run.poll() is None and not (state.exists() and state.stat().st_mtime_ns != before):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))  # it writes all the time: some kills hit a write
+        if run.poll() is None:
+            run.send_signal(signal.SIGKILL)
+            kills += 1
+        run.wait()
+    assert kills and not target.exists()
+    last = training(target, "--resume")
+    assert last.wait(120) == 0, last.stdout.read()
+    networks = [load_weights(build("LeNet_300_100"), load_checkpoint(tmp_path / name)) for name in ("whole", "killed")]
+    assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in networks)))
+    assert not state.exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A file with a small network, and its content."""
+    path = tmp_path_factory.mktemp("faults") / "net.pth.tar"
+    torch.manual_seed(0)
+    save_checkpoint(path, build("ResNet", (8,)), acc=90.0)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("ending", [".pth.tar", ".safetensors"])
+def test_a_checkpoint_cut_anywhere_is_refused(tmp_path, ending):
+    path = tmp_path / f"net{ending}"
+    save_checkpoint(path, build("ResNet", (8,)), acc=90.0)
+    content = path.read_bytes()
+    for i in range(200):
+        path.write_bytes(content[: len(content) * i // 200])
+        with pytest.raises(NeuronMergingError, match="is not a checkpoint that can be read"):
+            load_checkpoint(path)
+
+
+def test_flipped_bytes_are_refused_or_harmless(tmp_path, checkpoint):
+    """What cannot be read is said; what can be read has every weight in place and finite, or is said not to fit."""
+    path, rng = tmp_path / "net.pth.tar", random.Random(1)
+    refused = 0
+    for _ in range(200):
+        content = bytearray(checkpoint)
+        for _ in range(rng.randint(1, 8)):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            model = load_weights(build("ResNet", (8,)), load_checkpoint(path))
+            assert all(torch.isfinite(w).all() for w in model.state_dict().values())
+        except NeuronMergingError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused
+
+
+NETWORK = ("--model", "models.resnet:ResNet", "--model-args", '{"depth": 8}', "--input-size", "3,32,32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((*NETWORK, "--model-type", "prune", "--save"), "cannot write {target}: File too large"),
+        ((*NETWORK, "--model-type", "prune", "--export"), "cannot write {target}: File too large"),
+        (("--arch", "LeNet_300_100", "--evaluate", "--json"), "cannot write to "),
+    ],
+    ids=["saving", "exporting", "reading data through a temporary file"],
+)
+def test_a_full_disk_keeps_the_old_file(tmp_path, options, message):
+    """A limit on the size of files stands for the disk."""
+    target = tmp_path / "small.pt"
+    target.write_bytes(b"what was there")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [sys.executable, "main.py", *options, str(target)]
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert message.format(target=target) in lines[0]
+    assert target.read_bytes() == b"what was there" and [p.name for p in tmp_path.iterdir()] == ["small.pt"]
