@@ -64,7 +64,7 @@ class Decomposition:
 
 def l1_norm(W: Tensor) -> Tensor:
     """‖w_n‖₁"""
-    return W.abs().sum(1)
+    return W.norm(p=1, dim=1)
 
 
 def l2_norm(W: Tensor) -> Tensor:
@@ -164,9 +164,10 @@ def only_twins(Z: Tensor) -> Tensor:
 def similarity(W: Tensor, keep: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
     """cos(w_n, w_m) and s = ‖w_n‖ / ‖w_m‖, both [P, Q]; both 0 where either is a filter of zeros."""
     norm = W.norm(dim=1)
-    direction = W / norm.where(norm > 0, 1)[:, None]
-    s = norm[drop] / norm[keep].where(norm[keep] > 0, torch.inf)[:, None]
-    return direction[keep] @ direction[drop].T, s
+    kept, dropped = norm[keep][:, None], norm[drop]
+    s = dropped / kept.where(kept > 0, torch.inf)
+    both = kept * dropped
+    return (W[keep] @ W[drop].T) / both.where(both > 0, 1), s
 
 
 def _minmax(B: Tensor, usable: Tensor) -> Tensor:
@@ -209,8 +210,25 @@ def decompose(
     t: float = 0.0,
     lam: float = 1.0,
 ) -> list[Decomposition]:
-    """Select `widths[i]` neurons of every unit, and see what the others can be made of: `choose`, then `compensate`."""
-    return compensate(model, units, choose(model, units, widths, criterion), compensation, t=t, lam=lam)
+    """Select `widths[i]` neurons of every unit, and see what the others can be made of: `choose` and `compensate` in one.
+
+    Reads `model`'s original weights, changes nothing. t: least cosine similarity for a merge, 0 for none at all (negative
+    ones merge too); lam: the paper's λ. Raises NeuronMergingError for an unknown criterion or compensation, NaN weights,
+    widths that are not between 1 (or 0, in a residual branch) and N, and a merge through an activation that does not let a
+    positive scale pass.
+    """
+    _check(units, widths, compensation, criterion)
+    parts = []
+    for unit, P in zip(units, widths):
+        seen = read(model, unit)
+        parts.append(_part(seen, _pick(unit, seen, P, criterion), compensation, t, lam))
+    return parts
+
+
+def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str) -> list[Tensor]:
+    """Indices [P], ascending, of the `widths[i]` neurons of every unit that the criterion keeps; raises as `decompose`."""
+    _check(units, widths, criterion=criterion)
+    return [_pick(unit, read(model, unit), P, criterion) for unit, P in zip(units, widths)]
 
 
 def compensate(
@@ -222,45 +240,37 @@ def compensate(
     t: float = 0.0,
     lam: float = 1.0,
 ) -> list[Decomposition]:
-    """Decompose every unit for the neurons `keep` ([P] each); reads `model`'s original weights, changes nothing.
+    """Decompose every unit for the neurons `keep` ([P] each); t, lam and what it raises: as of `decompose`."""
+    _check(units, keep, compensation)
+    return [_part(read(model, unit), kept, compensation, t, lam) for unit, kept in zip(units, keep)]
 
-    t: least cosine similarity for a merge, 0 for none at all (negative ones merge too); lam: the paper's λ.
-    Raises NeuronMergingError for an unknown compensation, NaN weights, and a merge through an activation that does not let
-    a positive scale pass.
-    """
+
+def _check(units: Sequence[Unit], each: Sequence, compensation: str = "prune", criterion: str | None = None) -> None:
+    if criterion is not None and criterion not in CRITERIA:
+        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
     if compensation not in COMPENSATIONS:
         raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(COMPENSATIONS)}")
+    if len(each) != len(units):
+        raise NeuronMergingError(f"{len(each)} widths for {len(units)} units")
     bent = next((unit for unit in units if unit.activation), None)
     if bent is not None and compensation != "prune":
         raise NeuronMergingError(
             f"{bent.layer} goes through {bent.activation}: {compensation} needs an activation that a positive scale"
             " passes, as it does ReLU; use prune or restore"
         )
-    parts = []
-    for unit, kept in zip(units, keep):
-        neurons = read(model, unit)
-        fold = COMPENSATIONS[compensation if len(kept) else "prune"]  # nobody is left to merge with
-        parts.append(fold(neurons, kept, t=t, lam=lam))
-    return parts
 
 
-def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str) -> list[Tensor]:
-    """Indices [P], ascending, of the `widths[i]` neurons of every unit that the criterion keeps.
+def _pick(unit: Unit, seen: Neurons, P: int, criterion: str) -> Tensor:
+    N = len(seen.W)
+    if not (0 if unit.branch else 1) <= P <= N:
+        raise NeuronMergingError(f"{P} of {N} neurons cannot be kept in {unit.layer}: give 1 to {N}")
+    return select(seen.W, P, criterion)
 
-    Only a residual branch may lose all its neurons. Raises NeuronMergingError for an unknown criterion, NaN weights, and
-    widths that are not between 1 (or 0) and N.
-    """
-    if criterion not in CRITERIA:
-        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
-    if len(widths) != len(units):
-        raise NeuronMergingError(f"{len(widths)} widths for {len(units)} units")
-    kept = []
-    for unit, P in zip(units, widths):
-        W = read(model, unit).W
-        if not (0 if unit.branch else 1) <= P <= len(W):
-            raise NeuronMergingError(f"{P} of {len(W)} neurons cannot be kept in {unit.layer}: give 1 to {len(W)}")
-        kept.append(select(W, P, criterion))
-    return kept
+
+def _part(seen: Neurons, keep: Tensor, compensation: str, t: float, lam: float) -> Decomposition:
+    return COMPENSATIONS[compensation if len(keep) else "prune"](
+        seen, keep, t=t, lam=lam
+    )  # or nobody is left to merge with
 
 
 def read(model: nn.Module, unit: Unit) -> Neurons:
@@ -339,7 +349,10 @@ def absorb(layer: nn.Module, Z: Tensor, channels: int | None = None, offset: int
     W = (
         layer.weight.detach().double().reshape(M, channels or N, -1)
     )  # [M, C, k]: kernel positions, or inputs per channel
-    W = torch.cat([W[:, :offset], _times(W[:, offset : offset + N], Z), W[:, offset + N :]], 1)
+    if W.shape[1] == N:
+        W = _times(W, Z)
+    else:
+        W = torch.cat([W[:, :offset], _times(W[:, offset : offset + N], Z), W[:, offset + N :]], 1)
     _set(layer, "weight", W.reshape(M, -1, *rest))
     if isinstance(layer, nn.Linear):
         layer.in_features = layer.weight.shape[1]

@@ -20,7 +20,7 @@ import sys, torch, data, main, train
 from tests.test_train import images
 data.load = lambda name, split, root: images(name, 600 if split == "train" else 40)
 train.SAVE_SECONDS = 0  # the state is written after every step
-sys.exit(main.main(["--epochs", "4", "--schedule", "2", "--gammas", "0.1", "--save", *sys.argv[1:]]))
+sys.exit(main.main(["--epochs", "10", "--schedule", "5", "--gammas", "0.1", "--save", *sys.argv[1:]]))
 """
 
 
@@ -46,9 +46,12 @@ def test_a_run_killed_between_and_inside_writes_goes_on_to_the_same_network(tmp_
             run.send_signal(signal.SIGKILL)
             kills += 1
         run.wait()
-    assert kills and not target.exists()
-    last = training(target, "--resume")
-    assert last.wait(120) == 0, last.stdout.read()
+        if target.exists():  # a slow machine let it finish
+            break
+    assert kills
+    if not target.exists():
+        last = training(target, "--resume")
+        assert last.wait(120) == 0, last.stdout.read()
     networks = [load_weights(build("LeNet_300_100"), load_checkpoint(tmp_path / name)) for name in ("whole", "killed")]
     assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in networks)))
     assert not state.exists()
