@@ -1,6 +1,7 @@
 """Dropping whole residual blocks (ours): a branch that has lost all its neurons is a constant added to the stream."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trace import CONVS, Unit
@@ -44,20 +45,14 @@ class Constant(_Sized):
 
 
 @torch.no_grad()
-def drop(model: nn.Module, unit: Unit, value: Tensor | None = None) -> None:
-    """Put a constant in the place of a unit's whole branch, in `model` itself.
-
-    value: [M] as it is added to the stream, behind the BatchNorm; None: what the branch gives when none of its neurons fires.
-    """
+def drop(model: nn.Module, unit: Unit) -> None:
+    """Put what a unit's branch gives when none of its neurons fires, a constant, in its place, in `model` itself."""
     consumer = model.get_submodule(unit.next)
-    if value is None:
-        value = consumer.weight.new_zeros(len(consumer.weight)) if consumer.bias is None else consumer.bias.detach()
-        if unit.next_bn is not None:
-            bn = model.get_submodule(unit.next_bn)
-            value = (value - bn.running_mean) / (bn.running_var + bn.eps).sqrt()
-            value = value if bn.weight is None else value * bn.weight
-            value = value if bn.bias is None else value + bn.bias
+    value = consumer.weight.new_zeros(len(consumer.weight)) if consumer.bias is None else consumer.bias.detach().clone()
+    if unit.next_bn is not None:
+        bn = model.get_submodule(unit.next_bn)
+        value = F.batch_norm(value[None], bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)[0]
     for name in filter(None, (unit.bn, unit.next_bn)):
         model.set_submodule(name, nn.Identity())
     model.set_submodule(unit.layer, Silence(model.get_submodule(unit.layer)))
-    model.set_submodule(unit.next, Constant(consumer, value.clone()))
+    model.set_submodule(unit.next, Constant(consumer, value))

@@ -281,7 +281,7 @@ def read(model: nn.Module, unit: Unit) -> Neurons:
 def neurons(model: nn.Module, name: str, bn: str | None = None, relu: bool = False) -> Neurons:
     """The neurons of the layer `name` with the BatchNorm `bn` behind it, in float64; raises as `read` does."""
     layer = model.get_submodule(name)
-    if not torch.isfinite(layer.weight).all():
+    if not layer.weight.sum().isfinite() and not torch.isfinite(layer.weight).all():  # a sum is quick; it may overflow
         raise NeuronMergingError(f"{name} has weights that are NaN or infinite")
     W = layer.weight.detach().double().flatten(1)
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
@@ -306,13 +306,14 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
     """
     if len(parts) != len(units):
         raise NeuronMergingError(f"{len(parts)} decompositions for {len(units)} units")
-    small = copy.deepcopy(model)
     left = [(unit, part) for unit, part in zip(units, parts) if len(part.keep)]
-    for unit, part in left:
-        _absorb(small, unit, part)
+    replaced = [model.get_submodule(name).weight for unit, _ in left for name in (unit.layer, unit.next)]
+    small = copy.deepcopy(model, {id(weight): weight for weight in replaced})  # not copied: they are made anew below
     for unit, part in left:
         for name in filter(None, (unit.layer, unit.bn)):
             cut(small.get_submodule(name), part.keep)
+    for unit, part in left:
+        _absorb(small, unit, part)
     for unit, part in zip(units, parts):
         if not len(part.keep):
             drop(small, unit)
@@ -364,8 +365,9 @@ def _times(W: Tensor, Z: Tensor) -> Tensor:
     """W ×₂ Z: [M, N, k] and [P, N] → [M, P, k]; with at most one entry a column, as in the paper, no zeros are multiplied."""
     if (Z != 0).sum(0).max() > 1:
         return torch.einsum("mnk,pn->mpk", W, Z)
-    scale, partner = Z.sum(0), Z.abs().argmax(0)  # [N]
-    return W.new_zeros(len(W), len(Z), W.shape[2]).index_add_(1, partner, W * scale[:, None])
+    n = Z.any(0).nonzero().squeeze(1)  # those that are kept or have a partner
+    scale, partner = Z.sum(0)[n, None], Z.abs().argmax(0)[n]
+    return W.new_zeros(len(W), len(Z), W.shape[2]).index_add_(1, partner, W[:, n] * scale)
 
 
 def cut(module: nn.Module, keep: Tensor) -> None:

@@ -31,7 +31,6 @@ from trace import Unit, units
 from widths import Curve
 
 MODEL_TYPES = ("original", *METHODS)
-CHOSEN = ("auto", "quick")  # rules that choose widths
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Experiment:
             raise NeuronMergingError("--ridge cannot be negative, --probe-samples has to be at least 2")
         if self.multiple < 1:
             raise NeuronMergingError(f"--multiple {self.multiple} has to be at least 1")
-        if (self.budget is not None or self.drop_blocks) and self.widths not in CHOSEN:
+        if (self.budget is not None or self.drop_blocks) and self.widths not in settings.CHOSEN_WIDTHS:
             raise NeuronMergingError("--budget and --drop-blocks are for --widths auto (or quick)")
         self.shares  # noqa: B018 (raises for a budget that makes no sense)
         if self.calibrate is None and self.model_type in LOOKING:
@@ -121,7 +120,7 @@ class Experiment:
     @property
     def chooses(self) -> bool:
         """Whether widths or neurons are chosen by looking at a probe."""
-        return self.model_type != "original" and (self.widths in CHOSEN or self.criterion == "auto")
+        return self.model_type != "original" and (self.widths in settings.CHOSEN_WIDTHS or self.criterion == "auto")
 
     @property
     def shares(self) -> dict[str, float] | None:
@@ -138,12 +137,7 @@ class Experiment:
         compressed = self.model_type != "original"
         restored = self.model_type == "restore"
         probed = (restored or self.chooses) and self.calibrate is None
-        later = {
-            "budget": None,
-            "multiple": 1,
-            "drop_blocks": False,
-            "coupled": False,
-        }  # said only where they are not this
+        later = {"budget": None, "multiple": 1, "drop_blocks": False, "coupled": False}  # said where they are not this
         return {
             "arch": self.arch,
             "depth_wide": list(self.depth_wide),
@@ -218,12 +212,13 @@ def shrink(
     curves, seconds_widths = known.get(about, (None, None))
     device = next(model.parameters()).device
     shape, named = settings.NETWORKS[experiment.arch].shape, isinstance(experiment.widths, str)
+    rule = experiment.widths if experiment.widths in settings.CHOSEN_WIDTHS else "uniform"
     found, _ = prunable(model, experiment.coupled)
     small, report = shrink_network(
         model, kept_widths(model, found, experiment), example_input=shape, criterion=experiment.criterion,
-        compensation=experiment.model_type, widths=experiment.widths if experiment.widths in CHOSEN else "uniform",
-        budget=experiment.shares, multiple=experiment.multiple if named else 1, drop_blocks=experiment.drop_blocks,
-        coupled=experiment.coupled, threshold=experiment.threshold, lamda=experiment.lamda, probe=experiment.probe,
+        compensation=experiment.model_type, widths=rule, budget=experiment.shares,
+        multiple=experiment.multiple if named else 1, drop_blocks=experiment.drop_blocks, coupled=experiment.coupled,
+        threshold=experiment.threshold, lamda=experiment.lamda, probe=experiment.probe,
         probe_samples=experiment.probe_samples, ridge=experiment.ridge, seed=experiment.seed,
         images=None if images is None else images.to(device), known=curves,
     )  # fmt: skip

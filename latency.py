@@ -47,6 +47,7 @@ def compare(networks: dict[str, nn.Module], shape: tuple[int, ...], batch: int =
         before = memory.peak(device)
         _time(model, shape, batch, 1)
         found[name]["memory_mb"] = round(memory.peak(device) - before, 1)
+        found[name]["device"] = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
     return found
 
 
@@ -81,5 +82,6 @@ def table(found: dict[str, dict[str, Any]], columns: Sequence[str] = ("original"
     for key, label in labels.items():
         ratio = f"{second[key] / first[key]:.2f}" if first[key] else ""
         lines.append(f"{label:<22}{first[key]:>16,}{second[key]:>16,}   {ratio}".rstrip())
-    device = "GPU" if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    return "\n".join([*lines, f"float32, {device}; medians of {REPEATS} rounds after a warm-up, both networks in turn"])
+    return "\n".join(
+        [*lines, f"float32, {first['device']}; medians of {REPEATS} rounds after a warm-up, both networks in turn"]
+    )

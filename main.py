@@ -140,7 +140,7 @@ def summary(row: dict[str, Any]) -> str:
             title += f", looking at {row['calibrate']}"
     known = row["accuracy_checkpoint"]
     lines = [title, f"{'':<12}{'original':>16}{row['type'] if shrunk else 'measured':>16}"]
-    if row["widths_rule"] in ("auto", "quick"):
+    if row["widths_rule"] in settings.CHOSEN_WIDTHS:
         lines.insert(
             1, f"{'widths':<12}{','.join(map(str, row['widths']))}   (chosen in {row['seconds_widths']:.1f} s)"
         )

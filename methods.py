@@ -11,7 +11,7 @@ from decompose import COMPENSATIONS, Decomposition, Neurons, compensate, prune, 
 from errors import NeuronMergingError
 from restore import Options, restore
 from rivals import fold, folded, lbyl, reestimate
-from streams import Stream, cut_streams
+from streams import Stream, apart, cut_streams
 from trace import Unit
 
 
@@ -48,10 +48,8 @@ def _decomposed(
     name: str, model: nn.Module, units: Sequence[Unit | Stream], keep: Sequence[Tensor], settings: Settings
 ) -> nn.Module:
     """A compensation of decompose.py, and the like for streams."""
-    alone = [(unit, kept) for unit, kept in zip(units, keep) if isinstance(unit, Unit)]
-    coupled = [(stream, kept) for stream, kept in zip(units, keep) if isinstance(stream, Stream)]
-    found, kept = [unit for unit, _ in alone], [kept for _, kept in alone]
-    small = rebuild(model, found, compensate(model, found, kept, name, t=settings.t, lam=settings.lam))
+    (alone, kept), coupled = apart(units, keep)
+    small = rebuild(model, alone, compensate(model, alone, kept, name, t=settings.t, lam=settings.lam))
     cut_streams(model, small, coupled, None if name == "prune" else settings.t)
     return small
 

@@ -29,7 +29,7 @@ def depth_wide(text: str) -> tuple[int, ...]:
 
 def widths(text: str) -> str | tuple[int, ...]:
     """published, uniform, auto, quick, or kept widths with commas between."""
-    if text in ("published", "uniform", "auto", "quick"):
+    if text in ("published", "uniform", *settings.CHOSEN_WIDTHS):
         return text
     try:
         return tuple(int(part) for part in text.split(","))
@@ -52,9 +52,8 @@ def shape(text: str) -> tuple[int, ...]:
 
 def ratios(text: str) -> dict[str, float]:
     """layer1.*=0.3,layer4.*=0.6 → by layer name or glob the share to drop."""
-    parts = [part.partition("=") for part in text.split(",")]
     try:
-        return {name.strip(): float(value) for name, _, value in parts}
+        return settings.by_name(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: give a share for every layer, such as 'layer1.*=0.3'") from None
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import settings
 from errors import NeuronMergingError
 from evaluate import accuracy as on_images
-from experiment import CHOSEN, taken_out, versions
+from experiment import taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
 from shrink import parse_budget, shrink, summary
 
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         looked_at = _looked_at(args.calibrate, transforms(args.model, args.weights, shape), args.seed).to(device)
     if args.model_type != "original":
         named = isinstance(args.widths, str)
-        rule = args.widths if args.widths in CHOSEN else "uniform"
+        rule = args.widths if args.widths in settings.CHOSEN_WIDTHS else "uniform"
         small, report = shrink(
             model, (args.ratios or args.pruning_ratio) if named else args.widths, example_input=shape,
             criterion=args.criterion, compensation=args.model_type, widths=rule,
@@ -203,15 +204,12 @@ def _measured(
 
 def _looked_at(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor:
     """The images of a folder, "DIR" or "DIR:N", as inputs [N, …]."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+    from torchvision.datasets.folder import default_loader
 
-    folder, _, number = text.rpartition(":")
-    folder, number = (folder, int(number)) if number.isdigit() and folder else (text, None)
-    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
-    if len(files) < max(2, number or 2):
-        raise NeuronMergingError(
-            f"--calibrate {text}: {len(files)} images are there, at least {max(2, number or 2)} are needed"
-        )
+    folder, number = data.counted(text)
+    files, needed = data.image_files(Path(folder)), max(2, number or 2)
+    if len(files) < needed:
+        raise NeuronMergingError(f"--calibrate {text}: {len(files)} images are there, at least {needed} are needed")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:number]
     with _said(f"--calibrate {text}"):
         return torch.stack([transform(default_loader(files[i])) for i in order])

@@ -23,7 +23,7 @@ from blocks import Constant, Silence
 from decompose import Decomposition, Neurons, effective, merge, merge_derived, only_twins, prune, read, rebuild
 from errors import NeuronMergingError
 from settings import RIDGE
-from streams import Stream, cut_streams, kept_channels
+from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
 from walk import POSITIONS, Walk, as_weight, covariance, last_reads, matrix, penalty, rows
 
@@ -56,13 +56,12 @@ def restore(
     dtype = next(model.parameters()).dtype
     work = torch.promote_types(dtype, torch.float32)
     teacher = copy.deepcopy(model).to(work).eval().requires_grad_(False)
-    alone = [(unit, kept) for unit, kept in zip(units, keep) if isinstance(unit, Unit)]
-    coupled = [(stream, kept) for stream, kept in zip(units, keep) if isinstance(stream, Stream)]
-    student = rebuild(teacher, [unit for unit, _ in alone], [_start(teacher, unit, kept) for unit, kept in alone])
+    (alone, kept), coupled = apart(units, keep)
+    student = rebuild(teacher, alone, [_start(teacher, *pair) for pair in zip(alone, kept)])
     cut_streams(teacher, student, coupled, t=0.999, strict=False)
     try:
         with torch.no_grad():
-            _Lockstep(teacher, student, alone, coupled, options).run(probe.to(work))
+            _Lockstep(teacher, student, list(zip(alone, kept)), coupled, options).run(probe.to(work))
     except RuntimeError as error:
         raise NeuronMergingError(
             f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}: {str(error).splitlines()[0]}"

@@ -88,6 +88,7 @@ class Recipe:
 
 LENET = Recipe(epochs=60, lr=0.1, weight_decay=1e-4, schedule=(15, 30, 45), gammas=(0.1, 0.1, 0.1))
 CIFAR = Recipe(epochs=200, lr=0.1, weight_decay=5e-4, schedule=(100, 150), gammas=(0.1, 0.1))
+CHOSEN_WIDTHS = ("auto", "quick")  # rules by which widths are chosen (ours, widths.py)
 EXPORTS = {".onnx": "ONNX", ".pt2": "torch.export", ".pt": "TorchScript"}  # by the file's ending
 RECIPES = ("published", "fast")
 
@@ -118,6 +119,12 @@ def checkpoint_name(arch: str, depth_wide: Sequence[int], dataset: str) -> str:
         depth = "" if tuple(depth_wide) == NETWORKS["VGG"].depth_wide else f".{depth_wide[0]}"
         return f"VGG.{dataset}.original{depth}.pth.tar"
     return f"{arch}.{dataset}.original.{'_'.join(map(str, depth_wide))}.pth.tar"
+
+
+def by_name(text: str) -> dict[str, float]:
+    """NAME=NUMBER,… → a dict. Raises ValueError."""
+    parts = (part.partition("=") for part in text.split(","))
+    return {name.strip(): float(value) for name, _, value in parts}
 
 
 def data_folder() -> Path:

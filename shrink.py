@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import memory
-from decompose import CRITERIA, choose, neurons, read
+from decompose import CRITERIA, choose, neurons, others, read, similarity
 from errors import NeuronMergingError
 from evaluate import count_macs, count_parameters
 from methods import METHODS, Settings, layerwise
 from restore import Options
-from streams import Stream, choose_channels, streams
+from settings import CHOSEN_WIDTHS, by_name
+from streams import Stream, apart, choose_channels, streams
 from trace import Unit, survey
 from widths import HELD_OUT, Cost, Curve, allocate, curves
 
-WIDTHS = ("uniform", "auto", "quick")
+WIDTHS = ("uniform", *CHOSEN_WIDTHS)
 Ratio = float | Mapping[str, float] | Sequence[int]
 
 
@@ -210,10 +211,12 @@ def width(model: nn.Module, unit: Unit | Stream) -> int:
 
 def select(model: nn.Module, found: Sequence[Unit | Stream], widths: Sequence[int], criterion: str) -> list[Tensor]:
     """Indices [P], ascending, that the criterion keeps of every unit and stream. Raises as decompose.choose."""
-    pairs = list(zip(found, widths, strict=True))
-    alone = [(unit, P) for unit, P in pairs if isinstance(unit, Unit)]
-    chosen = iter(choose(model, [unit for unit, _ in alone], [P for _, P in alone], criterion))
-    return [next(chosen) if isinstance(u, Unit) else choose_channels(model, u, P, criterion) for u, P in pairs]
+    (alone, kept), _ = apart(found, widths)
+    chosen = iter(choose(model, alone, kept, criterion))
+    return [
+        next(chosen) if isinstance(unit, Unit) else choose_channels(model, unit, P, criterion)
+        for unit, P in zip(found, widths, strict=True)
+    ]
 
 
 def _weights(model: nn.Module, unit: Unit | Stream) -> Tensor:
@@ -289,9 +292,8 @@ def _rounded(width: int, full: int, multiple: int) -> int:
 
 def parse_budget(text: str) -> dict[str, float]:
     """params=0.5,macs=0.4 → a dict. Raises NeuronMergingError for what makes no sense."""
-    parts = [part.partition("=") for part in text.split(",")]
     try:
-        budget = {name.strip(): float(value) for name, _, value in parts}
+        budget = by_name(text)
     except ValueError:
         budget = {}
     _check_budget(budget, text)
@@ -305,12 +307,10 @@ def _check_budget(budget: Mapping[str, float], said: object) -> None:
 
 def _cosine(W: Tensor, keep: Tensor) -> float:
     """The mean cosine of dropped neurons of W [N, D] with the most similar kept one; NaN where none is dropped."""
-    direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    dropped = torch.ones(len(W), dtype=torch.bool, device=W.device)
-    dropped[keep] = False
-    if not len(keep) or not dropped.any():
+    drop = others(W, keep)
+    if not len(keep) or not len(drop):
         return float("nan")
-    return float((direction[dropped] @ direction[keep].T).amax(1).mean())
+    return float(similarity(W, keep, drop)[0].amax(0).mean())
 
 
 def _reasons(left_out: dict[str, str]) -> str:

@@ -38,7 +38,9 @@ from trace import (
     RELU,
     Graph,
     NotAUnit,
+    Unit,
     asks_no_width,
+    dimension,
     flattens,
     name_of,
     next_norm,
@@ -86,12 +88,21 @@ class Stream:
     chains: tuple[tuple[Place, ...], ...]
     norms: dict[str, str | None]
     obstacle: str | None = None
-    branch: bool = False  # it cannot lose all its channels
 
     @property
     def layer(self) -> str:
         """What it is called: its first writer."""
         return self.writers[0]
+
+
+def apart(
+    units: Sequence[Unit | Stream], each: Sequence[Any]
+) -> tuple[tuple[list[Unit], list[Any]], list[tuple[Stream, Any]]]:
+    """The paper's units and what belongs to each, and the streams, each with its own."""
+    pairs = list(zip(units, each))
+    alone = [(unit, own) for unit, own in pairs if isinstance(unit, Unit)]
+    coupled = [(stream, own) for stream, own in pairs if isinstance(stream, Stream)]
+    return ([unit for unit, _ in alone], [own for _, own in alone]), coupled
 
 
 def streams(model: nn.Module) -> tuple[list[Stream], dict[str, str]]:
@@ -245,7 +256,7 @@ class _Spaces:
         layer = self.network.module(node)
         space = _Space(len(layer.weight), {node.target: ()})
         self.opened.append(space)
-        return _Value((_Segment(space, node.target),), _dimension(layer))
+        return _Value((_Segment(space, node.target),), dimension(layer))
 
     def _layer(self, node: fx.Node, layer: nn.Module, inputs: list[_Value]) -> _Value:
         """A layer reads channels and opens a space; a depthwise convolution follows what it reads."""
@@ -255,7 +266,7 @@ class _Spaces:
         value = inputs[0] if inputs else None
         grouped = isinstance(layer, CONVS) and layer.groups > 1
         if grouped:
-            fits = value is not None and not value.flat and value.dimension == _dimension(layer)
+            fits = value is not None and not value.flat and value.dimension == dimension(layer)
             if not fits or not layer.groups == layer.in_channels == layer.out_channels == sum(value.widths):
                 raise NotAUnit(f"{node.target} is a grouped convolution")
             return self._followed(node, value)
@@ -264,7 +275,7 @@ class _Spaces:
             return opened
         total = sum(value.widths)
         if isinstance(layer, CONVS):
-            reads = not value.flat and value.dimension == _dimension(layer) and layer.in_channels == total
+            reads = not value.flat and value.dimension == dimension(layer) and layer.in_channels == total
         else:
             reads = layer.in_features % total == 0 and (
                 value.flat or (not value.dimension and layer.in_features == total)
@@ -323,20 +334,13 @@ class _Spaces:
         return replace(values[0], segments=tuple(segment for value in values for segment in value.segments))
 
 
-def _dimension(layer: nn.Module) -> int:
-    """Of a convolution; 0 for a linear layer."""
-    return CONVS.index(type(layer)) + 1 if isinstance(layer, CONVS) else 0
-
-
-def _averages(node: fx.Node, kind: Any, dimension: int) -> str | None:
+def _averages(node: fx.Node, kind: Any, sides: int) -> str | None:
     """The mean over all positions: "flat" where it also takes those dimensions away, "kept" where it keeps them."""
     if kind not in MEANS:
         return None
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    dims = sorted(
-        d % (dimension + 2) for d in (dims if isinstance(dims, list | tuple) else [dims]) if isinstance(d, int)
-    )
-    if dims != list(range(2, dimension + 2)):
+    dims = sorted(d % (sides + 2) for d in (dims if isinstance(dims, list | tuple) else [dims]) if isinstance(d, int))
+    if dims != list(range(2, sides + 2)):
         return None
     return "kept" if node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False) else "flat"
 

@@ -158,11 +158,16 @@ class Graph:
         return readers[0]
 
 
+def dimension(layer: nn.Module) -> int:
+    """Of a convolution; 0 for a linear layer."""
+    return CONVS.index(type(layer)) + 1 if isinstance(layer, CONVS) else 0
+
+
 def _unit(network: Graph, node: fx.Node) -> Unit:
     """Follow the output of the layer at `node` to its consumer. Raises NotAUnit on the way."""
     layer = network.own(node)
-    dimension = CONVS.index(type(layer)) + 1 if isinstance(layer, CONVS) else 0  # 0: a linear layer
-    if dimension and layer.groups > 1:
+    sides = dimension(layer)
+    if sides and layer.groups > 1:
         raise NotAUnit("it is a grouped convolution")
     neurons = layer.weight.shape[0]
     name, bn, relu, activation, flat = node.target, None, False, None, False
@@ -170,7 +175,7 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
     while True:
         before, node = node, network.reader(node)
         kind = network.kind(node)
-        if dimension and kind is NORMS[dimension - 1] and before.target == name:
+        if sides and kind is NORMS[sides - 1] and before.target == name:
             norm = network.own(node)
             if norm.running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")
@@ -179,9 +184,9 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
             relu = True
         elif kind in ACTIVATIONS:
             activation = activation or name_of(kind)
-        elif kind in DROPOUT or (dimension and not flat and pools(network, node, dimension)):
+        elif kind in DROPOUT or (sides and not flat and pools(network, node, sides)):
             pass
-        elif dimension and not flat and flattens(network, node, kind, path):
+        elif sides and not flat and flattens(network, node, kind, path):
             flat = True
         elif isinstance(network.module(node), (*CONVS, nn.Linear)) and node.args[:1] == (before,):
             consumer = network.own(node)
@@ -192,9 +197,9 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
     if isinstance(consumer, CONVS):
         if flat or type(consumer) is not type(layer) or consumer.groups > 1 or consumer.in_channels != neurons:
             raise NotAUnit(f"{node.target} does not read its neurons as channels of a plain convolution")
-    elif dimension and not flat:
+    elif sides and not flat:
         raise NotAUnit(f"{node.target} reads it without a flatten")
-    elif consumer.in_features % neurons or (not dimension and consumer.in_features != neurons):
+    elif consumer.in_features % neurons or (not sides and consumer.in_features != neurons):
         raise NotAUnit(f"{node.target} has {consumer.in_features} inputs for {neurons} neurons")
     next_bn = next_norm(network, node)
     branch = addition(node, next_bn, network.kind) is not None

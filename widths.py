@@ -263,7 +263,7 @@ class _Looks:
         consumer = {unit.next: i for i, unit in enumerate(self.units)}
         sums: dict[Any, int] = {}
         nodes = list(self.walk.graph.nodes)
-        expiring = last_reads(nodes, {node: list(node.all_input_nodes) for node in nodes})
+        expiring = last_reads(nodes, {node: node.all_input_nodes for node in nodes})
         values: dict[Any, Any] = {}
         for node in tqdm(nodes, "errors", leave=False, disable=None):
             values[node] = self.walk.run(node, values, probe)
@@ -301,12 +301,21 @@ class _Looks:
             error, thinned = seen.regressed(order, measured)
         else:
             parts = {
-                k: None if k == 0 else self.decompose(neurons, order[:k].sort().values)
-                for k in sorted({round(N * step / STEPS) for step in range(STEPS)} | set(measured))
+                k: None if k == 0 else self.decompose(neurons, order[:k].sort().values) for k in _some(N, measured)
             }
             error, thinned = seen.decomposed(parts, measured)
         self.curves[i] = Curve(order.cpu(), error, error)
         self.thinned[i] = thinned
+
+
+def _some(N: int, measured: Sequence[int]) -> list[int]:
+    """The numbers of kept neurons at which an error without a closed form is computed, ascending."""
+    return sorted({round(N * step / STEPS) for step in range(STEPS)} | set(measured))
+
+
+def _between(error: dict[int, float], N: int) -> np.ndarray:
+    """E at k = 0…N by straight lines between the computed ones, 0 at N: [N + 1]."""
+    return np.interp(np.arange(N + 1), [*error, N], [*error.values(), 0.0])
 
 
 def _each_variance(y: Tensor) -> Tensor:
@@ -368,7 +377,7 @@ class _Seen:
         N, taps = self.columns.shape
         by_place, n = self.columns[order].flatten(), len(self.U)
         error, thinned = {}, []
-        for k in sorted({round(N * step / STEPS) for step in range(STEPS)} | set(measured)):
+        for k in _some(N, measured):
             S, D = by_place[: k * taps], by_place[k * taps :]
             scaled = self.U[:, S] / self.penalty[S]
             kernel = scaled @ self.U[:, S].T + torch.eye(n, dtype=torch.float64, device=self.U.device)
@@ -377,7 +386,7 @@ class _Seen:
             error[k] = float((missing * left * self.slope.pow(2)).sum())
             if k in measured:
                 thinned.append(self._thinned(k, S, self.W[:, S] + (scaled.T @ left).T))
-        return np.interp(np.arange(N + 1), [*error, N], [*error.values(), 0.0]), thinned
+        return _between(error, N), thinned
 
     def _thinned(self, k: int, S: Tensor, W: Tensor) -> _Thinned:
         """The consumer with the weights W for the columns S, in its place; its mean output stays what it was."""
@@ -402,7 +411,7 @@ class _Seen:
             error[k] = float((self.slope.pow(2) * (self._energy(change) + (change @ self.mean + c).pow(2))).sum())
             if k in measured:
                 thinned.append(_Thinned(k, W.float(), c.float()))
-        return np.interp(np.arange(N + 1), [*error, N], [*error.values(), 0.0]), thinned
+        return _between(error, N), thinned
 
     def _energy(self, change: Tensor) -> Tensor:
         """The variance of (ΔW) u, [M]."""
@@ -462,7 +471,7 @@ def _sensitivity(
     """By k the mean squared change of the network's output when one unit alone is thinned to k neurons."""
     consumer = {unit.next: i for i, unit in enumerate(units)}
     nodes = list(walk.graph.nodes)
-    expiring = last_reads(nodes, {node: list(node.all_input_nodes) for node in nodes})
+    expiring = last_reads(nodes, {node: node.all_input_nodes for node in nodes})
     changes: list[dict[int, float]] = [{} for _ in units]
     outputs: list[tuple[int, int, Tensor]] = []
 

@@ -118,30 +118,41 @@ def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1)
     A folder's images ("DIR" or "DIR:N") are cut to the shape of `dataset`; their labels, unknown, are 0.
     Raises NeuronMergingError where there are none.
     """
-    source, _, number = text.rpartition(":")
-    if not number.isdigit():
-        source, number = text, ""
-    if number and int(number) < 2:
+    source, number = counted(text)
+    if number is not None and number < 2:
         raise NeuronMergingError(f"--calibrate {text}: at least 2 images are needed")
     if source == dataset:
         images = load(dataset, "fit", root)
     elif source in DATASETS:
         raise NeuronMergingError(f"--calibrate {text}: the network was trained on {dataset}; use that, or a folder")
     else:
-        pixels = _image_files(Path(source), DATASETS[dataset].shape)
+        pixels = _pictures(Path(source), DATASETS[dataset].shape)
         images = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), DATASETS[dataset], "calibrate")
-    if number and int(number) > len(images):
+    if number is not None and number > len(images):
         raise NeuronMergingError(f"--calibrate {text}: there are only {len(images)} images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images[order[: int(number) if number else None]]
+    return images[order[:number]]
 
 
-def _image_files(folder: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Every image file below `folder`: uint8 [N, C, H, W]."""
+def counted(text: str) -> tuple[str, int | None]:
+    """SOURCE:N → the source and the number, None where there is none."""
+    source, _, number = text.rpartition(":")
+    return (source, int(number)) if source and number.isdigit() else (text, None)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image file below `folder`, none where there is no folder."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if folder.is_dir() else []
+
+
+def _pictures(folder: Path, shape: tuple[int, int, int]) -> Tensor:
+    """Every image below `folder`, cut to `shape`: uint8 [N, C, H, W]."""
     from torchvision import transforms
-    from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+    from torchvision.datasets.folder import default_loader
 
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if folder.is_dir() else []
+    files = image_files(folder)
     if len(files) < 2:
         raise NeuronMergingError(
             f"--calibrate {folder}: neither a data set's name nor a folder with two images or more"

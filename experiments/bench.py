@@ -1,88 +1,148 @@
-"""How long it takes, in one run (results/BENCH.md): decomposing every published network against a literal, per-neuron loop,
-and restoring it against the peak of this machine's matrix products."""
+"""How long everything takes, each against its yardstick in one run: results/BENCH.md and bench.json.
+
+Merging against a literal loop over neurons and against the float64 matrix product it cannot do without, also as layers grow;
+restoration against the peak of this machine's matrix products; evaluation against the usual DataLoader loop; starting.
+"""
 
 import argparse
 import json
 import os
+import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import memory
 import probe
 import settings
-from decompose import BatchNorm, choose, decompose, read, rebuild, select
+from data import DATASETS, Images
+from decompose import COMPENSATIONS, BatchNorm, choose, decompose, others, read, rebuild
+from evaluate import accuracy, count_macs
 from experiment import Experiment, kept_widths, versions
+from experiments import command
+from experiments.bench_train import usual
 from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
-from experiments.tables import markdown
+from experiments.tables import FIGURES, markdown
 from files import write_atomically
 from models import build
 from restore import restore
 from tests import literal
-from trace import units
+from trace import Unit, units
+
+CPU = torch.device("cpu")
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+ROOT = RESULTS.parent
+Measured = dict[str, Any]
 
 
-def random_network(grid: Grid) -> torch.nn.Module:
-    """A network of the published shape whose BatchNorm statistics are not all alike."""
-    torch.manual_seed(0)
-    model = build(grid.arch, grid.depth_wide).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias)
-    return model
-
-
-def bench(grid: Grid, repeats: int = 5) -> dict[str, Any]:
-    """Seconds of tracing, of decompose + rebuild (median of `repeats`) and of the loop: l1-norm, merge, half of every unit."""
-    model = random_network(grid)
-    start = time.perf_counter()
-    found = units(model)
-    seconds_trace = time.perf_counter() - start
-    widths = [len(model.get_submodule(unit.layer).weight) // 2 for unit in found]
-    seconds = []
+def seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Of `work`, the median of `repeats` runs after one to warm up."""
+    times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        parts = decompose(model, found, widths, "l1-norm", "merge", t=0.1, lam=0.85)
-        rebuild(model, found, parts)
-        seconds.append(time.perf_counter() - start)
-    ours = sorted(seconds[1:])[repeats // 2]  # the first one warms up
-    start = time.perf_counter()
-    for unit, width, part in zip(found, widths, parts):
-        neurons = read(model, unit)
-        W = neurons.W.numpy()
-        keep = literal.select(W, width, "l1-norm")
-        Z = literal.scaling_matrix(W, arrays(neurons.bn), keep, "merge", 0.1, 0.85)
-        assert select(neurons.W, width, "l1-norm").tolist() == keep
-        assert abs(Z - part.Z.numpy()).max() < 1e-9, unit  # the same result, or there is nothing to compare
-    loop = time.perf_counter() - start
-    return {
-        "network": grid.title.split()[0],
-        "units": len(found),
-        "trace": seconds_trace,
-        "decompose_rebuild": ours,
-        "loop": loop,
-    }
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
 def peak(side: int = 2048, repeats: int = 5) -> float:
     """Floating-point operations a second of a float32 matrix product, the best of `repeats`."""
-    a, best = torch.randn(side, side), 0.0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ a
-        best = max(best, 2 * side**3 / (time.perf_counter() - start))
-    return best
+    a = torch.randn(side, side)
+    return max(2 * side**3 / seconds(lambda: a @ a, 1) for _ in range(repeats))
 
 
-def bench_restore(grid: Grid) -> dict[str, Any]:
+# ---------------------------------------------------------------- merging
+
+
+def random_network(grid: Grid) -> nn.Module:
+    """A network of the published shape whose BatchNorm statistics are not all alike."""
+    torch.manual_seed(0)
+    return _with_statistics(build(grid.arch, grid.depth_wide))
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def merging(model: nn.Module, kind: str, repeats: int = 5) -> Measured:
+    """Seconds of decompose + rebuild and of the same by the loop (l1-norm, half of every unit), and of the matrix product.
+
+    memory: the most that decompose + rebuild held beyond what was there, over the bytes of the model's weights.
+    """
+    found = units(model)
+    widths = [len(model.get_submodule(unit.layer).weight) // 2 for unit in found]
+
+    def work() -> nn.Module:
+        return rebuild(model, found, decompose(model, found, widths, "l1-norm", kind, t=0.1, lam=0.85))
+
+    ours = seconds(work, repeats)
+    memory.reset(CPU)
+    before = memory.peak(CPU)
+    small = work()
+    held = memory.peak(CPU) - before
+    parts = decompose(model, found, widths, "l1-norm", kind, t=0.1, lam=0.85)
+    weights = [read(model, unit).W for unit in found]
+    pairs = [(W[part.keep], W[others(W, part.keep)]) for W, part in zip(weights, parts)]
+    product = seconds(lambda: [kept @ dropped.T for kept, dropped in pairs])
+    start = time.perf_counter()
+    by_loop = [loop(model, unit, width, kind) for unit, width in zip(found, widths)]
+    seconds_loop = time.perf_counter() - start
+    for unit, part, (keep, Z, W_next) in zip(found, parts, by_loop):  # the same result, or there is nothing to compare
+        assert part.keep.tolist() == keep and abs(Z - part.Z.numpy()).max() < 1e-9, unit
+        after = small.get_submodule(unit.next).weight.detach().numpy()
+        mine = next((p.keep for u, p in zip(found, parts) if u.layer == unit.next), slice(None))
+        assert abs(after - W_next[mine]).max() < 1e-5, unit
+    size = sum(p.nbytes for p in model.parameters())
+    return {"kind": kind, "units": len(found), "ours": ours, "loop": seconds_loop, "product": product,
+            "memory": 1e6 * held / size}  # fmt: skip
+
+
+def loop(model: nn.Module, unit: Unit, P: int, kind: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """keep, Z and W_next ×₂ Z of a unit, neuron by neuron in NumPy (tests/literal.py)."""
+    neurons = read(model, unit)
+    W = neurons.W.numpy()
+    keep = literal.select(W, P, "l1-norm")
+    Z = literal.scaling_matrix(W, arrays(neurons.bn), keep, kind, 0.1, 0.85)
+    W_next = model.get_submodule(unit.next).weight.detach().double().numpy()
+    return keep, Z, literal.absorb_by_neuron(W_next, Z)
+
+
+def arrays(bn: BatchNorm | None) -> tuple | None:
+    """A BatchNorm for the literal loop."""
+    return bn and (*(x.numpy() for x in (bn.gamma, bn.beta, bn.mu, bn.var)), bn.eps)
+
+
+def growth(width: int) -> Measured:
+    """`merging` of one layer of `width` neurons that reads as many and has a BatchNorm."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 10, 1)]
+    return {"width": width} | merging(_with_statistics(nn.Sequential(*layers)), "merge", repeats=3)
+
+
+def slope(measured: Sequence[Measured], key: str) -> float:
+    """Of log seconds over log width, a line through the widest half of the widths."""
+    wide = measured[len(measured) // 2 :]
+    return float(np.polyfit(*(np.log([m[name] for m in wide]) for name in ("width", key)), 1)[0])
+
+
+# ---------------------------------------------------------------- restoration
+
+
+def restoration(grid: Grid) -> Measured:
     """Seconds of the probe and of restoration, the operations of its matrix products and convolutions, and its peak memory.
 
     Half of every unit, or the paper's widths where it fixes them.
@@ -93,67 +153,148 @@ def bench_restore(grid: Grid) -> dict[str, Any]:
     keep = choose(model, found, kept_widths(model, found, experiment), "l2-norm")
     shape = settings.NETWORKS[grid.arch].shape
     probe.make(model, shape, 8)  # warms up
-    memory.reset(torch.device("cpu"))
+    memory.reset(CPU)
     start = time.perf_counter()
     x = probe.make(model, shape)
     made = time.perf_counter()
     restore(model, found, keep, x)
-    seconds = time.perf_counter() - made
-    held = memory.peak(torch.device("cpu"))
+    taken = time.perf_counter() - made
+    held = memory.peak(CPU)
     with FlopCounterMode(display=False) as counter:
         restore(model, found, keep, x)
-    return {
-        "network": grid.title.split()[0],
-        "probe": made - start,
-        "restore": seconds,
-        "operations": counter.get_total_flops(),
-        "peak_mb": held,
-    }
+    return {"probe": made - start, "restore": taken, "operations": counter.get_total_flops(), "peak_mb": held}
 
 
-def arrays(bn: BatchNorm | None) -> tuple | None:
-    """A BatchNorm for the literal loop."""
-    return bn and (*(x.numpy() for x in (bn.gamma, bn.beta, bn.mu, bn.var)), bn.eps)
+# ---------------------------------------------------------------- evaluation and starting
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Time every network and write the table."""
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
-    measured = [bench(grid) for grid in GRIDS.values()]
-    lines = [
-        [
-            m["network"],
-            str(m["units"]),
-            *(f"{m[k]:.3f}" for k in ("trace", "decompose_rebuild", "loop")),
-            f"{m['loop'] / m['decompose_rebuild']:,.0f} ×",
-        ]
-        for m in measured
-    ]
-    header = ["network", "units", "tracing s", "decompose + rebuild s", "literal loop (decompose only) s", "ratio"]
-    table = markdown(header, lines)
-    fastest, restored = peak(), [bench_restore(grid) for grid in GRIDS.values()]
-    lines = [
-        [
-            m["network"], f"{m['probe']:.2f}", f"{m['restore']:.2f}", f"{m['operations'] / 1e9:,.0f}",
-            f"{100 * m['operations'] / m['restore'] / fastest:.0f} %", f"{m['peak_mb']:,.0f}",
-        ]
-        for m in restored
+def evaluation(grid: Grid, count: int, batch_size: int = 128) -> Measured:
+    """Images a second of `evaluate.accuracy` and of the DataLoader loop over `count` made-up images, and what each finds."""
+    model, dataset = random_network(grid), DATASETS[grid.dataset]
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, *dataset.shape), dtype=torch.uint8, generator=random)
+    images = Images(pixels, torch.randint(0, dataset.classes, (count,), generator=random), dataset)
+    correct = []
+
+    def by_loader() -> None:
+        with torch.no_grad():
+            hits = [model(x).argmax(1) == labels for x, labels in usual(images, batch_size, CPU, augment=False)]
+        correct.append(int(torch.cat(hits).sum()))
+
+    loader = seconds(by_loader, 3)
+    ours = seconds(lambda: correct.append(accuracy(model, images)[0]), 3)
+    return {"images": count, "loader": count / loader, "ours": count / ours, "macs": count_macs(model, dataset.shape),
+            "accuracy": [100 * c / count for c in (correct[0], correct[-1])]}  # fmt: skip
+
+
+def starting(*arguments: str) -> float:
+    """Seconds of a whole `main.py` process."""
+    line = [sys.executable, "main.py", *arguments]
+    return seconds(lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True), 3)
+
+
+STARTS = {
+    "python main.py --help": ["--help"],
+    "… --arch LeNet_300_100 --model-type merge --evaluate": [
+        "--arch", "LeNet_300_100", "--model-type", "merge", "--evaluate"
+    ],
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- the document
+
+
+def document(report: Measured) -> str:
+    """BENCH.md."""
+    fastest = report["gemm_peak"]
+    merged = [
+        [m["network"], m["kind"], str(m["units"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}",
+         f"{m['loop'] / m['ours']:,.0f} ×", f"{m['ours'] / m['product']:.1f} ×", f"{m['memory']:.1f} ×"]
+        for m in report["merging"]
     ]  # fmt: skip
-    header = ["network", "probe s", "restore s", "10⁹ operations", "of the GEMM peak", "peak memory MB"]
-    second = markdown(header, lines)
-    about = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "gemm_peak": fastest, "versions": versions()}
-    report = json.dumps({**about, "rows": measured, "restore": restored}, indent=2) + "\n"
-    text = (
-        "# Benchmark\n\nMade by `make bench`; random weights of the published shapes. "
-        f"{about['threads']} threads, PyTorch {about['versions']['torch']}.\n\n## Merging\n\n"
-        f"l1-norm, half of every unit's neurons.\n\n{table}\n\n## Restoration (ours)\n\n"
-        "l2-norm, half of every unit's neurons, VGG-16 with the paper's widths; everything else at its default.\n"
-        "Operations: matrix products and convolutions, the Cholesky factors not counted. The peak is that of a float32 matrix\n"
-        f"product of side 2048, {fastest / 1e9:.0f} · 10⁹ operations a second in this run. Memory: the whole process.\n\n"
-        f"{second}\n"
-    )
-    for path, content in ((RESULTS / "bench.json", report), (RESULTS / "BENCH.md", text)):
+    grown = [
+        [str(m["width"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}", f"{m['loop'] / m['ours']:,.0f} ×",
+         f"{m['ours'] / m['product']:.1f} ×", f"{m['memory']:.1f} ×"]
+        for m in report["growth"]
+    ]  # fmt: skip
+    restored = [
+        [m["network"], f"{m['probe']:.2f}", f"{m['restore']:.2f}", f"{m['operations'] / 1e9:,.0f}",
+         f"{100 * m['operations'] / m['restore'] / fastest:.0f} %", f"{m['peak_mb']:,.0f}"]
+        for m in report["restoration"]
+    ]  # fmt: skip
+    evaluated = [
+        [m["network"], f"{m['images']:,}", f"{m['loader']:,.0f}", f"{m['ours']:,.0f}", f"{m['ours'] / m['loader']:.2f} ×",
+         f"{100 * 2 * m['macs'] * m['ours'] / fastest:.0f} %", " / ".join(f"{a:.2f}" for a in m["accuracy"])]
+        for m in report["evaluation"]
+    ]  # fmt: skip
+    both = "accuracy: usual / ours"
+    of_loop, of_product = ["literal loop s", "ratio"], ["of the product", "memory of the weights"]
+    slopes = {name: slope(report["growth"], name) for name in ("ours", "loop")}
+    return f"""# Benchmark
+
+Made by `make bench`; random weights of the published shapes. {report["threads"]} threads, PyTorch
+{report["versions"]["torch"]}.
+
+## Merging
+
+`decompose` and `rebuild`, l1-norm, half of every unit's neurons, against the same by a loop over neurons in NumPy
+(tests/literal.py), both checked to give the same. *Of the product*: of the time of the one thing that cannot be left out, the
+float64 matrix product of kept and dropped neurons. Memory: the most held meanwhile, over that of all weights.
+
+{markdown(["network", "compensation", "units", "decompose + rebuild s", *of_loop, *of_product], merged, 2)}
+
+A single layer with as many inputs as neurons, and a BatchNorm, merged:
+
+{markdown(["width", "decompose + rebuild s", *of_loop, *of_product], grown, 0)}
+
+![Seconds against width](figures/growth.png)
+
+Seconds grow with the power {slopes["ours"]:.2f} of the width, the loop's with {slopes["loop"]:.2f} (widths of
+{WIDTHS[len(WIDTHS) // 2]} and more); the work of the matrix product grows with the power 3, the layer itself with 2.
+
+## Restoration (ours)
+
+l2-norm, half of every unit's neurons, VGG-16 with the paper's widths; everything else at its default.
+Operations: matrix products and convolutions, the Cholesky factors not counted. The peak is that of a float32 matrix
+product of side 2048, {fastest / 1e9:.0f} · 10⁹ operations a second in this run. Memory: the whole process.
+
+{markdown(["network", "probe s", "restore s", "10⁹ operations", "of the GEMM peak", "peak memory MB"], restored)}
+
+## Evaluation
+
+Images a second in float32, against the usual loop: a DataLoader with two workers, ToTensor, Normalize, batches of 128.
+
+{markdown(["network", "images", "usual loop, images/s", "ours", "ratio", "of the GEMM peak", both], evaluated)}
+
+## Starting
+
+{markdown(["command", "s"], [[f"`{name}`", f"{taken:.2f}"] for name, taken in report["starting"].items()])}
+"""
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Time everything and write the tables."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
+    from experiments.figures import growth as draw
+
+    report: Measured = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "gemm_peak": peak()}
+    report["versions"] = versions()
+    named = {grid.title.split()[0]: grid for grid in GRIDS.values()}
+    report["merging"] = [
+        {"network": name} | merging(random_network(grid), kind)
+        for name, grid in named.items()
+        for kind in COMPENSATIONS
+    ]
+    report["growth"] = [growth(width) for width in WIDTHS]
+    report["restoration"] = [{"network": name} | restoration(grid) for name, grid in named.items()]
+    counts = dict(zip(named, (10_000, 1024, 1024, 256)))
+    report["evaluation"] = [{"network": name} | evaluation(grid, counts[name]) for name, grid in named.items()]
+    report["starting"] = {name: starting(*arguments) for name, arguments in STARTS.items()}
+    text = document(report)
+    for path, content in ((RESULTS / "bench.json", json.dumps(report, indent=2) + "\n"), (RESULTS / "BENCH.md", text)):
         write_atomically(path, lambda file, content=content: file.write(content.encode()))
+    draw(report["growth"], [FIGURES / f"growth.{ending}" for ending in ("png", "svg")])
     print(text)
     return 0
 

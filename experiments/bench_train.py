@@ -21,24 +21,28 @@ from models import build
 from train import autocast_dtype, batches
 
 
-class Augmented(TensorDataset):
+class Transformed(TensorDataset):
     """Images one by one through torchvision's transforms, as the paper's code loads them."""
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Images, augment: bool) -> None:
         super().__init__(images.pixels, images.labels)
-        mean, std = images.dataset.mean, images.dataset.std
-        steps = [transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-        self.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
+        steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()] if augment else []
+        steps += [transforms.ToTensor(), transforms.Normalize(images.dataset.mean, images.dataset.std)]
+        self.transform = transforms.Compose([transforms.ToPILImage(), *steps])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One augmented image [C, H, W] and its label."""
+        """One image [C, H, W] and its label."""
         pixels, label = super().__getitem__(index)
         return self.transform(pixels), label
 
 
-def usual(images: Images, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a DataLoader, moved to the device one by one."""
-    for x, labels in DataLoader(Augmented(images), batch_size, shuffle=True, num_workers=2, drop_last=True):
+def usual(
+    images: Images, batch_size: int, device: torch.device, augment: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a DataLoader, moved to the device one by one: for training (`augment`), or all in order."""
+    for x, labels in DataLoader(
+        Transformed(images, augment), batch_size, shuffle=augment, num_workers=2, drop_last=augment
+    ):
         yield x.to(device), labels.to(device)
 
 

@@ -9,10 +9,11 @@ from experiments.rows import Row, ratio
 
 KINDS = ("prune", "merge", "restore")
 SMALLEST = "params=0.2,macs=0.65"  # for VGG-16: a fifth of the parameters, the MACs of the paper's widths
+BLOCKS = "auto, blocks may go"
 RULES = {  # by column: what is changed against the criterion's order and the same blocks
     "auto": {},
     "auto, neurons too": {"criterion": "auto"},
-    "auto, blocks may go": {"drop_blocks": True},
+    BLOCKS: {"drop_blocks": True},
 }
 
 
@@ -26,7 +27,7 @@ def experiments(grid: Grid) -> Iterator[Experiment]:
             for seed in SEEDS:
                 yield _experiment(grid, kind, seed, budget, RULES["auto"])
         for rule in list(RULES)[1:]:
-            if rule != "auto, blocks may go" or (grid.blocks and budget.get("ratio", 0) >= 0.5):
+            if rule != BLOCKS or (grid.blocks and budget.get("ratio", 0) >= 0.5):
                 yield from (_experiment(grid, "restore", seed, budget, RULES[rule]) for seed in SEEDS)
 
 
@@ -50,7 +51,7 @@ def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str
     """Header and lines: a line for every ratio, a column for every compensation and rule."""
     by_rule = "published" if grid.uniform_ratios else "uniform"
     columns = [(kind, name) for kind in KINDS for name in ("uniform", "auto")]
-    columns += [("restore", name) for name in list(RULES)[1:] if name != "auto, blocks may go" or grid.blocks]
+    columns += [("restore", name) for name in list(RULES)[1:] if name != BLOCKS or grid.blocks]
     lines = []
     for label in dict.fromkeys(ratio(row) for row in measured if rule(grid, row) == "auto"):
         here = [row for row in measured if ratio(row) == label and rule(grid, row)]

@@ -173,6 +173,31 @@ def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) 
     write(figure, paths)
 
 
+def growth(measured: Sequence[dict[str, Any]], paths: Sequence[Path]) -> None:
+    """Draw the seconds of merging one layer against its width (rows of bench.growth): ours, the loop's, the product's."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    lines = {"loop": ("literal loop", "prune"), "ours": ("decompose + rebuild", "merge")}
+    lines["product"] = ("the matrix product alone", "merge-derived")
+    for key, (name, style) in lines.items():
+        color, marker, dash = STYLES[style]
+        axis.loglog(
+            [m["width"] for m in measured],
+            [m[key] for m in measured],
+            color=color,
+            marker=marker,
+            linestyle=dash,
+            label=name,
+        )
+    axis.set_xticks([m["width"] for m in measured], [str(m["width"]) for m in measured])
+    axis.minorticks_off()
+    axis.set_xlabel("neurons of the layer, and its inputs")
+    axis.set_ylabel("seconds")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    axis.set_title("Merging one layer")
+    write(figure, paths)
+
+
 def write(figure: plt.Figure, paths: Sequence[Path]) -> None:
     """Save `figure` into each of `paths`, in the format of its ending, the same bytes for the same content."""
     for path in paths:

@@ -96,3 +96,14 @@ def absorb(W_next: np.ndarray, Z: np.ndarray) -> np.ndarray:
             for n in range(N):
                 out[i, p] += W_next[i, n] * Z[p, n]
     return out
+
+
+def absorb_by_neuron(W_next: np.ndarray, Z: np.ndarray) -> np.ndarray:
+    """The same, input neuron by input neuron, for Z with at most one entry a column."""
+    P, N = Z.shape
+    W = W_next.reshape(len(W_next), N, -1)
+    out = np.zeros((len(W), P, W.shape[2]))
+    for n in range(N):
+        for p in np.flatnonzero(Z[:, n]):
+            out[:, p] += W[:, n] * Z[p, n]
+    return out.reshape(len(W), -1) if W_next.ndim == 2 else out.reshape(len(W), P, *W_next.shape[2:])
