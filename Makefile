@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 export PYTHONPATH := $(CURDIR)
 
 help: ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/runtime ## the paper's LeNet table, measured here, beside the published one (results/demo/)
 	@$(RUN) -m experiments.demo

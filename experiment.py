@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from data import DATASETS, Images
 from decompose import CRITERIA
 from errors import NeuronMergingError
 from evaluate import accuracy, count_macs, count_parameters
-from methods import LOOKING, METHODS, SEEDED
+from methods import LOOKING, METHODS, SEEDED, Settings
 from models import Checkpoint, build, load_checkpoint, load_weights
-from probe import PROBES
 from restore import Options
-from shrink import parse_budget, prunable, width
+from shrink import check_choice, parse_budget, prunable, width
 from shrink import shrink as shrink_network
 from streams import Stream
 from trace import Unit, units
@@ -89,17 +87,8 @@ class Experiment:
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        if not 0 <= self.lamda <= 1:
-            raise NeuronMergingError(f"--lamda {self.lamda} is outside [0, 1]")
-        if not -1 <= self.threshold <= 1:
-            raise NeuronMergingError(f"--threshold {self.threshold} is no cosine: choose one in [-1, 1]")
-        _one_of("--probe", self.probe, PROBES)
-        if not 0 <= self.ridge < inf or (self.probe_samples is not None and self.probe_samples < 2):
-            raise NeuronMergingError("--ridge cannot be negative, --probe-samples has to be at least 2")
-        if self.multiple < 1:
-            raise NeuronMergingError(f"--multiple {self.multiple} has to be at least 1")
-        if (self.budget is not None or self.drop_blocks) and self.widths not in settings.CHOSEN_WIDTHS:
-            raise NeuronMergingError("--budget and --drop-blocks are for --widths auto (or quick)")
+        Settings(t=self.threshold, lam=self.lamda, probe=self.probe, samples=self.probe_samples, ridge=self.ridge)
+        check_choice(self.widths in settings.CHOSEN_WIDTHS, self.budget, self.multiple, self.drop_blocks)
         self.shares  # noqa: B018 (raises for a budget that makes no sense)
         if self.calibrate is None and self.model_type in LOOKING:
             raise NeuronMergingError(

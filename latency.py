@@ -66,8 +66,8 @@ def _time(model: nn.Module, shape: tuple[int, ...], count: int, runs: int) -> fl
     start = time.perf_counter()
     for _ in range(runs):
         model(x)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
     return (time.perf_counter() - start) / runs
 
 

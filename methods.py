@@ -1,5 +1,6 @@
 """Every way to make a network smaller, by name: the paper's, ours, and its rivals."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,17 @@ class Settings:
     ridge: float = Options.ridge
     seed: int = 1
     images: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raises NeuronMergingError for numbers that make no sense."""
+        if not -1 <= self.t <= 1:
+            raise NeuronMergingError(f"--threshold {self.t} is no cosine: choose one in [-1, 1]")
+        if not 0 <= self.lam <= 1:
+            raise NeuronMergingError(f"--lamda {self.lam} is outside [0, 1]")
+        if self.probe not in probe.PROBES:
+            raise NeuronMergingError(f"unknown --probe {self.probe!r}: choose one of {', '.join(probe.PROBES)}")
+        if not 0 <= self.ridge < math.inf or (self.samples is not None and self.samples < 2):
+            raise NeuronMergingError("--ridge cannot be negative, --probe-samples has to be at least 2")
 
     def inputs(self, model: nn.Module, share: float = 1.0) -> Tensor:
         """What a method looks at: the real images, or else a probe of `share` times as many samples as it asks for."""

@@ -70,7 +70,8 @@ def parser() -> Parser:
         "--depth-wide", type=depth_wide, metavar="D[,W]", help="56, or 40,4 for a WideResNet [the published one]"
     )
     network.add_argument(
-        "--dataset", help="FashionMNIST, cifar10 or cifar100 [FashionMNIST for LeNet, cifar10 elsewhere]"
+        "--dataset",
+        help="FashionMNIST, cifar10, cifar100 or, with --model, imagefolder:DIR [FashionMNIST for LeNet, cifar10 elsewhere]",
     )
     network.add_argument(
         "--data", type=Path, metavar="DIR", help="folder of the data sets [$NEURON_MERGING_DATA, or data]"
@@ -168,7 +169,7 @@ def parser() -> Parser:
     method.add_argument(
         "--calibrate",
         metavar="WHAT",
-        help="let restore, prune-bn or merge-bn look at real images: DATASET:N of its training images, or a folder",
+        help="let restore, prune-bn or merge-bn look at real images: a folder or, with --arch, DATASET:N",
     )
     method.add_argument("--target", help=argparse.SUPPRESS)  # conv or ip: found by tracing now
     work = p.add_argument_group(
@@ -219,8 +220,8 @@ def parser() -> Parser:
         "--log-interval", type=int, default=0, metavar="N", help="also print the loss every N batches"
     )
     machine = p.add_argument_group("machine")
-    machine.add_argument("--test-batch-size", type=int, default=1000, metavar="B")
-    machine.add_argument("--seed", type=int, default=1)
+    machine.add_argument("--test-batch-size", type=int, metavar="B", help="[1000; 64 for a folder of images]")
+    machine.add_argument("--seed", type=int, default=1, help="of training, made-up inputs and fold [%(default)s]")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
     machine.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
     return p
@@ -261,6 +262,8 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError(f"unknown network {args.arch!r}: choose one of {', '.join(settings.NETWORKS)}")
     if not 0 <= args.pruning_ratio < 1:
         raise NeuronMergingError(f"--pruning-ratio {args.pruning_ratio} is outside [0, 1)")
+    if args.test_batch_size is None:
+        args.test_batch_size = 64 if (args.dataset or "").startswith("imagefolder:") else 1000
     if args.test_batch_size < 1 or args.log_interval < 0 or not 0 <= args.seed < 2**32:
         raise NeuronMergingError(
             "--test-batch-size has to be at least 1, --log-interval at least 0, --seed in [0, 2**32)"
@@ -277,6 +280,12 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError(
             "say what to do with --model: --summary, --evaluate, --save, --export, --benchmark or --json -"
         )
+    if args.model and args.append:
+        raise NeuronMergingError("--append is for the rows of --arch: with --model write --json FILE")
+    if args.ratios and not isinstance(args.widths, str):
+        raise NeuronMergingError("--ratios and a list of --widths both say what is kept: give one of them")
+    if not args.model and not args.evaluate and (args.export or args.benchmark):
+        raise NeuronMergingError("--export and --benchmark need --evaluate: without it, --arch trains")
     if args.model and args.input_size is None and not args.summary:
         raise NeuronMergingError("--model needs --input-size, the shape of one input, such as 3,224,224")
     if not args.model and (args.model_args or args.weights or args.input_size or args.ratios or args.ignore):

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ import data
 import settings
 from errors import NeuronMergingError
 from evaluate import accuracy as on_images
-from experiment import taken_out, versions
+from experiment import placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
 from shrink import parse_budget, shrink, summary
 
@@ -123,7 +124,7 @@ def accuracy(
         images = ImageFolder(str(folder), transform)
         model.eval()
         correct = 0
-        loader = torch.utils.data.DataLoader(images, batch_size)
+        loader = torch.utils.data.DataLoader(images, batch_size, num_workers=min(8, os.cpu_count() or 1))
         for x, labels in tqdm(loader, "evaluate", unit="batch", leave=False, disable=None):
             correct += int((model(x.to(device)).argmax(1).cpu() == labels).sum())
     return correct, len(images)
@@ -138,19 +139,20 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         return {"summary": summary(model, args.coupled, ignore)}
     if args.weights is None:
         print("warning: no --weights: the network is as its code makes it", file=sys.stderr)
-    model = model.to(device).eval()
+    model = placed(model, device).eval()
     shape, small, report = args.input_size, model, None
     looked_at = None
     if args.calibrate:
-        looked_at = _looked_at(args.calibrate, transforms(args.model, args.weights, shape), args.seed).to(device)
+        looked_at = _looked_at(args.calibrate, transforms(args.model, args.weights, shape), args.seed)
+        looked_at = looked_at.to(next(model.parameters()).device)
     if args.model_type != "original":
         named = isinstance(args.widths, str)
         rule = args.widths if args.widths in settings.CHOSEN_WIDTHS else "uniform"
         small, report = shrink(
             model, (args.ratios or args.pruning_ratio) if named else args.widths, example_input=shape,
             criterion=args.criterion, compensation=args.model_type, widths=rule,
-            budget=args.budget and parse_budget(args.budget), multiple=args.multiple, drop_blocks=args.drop_blocks,
-            coupled=args.coupled, ignore=ignore, **_told(args), images=looked_at,
+            budget=args.budget and parse_budget(args.budget), multiple=args.multiple if named else 1,
+            drop_blocks=args.drop_blocks, coupled=args.coupled, ignore=ignore, **_told(args), images=looked_at,
         )  # fmt: skip
     row = {
         "model": args.model, "weights": args.weights, "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,
@@ -164,12 +166,15 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "macs_original": report.macs[0], "macs": report.macs[1], "seconds": round(report.seconds, 4),
             "peak_mb": report.peak_mb, "report": str(report),
         }  # fmt: skip
+    model, small = model.to(device), small.to(device)
     if args.evaluate:
-        row |= _measured(args, {"original": model, "smaller": small}, shape, device)
+        row |= _measured(args, {"smaller": small} | ({} if report is None else {"original": model}), shape, device)
     if args.save:
         about = {name: row[name] for name in ("type", "criterion", "ratio", "widths", "input_size") if name in row}
         command = shlex.join(["python", "main.py", *sys.argv[1:]])
         save_checkpoint(args.save, small, math.inf, network=args.model, command=command, **about)
+    if report is None:  # the file may hold a smaller network already: this is what it was made from
+        model = build(args.model, args.model_args).eval().to(device)
     return row | taken_out(args, model, small, shape)
 
 
@@ -183,7 +188,7 @@ def _told(args: argparse.Namespace) -> dict[str, Any]:
 def _measured(
     args: argparse.Namespace, networks: dict[str, nn.Module], shape: tuple[int, ...], device: torch.device
 ) -> dict[str, Any]:
-    """The accuracy of both networks on what --dataset names."""
+    """The accuracy of the networks, by name, on what --dataset names."""
     name, _, folder = (args.dataset or "").partition(":")
     if name == "imagefolder":
         transform = transforms(args.model, args.weights, shape)
@@ -197,7 +202,7 @@ def _measured(
         )
     rates = {n: round(100 * correct / max(1, total), 2) for n, (correct, total) in counts.items()}
     return {
-        "dataset": args.dataset, "accuracy_original": rates["original"], "accuracy": rates["smaller"],
+        "dataset": args.dataset, "accuracy_original": rates.get("original"), "accuracy": rates["smaller"],
         "correct": counts["smaller"][0], "total": counts["smaller"][1],
     }  # fmt: skip
 
@@ -221,5 +226,6 @@ def text(row: dict[str, Any]) -> str:
     if "report" in row:
         lines.append(row["report"])
     if "accuracy" in row:
-        lines.append(f"accuracy    {row['accuracy_original']:.2f} % -> {row['accuracy']:.2f} % of {row['total']:,}")
+        before = "" if row["accuracy_original"] is None else f"{row['accuracy_original']:.2f} % -> "
+        lines.append(f"accuracy    {before}{row['accuracy']:.2f} % of {row['total']:,}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ import memory
 from decompose import CRITERIA, choose, neurons, others, read, similarity
 from errors import NeuronMergingError
 from evaluate import count_macs, count_parameters
-from methods import METHODS, Settings, layerwise
+from methods import LOOKING, METHODS, Settings, layerwise
 from restore import Options
 from settings import CHOSEN_WIDTHS, by_name
 from streams import Stream, apart, choose_channels, streams
@@ -113,12 +113,15 @@ def shrink(
         raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}, auto")
     if widths not in WIDTHS:
         raise NeuronMergingError(f"unknown widths {widths!r}: choose one of {', '.join(WIDTHS)}")
+    check_choice(widths != "uniform", budget, multiple, drop_blocks)
     device = next(model.parameters()).device
     shape = _shape(example_input, images)
     looks = widths != "uniform" or criterion == "auto"
     if shape is None and (looks or compensation == "restore"):
         raise NeuronMergingError(f"{compensation if not looks else 'the choice of widths'} needs to know the network's input:"
                                  " give example_input")  # fmt: skip
+    if images is not None and not looks and compensation not in (*LOOKING, "restore"):
+        raise NeuronMergingError(f"images are for restore, {' and '.join(LOOKING)}: {compensation} needs no data")
     if coupled and looks:
         raise NeuronMergingError(
             "widths and neurons are chosen unit by unit: not for coupled channels, give a ratio or widths"
@@ -132,7 +135,7 @@ def shrink(
         raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}")
     full = [width(model, unit) for unit in found]
     told = Settings(shape or (), threshold, lamda, probe, probe_samples, ridge, seed, images)
-    kept = full if budget and widths != "uniform" else _kept(ratio, found, full, left_out)
+    kept = full if budget is not None and widths != "uniform" else _kept(ratio, found, full, left_out)
     seconds_widths = None
     if looks and known is None:
         began = time.perf_counter()
@@ -298,6 +301,14 @@ def parse_budget(text: str) -> dict[str, float]:
         budget = {}
     _check_budget(budget, text)
     return budget
+
+
+def check_choice(chosen: bool, budget: object, multiple: int, drop_blocks: bool) -> None:
+    """What of the choice of widths does not go together. Raises NeuronMergingError."""
+    if multiple < 1:
+        raise NeuronMergingError(f"--multiple {multiple} has to be at least 1")
+    if (budget is not None or drop_blocks) and not chosen:
+        raise NeuronMergingError("--budget and --drop-blocks are for --widths auto (or quick)")
 
 
 def _check_budget(budget: Mapping[str, float], said: object) -> None:

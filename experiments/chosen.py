@@ -59,4 +59,4 @@ def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str
         cells = (cell([row for row in here if (row["type"], rule(grid, row)) == column]) for column in columns)
         lines.append([label, *sizes, *cells])
     header = [f"{kind}, {name.replace('uniform', by_rule)}" for kind, name in columns]
-    return ["ratio", "parameters", "MACs", *header], lines
+    return ["ratio", "parameters, at most", "MACs, at most", *header], lines

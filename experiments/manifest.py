@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,10 +34,19 @@ def entry(title: str, experiment: Experiment, split: str) -> dict[str, Any]:
     """Evaluate the file as it is shipped, on the `split` of its data set, and put down what it says of itself."""
     path = experiment.pretrained
     about = load_checkpoint(path).about
+    made = shlex.split(about.get("command") or "")
+    for option, wanted in (
+        ("--save", f"pretrained/{path.name}"),
+        ("--data", None),
+    ):  # where it was made is not where it is
+        if option in made:
+            place = made.index(option)
+            made[place : place + 2] = [] if wanted is None else [option, wanted]
+    made = [part for part in made if part != "--resume"]
     row = measure(experiment, load(experiment.dataset, split, settings.data_folder()), torch.device("cpu"))
     return {
         "what": f"{title}, epoch {about.get('epochs')} (the last)",
-        "command": about.get("command"),
+        "command": shlex.join(made),
         "accuracy": row["accuracy"],
         "correct": row["correct"],
         "total": row["total"],

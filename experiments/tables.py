@@ -17,7 +17,6 @@ TABLES = rows.RESULTS / "TABLES.md"
 FIGURES = rows.RESULTS / "figures"
 README = rows.RESULTS.parent / "README.md"
 BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
-CHOSEN_FIGURES = ("size", "widths")
 CHECKPOINTS = {"authors'": "the one that the paper's authors published", "ours": "the one in `pretrained/`"}
 
 
@@ -62,24 +61,45 @@ def full_table(measured: Sequence[Row]) -> str:
     return markdown(header, lines, right_from=3)
 
 
-def short_table(measured: Sequence[Row], criterion: str) -> str:
-    """Prune and merge side by side for one criterion: published, measured with the published checkpoint (if so), with ours."""
+COLUMNS = {  # of the README's tables: type, and how the widths were found (beside what the paper has)
+    "prune": ("prune", "uniform"),
+    "merge": ("merge", "uniform"),
+    "restore (ours)": ("restore", "uniform"),
+    "restore, chosen widths (ours)": ("restore", "auto"),
+}
+
+
+def short_table(grid: Grid, measured: Sequence[Row]) -> str:
+    """The README's table of one network and checkpoint: published beside measured, then what is ours; a line for every ratio.
+
+    A network whose widths the paper fixes has a line for every criterion instead.
+    """
     paper = rows.published()
-    whose = [name for name in CHECKPOINTS if any(checkpoint(row) == name for row in measured)]
-    columns = [("paper", None), *((f"measured, {name.replace('ours', 'our')} checkpoint", name) for name in whose)]
-    header = ["ratio", *(f"{kind}: {title}" for kind in ("prune", "merge") for title, _ in columns)]
-    cells: dict[str, dict[tuple, str]] = {}
-    for row in measured:
-        if row["type"] == "original" or (row["criterion"] == criterion and row["type"] in ("prune", "merge")):
-            for kind in ("prune", "merge") if row["type"] == "original" else (row["type"],):
-                line = cells.setdefault("0 % (original)" if row["type"] == "original" else rows.ratio(row), {})
-                line[kind, checkpoint(row)] = f"{row['accuracy']:.2f}"
-                line[kind, None] = f"{paper[rows.published_key(row)]:.2f}" if rows.published_key(row) in paper else ""
-    lines = [
-        [label, *(line.get((kind, name), "") for kind in ("prune", "merge") for _, name in columns)]
-        for label, line in cells.items()
-    ]
-    return markdown(header, lines)
+    (original,) = (row for row in measured if row["type"] == "original")
+    fixed = len(grid.ratios) == 1
+    lines: dict[str, dict[str, str]] = {}
+    for criterion in CRITERIA if fixed else (grid.criterion,):
+        for ratio in grid.ratios:
+            label = criterion if fixed else f"{100 * ratio:.0f} %"
+            line = lines.setdefault(label, {})
+            for column, (kind, rule) in COLUMNS.items():
+                found = [
+                    row for row in measured
+                    if (row["type"], row["criterion"]) == (kind, criterion) and row["ratio"] in (ratio, None)
+                    and row["widths_rule"] == ("published" if rule == "uniform" else rule)
+                    and not (row.get("calibrate") or row.get("budget") or row.get("drop_blocks"))
+                ]  # fmt: skip
+                line[column] = beyond.cell(found)
+                if found and rows.published_key(found[0]) in paper:
+                    line[f"{column}: paper"] = f"{paper[rows.published_key(found[0])]:.2f}"
+    header = [c for name in COLUMNS for c in (f"{name}: paper", name) if any(line.get(c) for line in lines.values())]
+    known = paper.get(rows.published_key(original))
+    first = {name: f"{known:.2f}" if name.endswith(": paper") else f"{original['accuracy']:.2f}" for name in header}
+    lines = {"original": first} | lines
+    title = "criterion" if fixed else "dropped"
+    return markdown(
+        [title, *header], [[label, *(line.get(name, "") for name in header)] for label, line in lines.items()]
+    )
 
 
 def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
@@ -107,8 +127,10 @@ Accuracy on the test set in %, without fine-tuning. `merge` is the published for
 that follows from the formulas (ours). The tables *beyond the paper* have `restore` (ours), `lbyl` and `fold` (other
 people's; fold's clusters have no criterion) at the same kept widths; whatever looked at real images says so. The tables
 *widths chosen without data* (ours) compare widths from `--widths auto` with uniform ones of at least as many parameters and
-MACs; *neurons too*: and those kept that explain most (`--criterion auto`); *blocks may go*: and whole residual blocks may be
-left out (`--drop-blocks`). Where there is a ±, it is half the range of three seeds.
+MACs (the columns have the largest of all compensations and seeds); *neurons too*: and those kept that explain most
+(`--criterion auto`); *blocks may go*: and whole residual blocks may be left out (`--drop-blocks`). Where there is a ±, it is
+half the range of three seeds. A cell is empty where nothing was measured: rivals have one criterion a network. Without
+BatchNorm (LeNet) `prune-bn`, `merge-bn` and `merge-derived` are the same as `prune` and `merge`.
 """
 
 
@@ -121,42 +143,55 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
         if not measured:
             continue
         tables += [f"## {grid.title}", "", full_table(papers(measured)), ""]
-        summary += [f"**{grid.title}, l1-norm** (accuracy in %)", "", short_table(papers(measured), "l1-norm"), ""]
-        if has_figure(grid, measured):
-            tables += [f"![{grid.title}: accuracy against pruning ratio](figures/{grid.figure}.png)", ""]
-            summary += [f"![{grid.title}: accuracy against pruning ratio](results/figures/{grid.figure}.png)", ""]
-        if any(has_feature_figure(grid, row) for row in features.read()):
-            tables += [f"![{grid.title}: error of the feature maps](figures/{grid.figure}_features.png)", ""]
-        for name in CHECKPOINTS:
-            of_checkpoint = [row for row in measured if checkpoint(row) == name]
-            header, lines = beyond.table(grid, of_checkpoint)
-            if lines:
-                data_free = slice(1, 2 + len(beyond.DATA_FREE))
-                brief = [line[data_free] for line in lines if line[0] == grid.criterion]
-                title = f"**Beyond the paper: {grid.title}, {grid.criterion}**"
-                summary += [
-                    f"{title}, checkpoint *{name}*, no data used (accuracy in %)",
-                    "",
-                    markdown(header[data_free], brief),
-                    "",
-                ]
-                tables += [
-                    f"### Beyond the paper: {grid.title}, checkpoint *{name}*",
-                    "",
-                    markdown(header, lines, 2),
-                    "",
-                ]
-            header, lines = chosen.table(grid, of_checkpoint)
-            if lines:
-                title = f"Widths chosen without data: {grid.title}, {grid.criterion}"
-                summary += [f"**{title}**, checkpoint *{name}* (accuracy in %)", "", markdown(header, lines), ""]
-                tables += [f"### {title}, checkpoint *{name}*", "", markdown(header, lines), ""]
-        if has_chosen_figure(grid, measured):
-            for what in CHOSEN_FIGURES:
-                tables += [f"![{grid.title}: widths chosen without data](figures/{grid.figure}_{what}.png)", ""]
-        if has_beyond_figure(grid, measured):
-            tables += [f"![{grid.title}: restoration and its rivals](figures/{grid.figure}_beyond.png)", ""]
+        by_checkpoint = {name: [row for row in measured if checkpoint(row) == name] for name in CHECKPOINTS}
+        for name, of_checkpoint in by_checkpoint.items():
+            if any(row["type"] == "original" for row in of_checkpoint):
+                about = "the paper's widths" if len(grid.ratios) == 1 else grid.criterion
+                title = f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %)"
+                summary += [title, "", short_table(grid, of_checkpoint), ""]
+        figures = drawn(grid, measured)
+        for name in [name for name in figures if name.endswith("_beyond")] or list(figures)[:1]:
+            summary += [f"![{figures[name]}](results/figures/{name}.png)", ""]
+        for name, of_checkpoint in by_checkpoint.items():
+            found = {"Beyond the paper": beyond, f"Widths chosen without data, {grid.criterion}": chosen}
+            for title, module in found.items():
+                header, lines = module.table(grid, of_checkpoint)
+                if lines:
+                    text = markdown(header, lines, 2 if module is beyond else 1)
+                    tables += [f"### {title}: {grid.title}, checkpoint *{name}*", "", text, ""]
+        for name, title in figures.items():
+            tables += [f"![{title}](figures/{name}.png)", ""]
     return {TABLES: "\n".join(tables), README: replaced(README, BEGIN, END, "\n".join(summary))}
+
+
+def drawn(grid: Grid, measured: Sequence[Row]) -> dict[str, str]:
+    """The figures of a network, by the name of their files: what they show."""
+    what = {
+        "": ("accuracy against pruning ratio", has_figure(grid, measured)),
+        "_beyond": ("restoration and its rivals", has_beyond_figure(grid, measured)),
+        "_size": ("accuracy against parameters and MACs", has_chosen_figure(grid, measured)),
+        "_widths": ("widths chosen without data", has_chosen_figure(grid, measured)),
+        "_features": ("error of the feature maps", any(has_feature_figure(grid, row) for row in features.read())),
+    }
+    return {grid.figure + end: f"{grid.title}: {title}" for end, (title, there) in what.items() if there}
+
+
+def draw(grid: Grid, measured: Sequence[Row]) -> None:
+    """Draw the figures of a network that its rows are enough for."""
+    from experiments import figures
+
+    own = ours(measured)
+    work = {
+        "": lambda paths: figures.accuracy_against_ratio(grid, papers(own), paths),
+        "_beyond": lambda paths: figures.accuracy_against_ratio(grid, own, paths, figures.BEYOND),
+        "_size": lambda paths: figures.accuracy_against_size(grid, own, paths),
+        "_widths": lambda paths: figures.chosen_widths(grid, own, paths),
+        "_features": lambda paths: figures.feature_errors(
+            grid.title, next(row for row in features.read() if has_feature_figure(grid, row)), paths
+        ),
+    }
+    for name in drawn(grid, measured):
+        work[name.removeprefix(grid.figure)]([FIGURES / f"{name}.{ending}" for ending in ("png", "svg")])
 
 
 def replaced(path: Path, begin: str, end: str, content: str) -> str:
@@ -200,10 +235,6 @@ def has_feature_figure(grid: Grid, row: dict) -> bool:
     return of_this and len(row["consumers"]) > 2
 
 
-def _both(name: str) -> list[Path]:
-    return [FIGURES / f"{name}.{ending}" for ending in ("png", "svg")]
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild tables and figures from the rows; with --check, fail where a table no longer matches them."""
@@ -217,22 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             raise NeuronMergingError(f"{path.name} does not match results/rows.jsonl: run make tables")
     if not args.check:
-        from experiments import figures
-
         for grid in GRIDS.values():
-            measured = of_grid(grid, everything)
-            if has_figure(grid, measured):
-                figures.accuracy_against_ratio(grid, papers(ours(measured)), _both(grid.figure))
-            if has_beyond_figure(grid, measured):
-                paths = _both(f"{grid.figure}_beyond")
-                figures.accuracy_against_ratio(grid, ours(measured), paths, figures.BEYOND)
-            if has_chosen_figure(grid, measured):
-                against_size, by_layer = (_both(f"{grid.figure}_{what}") for what in CHOSEN_FIGURES)
-                figures.accuracy_against_size(grid, ours(measured), against_size)
-                figures.chosen_widths(grid, ours(measured), by_layer)
-            for row in features.read():
-                if has_feature_figure(grid, row):
-                    figures.feature_errors(grid.title, row, _both(f"{grid.figure}_features"))
+            draw(grid, of_grid(grid, everything))
     return 0
 
 

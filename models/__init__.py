@@ -54,5 +54,7 @@ def _wrong_depth(arch: str, depth_wide: tuple[int, ...]) -> str | None:
     if arch == "ResNet":
         fits = len(depth_wide) == 1 and depth_wide[0] >= 8 and depth_wide[0] % 6 == 2
         return None if fits else "give one depth = 6n + 2, such as 20, 32, 44, 56 or 110"
-    fits = len(depth_wide) == 1 and depth_wide[0] in STAGES
-    return None if fits else f"give one depth of {', '.join(map(str, STAGES))}"
+    if arch == "VGG":
+        fits = len(depth_wide) == 1 and depth_wide[0] in STAGES
+        return None if fits else f"give one depth of {', '.join(map(str, STAGES))}"
+    return None

@@ -120,7 +120,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     if problems:
         raise NeuronMergingError(
             f"{checkpoint.path} does not fit {type(model).__name__}: {'; '.join(problems)};"
-            " check --arch, --depth-wide and --dataset"
+            " is it a file of another network (--arch, --depth-wide, --dataset, --model-args)?"
         )
     model.load_state_dict(weights, strict=False)
     return model
