@@ -19,7 +19,9 @@ class _Sized(nn.Module):
             self.sides = tuple(zip(map(sum, zip(padding[::2], padding[1::2])), reach, layer.stride))
 
     def filled(self, value: Tensor, x: Tensor) -> Tensor:
-        """`value` [M] for every sample and output position of the layer on x [B, …]: [B, M, …]."""
+        """`value` [M] for every sample and output position of the layer on x: [B, M, …], or [B, …, M] of a linear layer."""
+        if not self.sides:
+            return value.expand(*x.shape[:-1], -1).clone()
         out = [(x.shape[i] + pad - reach) // stride + 1 for i, (pad, reach, stride) in enumerate(self.sides, start=2)]
         return value.view(1, -1, *[1] * len(out)).expand(x.shape[0], -1, *out).clone()
 
@@ -28,7 +30,7 @@ class Silence(_Sized):
     """A layer without neurons: a single channel of zeros, so that what comes behind it has something to work on."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, …] → [B, 1, …]"""
+        """x [B, …] → [B, 1, …], or [B, …, 1]"""
         return self.filled(torch.zeros(1, dtype=x.dtype, device=x.device), x)
 
 
@@ -40,7 +42,7 @@ class Constant(_Sized):
         self.value = nn.Parameter(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, …] → [B, M, …]"""
+        """x [B, …] → [B, M, …], or [B, …, M]"""
         return self.filled(self.value, x)
 
 

@@ -281,14 +281,19 @@ def read(model: nn.Module, unit: Unit) -> Neurons:
 def neurons(model: nn.Module, name: str, bn: str | None = None, relu: bool = False) -> Neurons:
     """The neurons of the layer `name` with the BatchNorm `bn` behind it, in float64; raises as `read` does."""
     layer = model.get_submodule(name)
-    if not layer.weight.sum().isfinite() and not torch.isfinite(layer.weight).all():  # a sum is quick; it may overflow
-        raise NeuronMergingError(f"{name} has weights that are NaN or infinite")
     W = layer.weight.detach().double().flatten(1)
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
+    _check_finite(name, W, bias)
     if bn is None:
         return Neurons(W if layer.bias is None else torch.cat([W, bias[:, None]], 1), None, relu)
     norm = batchnorm(model.get_submodule(bn))
+    _check_finite(bn, norm.gamma, norm.beta, norm.mu, norm.var)
     return Neurons(W, replace(norm, mu=norm.mu - bias), relu)
+
+
+def _check_finite(name: str, *values: Tensor) -> None:
+    if not sum(x.sum() for x in values).isfinite() and not all(x.isfinite().all() for x in values):  # sums are quick
+        raise NeuronMergingError(f"{name} has weights that are NaN or infinite")
 
 
 def batchnorm(bn: nn.Module) -> BatchNorm:
@@ -308,7 +313,7 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
         raise NeuronMergingError(f"{len(parts)} decompositions for {len(units)} units")
     left = [(unit, part) for unit, part in zip(units, parts) if len(part.keep)]
     replaced = [model.get_submodule(name).weight for unit, _ in left for name in (unit.layer, unit.next)]
-    small = copy.deepcopy(model, {id(weight): weight for weight in replaced})  # not copied: they are made anew below
+    small = copy.deepcopy(model, {id(w): nn.Parameter(w.detach(), w.requires_grad) for w in replaced})  # no copies yet
     for unit, part in left:
         for name in filter(None, (unit.layer, unit.bn)):
             cut(small.get_submodule(name), part.keep)

@@ -47,7 +47,7 @@ class Settings:
     def inputs(self, model: nn.Module, share: float = 1.0) -> Tensor:
         """What a method looks at: the real images, or else a probe of `share` times as many samples as it asks for."""
         if self.images is not None:
-            return self.images
+            return self.images.to(next(model.parameters()))
         samples = round(share * (self.samples or probe.default_samples(model)))
         return probe.make(model, self.shape, samples, kind=self.probe, seed=self.seed)
 
@@ -100,7 +100,7 @@ def _reestimated(
     """A compensation of decompose.py, then BatchNorm statistics measured on real images."""
     if settings.images is None:
         raise NeuronMergingError(f"{name}-bn needs real images: give --calibrate, for example cifar10:512")
-    return reestimate(_decomposed(name, model, units, keep, settings), settings.images)
+    return reestimate(_decomposed(name, model, units, keep, settings), settings.inputs(model))
 
 
 METHODS: dict[str, Method] = {name: partial(_decomposed, name) for name in COMPENSATIONS}

@@ -101,6 +101,8 @@ def transforms(spec: str, weights: str | None, shape: tuple[int, ...]) -> Callab
     """
     from torchvision import transforms as T
 
+    if len(shape) != 3:
+        raise NeuronMergingError(f"images are channels, height, width: --input-size {','.join(map(str, shape))} is not")
     known = _torchvision_weights(spec)
     entry = known.get(weights) or known.get("DEFAULT")
     if entry is not None and tuple(shape[1:]) == (224, 224):
@@ -195,7 +197,8 @@ def _measured(
         counts = {n: accuracy(m, Path(folder), transform, device, args.test_batch_size) for n, m in networks.items()}
     elif name in data.DATASETS:
         images = data.load(name, args.split, args.data).to(device)
-        counts = {n: on_images(m, images, args.test_batch_size) for n, m in networks.items()}
+        with _said(f"{args.model} does not fit --dataset {name}"):
+            counts = {n: on_images(m, images, args.test_batch_size) for n, m in networks.items()}
     else:
         raise NeuronMergingError(
             f"--dataset {args.dataset}: give imagefolder:DIR, or one of {', '.join(data.DATASETS)}"

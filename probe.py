@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from errors import NeuronMergingError
 from trace import CONVS, NORMS
+from walk import by_sample
 
 CHUNK = 64  # samples that are normalised together in the class step
 PINK, WHITE = 1.2, 0.15  # standard deviations of the two kinds of noise
@@ -37,6 +38,8 @@ def make(
         raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(PROBES)}")
     if kind == "auto":
         kind = "pink" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
+    if kind == "pink" and len(shape) < 2:
+        raise NeuronMergingError(f"--probe pink is for images: an input of shape {list(shape)} has none; use white")
     samples = samples or default_samples(model)
     random = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
@@ -98,13 +101,14 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
         part = part.clone().requires_grad_()
         with torch.enable_grad():
             try:
-                logits = model(part).flatten(1)
-            except RuntimeError as error:
+                logits = by_sample(model(part))
+                chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
+                gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
+            except Exception as error:  # the network's own code runs, on inputs that it may not have been written for
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise NeuronMergingError(
-                    f"{type(model).__name__} does not take inputs of shape {list(x.shape)}: {str(error).splitlines()[0]}"
+                    f"{type(model).__name__} has no gradient at inputs of shape {list(x.shape)}: {reason}"
                 ) from error
-            chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
-            gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
     g = torch.cat(gradients)
     sides = list(g.shape[2:])
     if sides and min(sides) > 1:

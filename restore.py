@@ -25,7 +25,7 @@ from errors import NeuronMergingError
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
-from walk import POSITIONS, Walk, as_weight, covariance, last_reads, matrix, penalty, rows
+from walk import POSITIONS, Walk, as_weight, channel, covariance, last_reads, matrix, penalty, rows
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def restore(
 
     `model` is left as it is. Raises NeuronMergingError where the network cannot be run on the probe.
     """
-    dtype = next(model.parameters()).dtype
-    work = torch.promote_types(dtype, torch.float32)
+    work = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     teacher = copy.deepcopy(model).to(work).eval().requires_grad_(False)
     (alone, kept), coupled = apart(units, keep)
     student = rebuild(teacher, alone, [_start(teacher, *pair) for pair in zip(alone, kept)])
@@ -70,10 +69,13 @@ def restore(
         after.training = before.training
         if hasattr(before, "inplace"):
             after.inplace = before.inplace
-        for name, parameter in after.named_parameters(recurse=False):
+        for name, tensor in (*after.named_parameters(recurse=False), *after.named_buffers(recurse=False)):
             known = getattr(before, name, None)
-            parameter.requires_grad_(known is None or known.requires_grad)
-    return student.to(dtype)
+            known = before.weight if known is None else known  # a new bias, or the constant of a block that is left out
+            tensor.data = tensor.data.to(known.dtype)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(known.requires_grad)
+    return student
 
 
 def _start(model: nn.Module, unit: Unit, keep: Tensor) -> Decomposition:
@@ -143,7 +145,8 @@ class _Lockstep:
         graph = self.teacher.graph
         streams = {}
         for node in graph.nodes:
-            found = node.target in self.consumers and self.teacher.addition(node, self.norm[node.target])
+            consumes = node.op == "call_module" and node.target in self.consumers
+            found = consumes and self.teacher.addition(node, self.norm[node.target])
             streams[node] = found[0] if found else None
         order = _order(graph, streams)
         expiring = last_reads(order, {node: _sources(node, streams) for node in order})
@@ -154,7 +157,8 @@ class _Lockstep:
             if node.op == "call_module" and node.target in self.norm:
                 self._fit(node, streams.get(node))
             same = all(self.s[source] is self.t[source] for source in node.all_input_nodes)
-            unchanged = same and node.target not in self.keep and node.target not in self.norm
+            touched = node.op == "call_module" and (node.target in self.keep or node.target in self.norm)
+            unchanged = same and not touched
             self.s[node] = self.t[node] if unchanged else self.student.run(node, self.s)
             for source in expiring.get(node, ()):
                 del self.t[source], self.s[source]
@@ -180,7 +184,8 @@ class _Lockstep:
             target = target + self._error(stream, bn, kept, whole)
         if isinstance(layer, Constant):
             target = target if bn is None else self.teacher.normalise(bn, target)
-            layer.value = nn.Parameter(target.movedim(1, -1).flatten(0, -2).mean(0), requires_grad=False)
+            each = target.movedim(channel(whole, target), -1).flatten(0, -2)  # [n, M]
+            layer.value = nn.Parameter(each.mean(0), requires_grad=False)
         if isinstance(layer, Constant | Silence):  # a block that is left out
             return
         if name in self.producer and not self.options.closed_loop:
@@ -257,7 +262,7 @@ class _Lockstep:
 
 def _rows(y: Tensor, kept: Tensor, layer: nn.Module) -> Tensor:
     """The outputs of a layer that its kept neurons give."""
-    return y.index_select(1 if isinstance(layer, CONVS) else y.ndim - 1, kept)
+    return y.index_select(channel(layer, y), kept)
 
 
 def _channels(x: Tensor, keep: Tensor, layer: nn.Module) -> Tensor:

@@ -18,6 +18,7 @@ from decompose import Decomposition, Neurons, others, read, rebuild
 from trace import NORMS, Unit
 
 LBYL_RIDGE = 1e-2  # λ₁ and λ₂
+ENTRIES = 2**24  # numbers in the matrices that are solved at once, at most: 128 MB
 
 
 def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
@@ -41,9 +42,13 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
         k = torch.where(usable, g[:, None] * sigma / gamma, 0)
     size = X.pow(2).sum(1).mean()  # the ridge is relative to the filters' own scale
     penalty = (LBYL_RIDGE * k**2).clamp(min=1e-8 * size)
-    matrix = X @ X.T + LBYL_RIDGE * (g**2)[:, None, None] * torch.outer(a, a) + torch.diag_embed(penalty)  # [Q, P, P]
     right = Y @ X.T + LBYL_RIDGE * (g * b)[:, None] * a  # [Q, P]
-    alpha = torch.linalg.solve(matrix, right)
+    if neurons.bn is None:  # one matrix for all
+        alpha = torch.linalg.solve(X @ X.T + penalty[:1].diag_embed()[0], right.T).T if len(drop) else right
+    else:
+        G, aa, several = X @ X.T, LBYL_RIDGE * torch.outer(a, a), max(1, ENTRIES // len(keep) ** 2)
+        parts = zip(*(x.split(several) for x in (g**2, penalty, right)))
+        alpha = torch.cat([torch.linalg.solve(G + s[:, None, None] * aa + p.diag_embed(), r) for s, p, r in parts])
     Z = W.new_zeros(len(keep), N)
     Z[torch.arange(len(keep)), keep] = 1
     Z[:, drop] = (k * alpha).T

@@ -153,11 +153,15 @@ def shrink(
             _check_budget(budget, dict(budget))
             limit = cost(full) * (budget.get("params", inf), budget.get("macs", inf))
         kept = allocate(known, cost, limit, multiple=multiple, droppable=[drop_blocks and u.branch for u in found])
+    if coupled and 0 in kept:
+        raise NeuronMergingError("a block can only be left out where channels are not coupled: give 1 or more")
     if criterion == "auto":
         keep = [curve.order[:width].sort().values.to(device) for curve, width in zip(known, kept)]
     else:
         keep = select(model, found, kept, criterion)
     small = METHODS[compensation](model, found, keep, told)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
     report = Report(
         found, list(kept), full, [_cosine(_weights(model, u), k) for u, k in zip(found, keep)], left_out,
@@ -183,8 +187,8 @@ def _macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Raises NeuronMergingError where the network does not run on inputs of that shape."""
     try:
         return count_macs(model, shape)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+    except Exception as error:  # the network's own code runs, and can raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NeuronMergingError(
             f"{type(model).__name__} does not run on an input of shape {list(shape)}: {reason}"
         ) from error
@@ -290,7 +294,7 @@ def _kept(ratio: Ratio, found: list[Unit | Stream], full: list[int], left_out: d
 
 
 def _rounded(width: int, full: int, multiple: int) -> int:
-    return min(full, max(multiple, multiple * round(width / multiple))) if width else 0
+    return min(full, max(multiple, multiple * round(width / multiple))) if width > 0 else width
 
 
 def parse_budget(text: str) -> dict[str, float]:

@@ -119,10 +119,11 @@ def streams(model: nn.Module) -> tuple[list[Stream], dict[str, str]]:
         if space.frozen is None and not space.readers:
             space.frozen = "nobody reads its output"
         if space.frozen is None:
-            writers = tuple(node.target for node in network.nodes if node.target in space.writers)
+            calls = [node for node in network.nodes if node.op == "call_module"]
+            writers = tuple(node.target for node in calls if node.target in space.writers)
             chains = tuple(space.writers[writer] for writer in writers)
             layers = (*writers, *(reader.module for reader in space.readers))
-            norms = {node.target: next_norm(network, node) for node in network.nodes if node.target in layers}
+            norms = {node.target: next_norm(network, node) for node in calls if node.target in layers}
             places = tuple(space.followers), tuple(space.readers)
             found.append(Stream(space.width, writers, *places, chains, norms, space.obstacle))
         else:

@@ -104,14 +104,18 @@ class Graph:
     """The traced graph with what has to be known of its modules."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model`."""
+        """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model` (in evaluation mode)."""
+        training = {module: module.training for module in model.modules()}
         try:
-            self.nodes = list(fx.Tracer().trace(model).nodes)
+            self.nodes = list(fx.Tracer().trace(model.eval()).nodes)
         except Exception as error:  # tracing runs the user's forward(), which can raise anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise NeuronMergingError(
                 f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason}"
             ) from error
+        finally:
+            for module, mode in training.items():
+                module.training = mode
         self.modules = dict(model.named_modules())
         self.calls = Counter(self.modules[n.target] for n in self.nodes if n.op == "call_module")
         owners: dict[nn.Parameter, set[nn.Module]] = {}
@@ -160,7 +164,7 @@ class Graph:
 
 def dimension(layer: nn.Module) -> int:
     """Of a convolution; 0 for a linear layer."""
-    return CONVS.index(type(layer)) + 1 if isinstance(layer, CONVS) else 0
+    return next((sides for sides, kind in enumerate(CONVS, 1) if isinstance(layer, kind)), 0)
 
 
 def _unit(network: Graph, node: fx.Node) -> Unit:

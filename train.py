@@ -133,7 +133,7 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         epoch, step, rows, seen = saved["epoch"], saved["step"], saved["rows"], saved["seen"].to(device)
         torch.set_rng_state(saved["rng"])
-        if device.type == "cuda":
+        if device.type == "cuda" and "rng_cuda" in saved:  # not in the state of a run that began on a CPU
             torch.cuda.set_rng_state(saved["rng_cuda"], device)
     parallel = DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(parallel, dynamic=False) if compiled else parallel

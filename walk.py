@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from errors import NeuronMergingError
 from trace import CONVS, NORMS, addition
@@ -104,6 +105,17 @@ class Walk:
     def addition(self, node: fx.Node, bn: str | None) -> tuple[fx.Node, fx.Node] | None:
         """`trace.addition` in this graph."""
         return addition(node, bn, self.kind)
+
+
+def channel(layer: nn.Module, y: Tensor) -> int:
+    """Which dimension of y, what `layer` gives, is that of its neurons."""
+    return 1 if isinstance(layer, CONVS) else y.ndim - 1
+
+
+def by_sample(output: Any) -> Tensor:
+    """All floating-point numbers that a network gives, tensors in whatever containers [B, …] → [B, numbers]."""
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
 
 
 def last_reads(order: Iterable[fx.Node], sources: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, list[fx.Node]]:

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from decompose import CRITERIA, Decomposition, Neurons, read
 from errors import NeuronMergingError
 from evaluate import count_macs, count_parameters
 from trace import CONVS, Unit
-from walk import Walk, as_weight, covariance, last_reads, matrix, penalty, rows
+from walk import Walk, as_weight, by_sample, channel, covariance, last_reads, matrix, penalty, rows
 
 MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept neurons at which sensitivity is measured
 STEPS = 16  # shares at which an error without a curve in closed form is computed
@@ -153,20 +152,21 @@ def _descend(
             )
         place[i] += 1
         widths[i] = hulls[i][place[i]]
-    while True:  # what is left over goes back where it helps most
+    while True:  # what is left over goes back where it helps most, also over widths that do not help by themselves
+        spent, each = cost(widths), cost.marginal(widths)
+        value = price @ each
         best, most = None, 0.0
-        value = price @ cost.marginal(widths)
         for i, (ks, curve) in enumerate(zip(allowed, curves)):
-            above = ks[np.searchsorted(ks, widths[i], "right") :][:1]
+            above = ks[ks > widths[i]]
+            fits = (spent[:, None] + np.outer(each[:, i], above - widths[i]) <= budget[:, None]).all(0)
+            above = above[fits]
             if len(above) and value[i] > 0:
-                more = widths.copy()
-                more[i] = above[0]
-                gain = (curve.damage[widths[i]] - curve.damage[above[0]]) / ((above[0] - widths[i]) * value[i])
-                if gain > most and (cost(more) <= budget).all():
-                    best, most = more, gain
+                gain = (curve.damage[widths[i]] - curve.damage[above]) / ((above - widths[i]) * value[i])
+                if gain.max() > most:
+                    best, most = (i, above[gain.argmax()]), gain.max()
         if best is None:
             return widths
-        widths = best
+        widths[best[0]] = best[1]
 
 
 def _hull(ks: np.ndarray, damage: np.ndarray) -> list[int]:
@@ -217,12 +217,18 @@ def curves(
     probe = probe.to(next(work.parameters()).dtype)
     held_out = round(len(probe) * HELD_OUT) if sensitivity else 0
     walk = Walk(work)
-    with torch.no_grad():
-        looks = _Looks(work, walk, units, criterion, decompose, ridge)
-        looks.run(probe[held_out:])
-        if not sensitivity:
-            return [replace(c, damage=_falling(c.error / v)) for c, v in zip(looks.curves, looks.variance)]
-        changes = _sensitivity(walk, units, looks.thinned, probe[:held_out])
+    looks = _Looks(work, walk, units, criterion, decompose, ridge)
+    try:
+        with torch.no_grad():
+            looks.run(probe[held_out:])
+            changes = _sensitivity(walk, units, looks.thinned, probe[:held_out]) if sensitivity else None
+    except RuntimeError as error:
+        raise NeuronMergingError(
+            f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}:"
+            f" {str(error).splitlines()[0]}"
+        ) from error
+    if changes is None:
+        return [replace(c, damage=_falling(c.error / max(v, 1e-12))) for c, v in zip(looks.curves, looks.variance)]
     return [_with_damage(curve, change) for curve, change in zip(looks.curves, changes)]
 
 
@@ -274,7 +280,8 @@ class _Looks:
                     sums[stream[1]] = i
                 self._look(i, values[node.all_input_nodes[0]], values[node])
             if node in sums:
-                self.variance[sums[node]] = _variance(values[node])
+                i = sums[node]
+                self.variance[i] = float(_each_variance(values[node], self.walk.modules[self.units[i].next]).sum())
             for source in expiring.get(node, ()):
                 del values[source]
 
@@ -287,7 +294,7 @@ class _Looks:
         if unit.next_bn is not None:
             self.walk.measure(unit.next_bn, y)
             slope = self.walk.slope(unit.next_bn).double()
-        self.variance[i] = _variance(y) if unit.next_bn is None else float(slope.pow(2) @ _each_variance(y))
+        self.variance[i] = float(slope.pow(2) @ _each_variance(y, layer))
         U, _ = rows(layer, x, y)
         columns = torch.arange(U.shape[1], device=x.device)
         columns = columns.view(-1, N).T if isinstance(layer, CONVS) else columns.view(N, -1)  # [N, taps]
@@ -318,13 +325,9 @@ def _between(error: dict[int, float], N: int) -> np.ndarray:
     return np.interp(np.arange(N + 1), [*error, N], [*error.values(), 0.0])
 
 
-def _each_variance(y: Tensor) -> Tensor:
-    """Of every channel of y [B, M, …] (or feature, of a linear layer's [B, …, M]), [M]."""
-    return y.movedim(1, -1).flatten(0, -2).double().var(0, correction=0)
-
-
-def _variance(y: Tensor) -> float:
-    return max(float(_each_variance(y).sum()), 1e-12)
+def _each_variance(y: Tensor, layer: nn.Module) -> Tensor:
+    """Of every neuron of `layer` in y, what it gives or is added to, [M]."""
+    return y.movedim(channel(layer, y), -1).flatten(0, -2).double().var(0, correction=0)
 
 
 class _Seen:
@@ -488,10 +491,9 @@ def _sensitivity(
         values[node] = walk.run(node, values, probe)
         if node.op == "call_module" and node.target in consumer:
             i, (source,), layer = consumer[node.target], node.all_input_nodes, walk.modules[node.target]
-            channel = 1 if isinstance(layer, CONVS) else values[node].ndim - 1
             for form in thinned[i]:
-                y = functional_call(layer, {"weight": as_weight(form.W, layer)}, (values[source],))
-                y = y + form.c.view(-1, *[1] * (y.ndim - 1 - channel))
+                y = functional_call(layer, {"weight": as_weight(form.W.to(layer.weight), layer)}, (values[source],))
+                y = y + form.c.to(y).view(-1, *[1] * (y.ndim - 1 - channel(layer, y)))
                 later = {**values, node: y}
                 for source_ in expiring.get(node, ()):
                     del later[source_]
@@ -505,6 +507,6 @@ def _sensitivity(
 
 
 def _centred(output: Any) -> Tensor:
-    """All outputs of the network, [B, …] → [B, numbers], less their mean over each sample."""
-    flat = torch.cat([leaf.flatten(1) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], 1)
-    return (flat - flat.mean(1, keepdim=True)).double()
+    """All outputs of the network, [B, …] → [B, numbers], less their mean over each sample where there are several."""
+    flat = by_sample(output).double()
+    return flat - flat.mean(1, keepdim=True) if flat.shape[1] > 1 else flat

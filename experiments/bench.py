@@ -24,6 +24,7 @@ import probe
 import settings
 from data import DATASETS, Images
 from decompose import COMPENSATIONS, BatchNorm, choose, decompose, others, read, rebuild
+from errors import NeuronMergingError
 from evaluate import accuracy, count_macs
 from experiment import Experiment, kept_widths, versions
 from experiments import command
@@ -87,14 +88,14 @@ def merging(model: nn.Module, kind: str, repeats: int = 5) -> Measured:
     widths = [len(model.get_submodule(unit.layer).weight) // 2 for unit in found]
 
     def work() -> nn.Module:
-        return rebuild(model, found, decompose(model, found, widths, "l1-norm", kind, t=0.1, lam=0.85))
+        return rebuild(model, found, decompose(model, found, widths, "l1-norm", kind, t=0.0, lam=0.85))
 
     ours = seconds(work, repeats)
     memory.reset(CPU)
     before = memory.peak(CPU)
     small = work()
     held = memory.peak(CPU) - before
-    parts = decompose(model, found, widths, "l1-norm", kind, t=0.1, lam=0.85)
+    parts = decompose(model, found, widths, "l1-norm", kind, t=0.0, lam=0.85)
     weights = [read(model, unit).W for unit in found]
     pairs = [(W[part.keep], W[others(W, part.keep)]) for W, part in zip(weights, parts)]
     product = seconds(lambda: [kept @ dropped.T for kept, dropped in pairs])
@@ -116,7 +117,7 @@ def loop(model: nn.Module, unit: Unit, P: int, kind: str) -> tuple[list[int], np
     neurons = read(model, unit)
     W = neurons.W.numpy()
     keep = literal.select(W, P, "l1-norm")
-    Z = literal.scaling_matrix(W, arrays(neurons.bn), keep, kind, 0.1, 0.85)
+    Z = literal.scaling_matrix(W, arrays(neurons.bn), keep, kind, 0.0, 0.85)
     W_next = model.get_submodule(unit.next).weight.detach().double().numpy()
     return keep, Z, literal.absorb_by_neuron(W_next, Z)
 
@@ -190,7 +191,10 @@ def evaluation(grid: Grid, count: int, batch_size: int = 128) -> Measured:
 def starting(*arguments: str) -> float:
     """Seconds of a whole `main.py` process."""
     line = [sys.executable, "main.py", *arguments]
-    return seconds(lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True), 3)
+    try:
+        return seconds(lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True), 3)
+    except subprocess.CalledProcessError as error:
+        raise NeuronMergingError(f"{' '.join(line)} failed: {error.stderr.strip()}") from error
 
 
 STARTS = {
@@ -209,7 +213,8 @@ def document(report: Measured) -> str:
     fastest = report["gemm_peak"]
     merged = [
         [m["network"], m["kind"], str(m["units"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}",
-         f"{m['loop'] / m['ours']:,.0f} ×", f"{m['ours'] / m['product']:.1f} ×", f"{m['memory']:.1f} ×"]
+         f"{m['loop'] / m['ours']:,.0f} ×", "" if m["kind"] == "prune" else f"{m['ours'] / m['product']:.1f} ×",
+         f"{m['memory']:.1f} ×"]
         for m in report["merging"]
     ]  # fmt: skip
     grown = [
@@ -278,7 +283,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     from experiments.figures import growth as draw
 
-    report: Measured = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "gemm_peak": peak()}
+    taken = {name: starting(*arguments) for name, arguments in STARTS.items()}
+    report: Measured = {
+        "starting": taken,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gemm_peak": peak(),
+    }
     report["versions"] = versions()
     named = {grid.title.split()[0]: grid for grid in GRIDS.values()}
     report["merging"] = [
@@ -290,7 +301,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     report["restoration"] = [{"network": name} | restoration(grid) for name, grid in named.items()]
     counts = dict(zip(named, (10_000, 1024, 1024, 256)))
     report["evaluation"] = [{"network": name} | evaluation(grid, counts[name]) for name, grid in named.items()]
-    report["starting"] = {name: starting(*arguments) for name, arguments in STARTS.items()}
     text = document(report)
     for path, content in ((RESULTS / "bench.json", json.dumps(report, indent=2) + "\n"), (RESULTS / "BENCH.md", text)):
         write_atomically(path, lambda file, content=content: file.write(content.encode()))

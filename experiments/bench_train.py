@@ -13,12 +13,16 @@ from torchvision import transforms
 
 import settings
 from data import DATASETS, Images
+from errors import NeuronMergingError
 from experiment import choose_device, versions
+from experiments import command
 from experiments.rows import RESULTS
 from experiments.tables import markdown
 from files import write_atomically
 from models import build
 from train import autocast_dtype, batches
+
+TRAINED = ("VGG", "ResNet", "WideResNet")  # on images of CIFAR's shape
 
 
 class Transformed(TensorDataset):
@@ -78,20 +82,24 @@ def images_per_second(
     return count / (time.perf_counter() - start)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Time both loops on made-up images of CIFAR's shape and write the table."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("networks", nargs="*", default=["VGG", "ResNet"], help="[VGG ResNet]")
+    parser.add_argument("networks", nargs="*", help=f"of {', '.join(TRAINED)} [the first two]")
     parser.add_argument("--batches", type=int, default=8, help="batches to time, after two to warm up [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
+    networks = args.networks or TRAINED[:2]
+    if not set(networks) <= set(TRAINED):
+        raise NeuronMergingError(f"networks {' '.join(networks)}: choose of {', '.join(TRAINED)}")
     device, size = choose_device(args.device), args.batch_size
     count = size * (args.batches + 2)
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     images = Images(pixels, torch.randint(0, 10, (count,)), DATASETS["cifar10"])
     lines = []
-    for arch in args.networks:
+    for arch in networks:
         plain = images_per_second(arch, usual, images, size, device, fast=False)
         fast = images_per_second(arch, ours, images, size, device, fast=True)
         compiled = images_per_second(arch, ours, images, size, device, fast=True, compiled=True)

@@ -1,6 +1,7 @@
 """pretrained/MANIFEST.json: for every shipped checkpoint what it is, the command that made it, its accuracy and SHA-256."""
 
 import argparse
+import functools
 import json
 import shlex
 import sys
@@ -25,6 +26,7 @@ def read() -> dict[str, dict[str, Any]]:
     return json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
 
 
+@functools.cache
 def shipped() -> set[str]:
     """SHA-256 of the shipped checkpoints."""
     return {entry["sha256"] for entry in read().values()}

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import functools
 import json
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -88,6 +89,7 @@ def published() -> dict[tuple, float]:
     }  # fmt: skip
 
 
+@functools.cache
 def published_checkpoints() -> set[str]:
     """SHA-256 of the checkpoints that the paper's authors published, as far as we have seen them."""
     return {line["checkpoint_sha256"] for line in _published_lines()} - {""}

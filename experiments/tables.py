@@ -75,7 +75,7 @@ def short_table(grid: Grid, measured: Sequence[Row]) -> str:
     A network whose widths the paper fixes has a line for every criterion instead.
     """
     paper = rows.published()
-    (original,) = (row for row in measured if row["type"] == "original")
+    original = next(row for row in measured if row["type"] == "original")
     fixed = len(grid.ratios) == 1
     lines: dict[str, dict[str, str]] = {}
     for criterion in CRITERIA if fixed else (grid.criterion,):
@@ -92,13 +92,18 @@ def short_table(grid: Grid, measured: Sequence[Row]) -> str:
                 line[column] = beyond.cell(found)
                 if found and rows.published_key(found[0]) in paper:
                     line[f"{column}: paper"] = f"{paper[rows.published_key(found[0])]:.2f}"
+    lines = {label: line for label, line in lines.items() if any(line.values())}
     header = [c for name in COLUMNS for c in (f"{name}: paper", name) if any(line.get(c) for line in lines.values())]
+    header = header or ["measured"]  # nothing else is, yet
     known = paper.get(rows.published_key(original))
-    first = {name: f"{known:.2f}" if name.endswith(": paper") else f"{original['accuracy']:.2f}" for name in header}
-    lines = {"original": first} | lines
+    beside = any(name.endswith(": paper") for name in header)
+    baseline = "original" if known is None or beside else f"original (paper: {known:.2f})"
+    theirs, own = "" if known is None else f"{known:.2f}", f"{original['accuracy']:.2f}"
+    first = {name: theirs if name.endswith(": paper") else own for name in header}
+    table = {baseline: first} | lines
     title = "criterion" if fixed else "dropped"
     return markdown(
-        [title, *header], [[label, *(line.get(name, "") for name in header)] for label, line in lines.items()]
+        [title, *header], [[label, *(line.get(name, "") for name in header)] for label, line in table.items()]
     )
 
 

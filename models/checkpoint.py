@@ -199,7 +199,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, half_above: float | None
     if path.suffix == SAFETENSORS:
         from safetensors.torch import save
 
-        content = save({name: w.contiguous() for name, w in weights.items()}, {ABOUT: json.dumps(about)})
+        content = save({name: w.contiguous().clone() for name, w in weights.items()}, {ABOUT: json.dumps(about)})
         write_atomically(path, lambda file: file.write(content))
     else:
         write_atomically(path, lambda file: torch.save({**about, "state_dict": weights}, file))

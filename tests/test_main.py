@@ -363,6 +363,11 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(cli, pretrained, tmp_path, n
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_exports_and_benchmarks_do_not_train(cli, tmp_path):
+    done = cli("--model-type", "prune", "--export", tmp_path / "small.onnx")
+    assert done.code == 2 and "--export and --benchmark need --evaluate" in done.err and not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_without_a_name_that_does_not_fit_is_described(cli, pretrained, tmp_path):
     """Published checkpoints do not say what they are: their parameters' names and shapes decide."""
     bare = tmp_path / "bare.pth.tar"

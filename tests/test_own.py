@@ -206,6 +206,19 @@ BAD_COMMANDS = {
     "no data set": ([*OWN, "--evaluate"], "give imagefolder:DIR"),
     "ratios": ([*OWN, "--ratios", "0", "--json", "-"], "give a share for every layer"),
     "too few images": ([*OWN, "--model-type", "restore", "--calibrate", ".:9", "--json", "-"], "0 images are there"),
+    "ratios and widths": ([*OWN, "--ratios", "0=0.5", "--widths", "3,4", "--json", "-"], "give one of them"),
+    "rows of its own": ([*OWN, "--json", "-", "--append", "rows.jsonl"], "--append is for the rows of --arch"),
+    "budget of uniform widths": (
+        [*OWN, "--model-type", "merge", "--budget", "params=0.3", "--json", "-"], "--budget and --drop-blocks are for"
+    ),
+    "a data set of another shape": (
+        ["--model", "mine:small", "--input-size", "3,28,28", "--evaluate", "--dataset", "FashionMNIST"],
+        "mine:small does not fit --dataset FashionMNIST: RuntimeError",
+    ),
+    "vectors from images": (
+        ["--model", "mine:small", "--input-size", "9", "--model-type", "restore", "--calibrate", ".:2", "--json", "-"],
+        "images are channels, height, width",
+    ),
     "published flags": ([*OWN, "--pretrained", "x", "--json", "-"], "with --model give --weights"),
     "own flags": (["--weights", "x"], "belong to --model"),
     "untraceable": (["--model", "mine:branches", "--summary"], "cannot be traced by torch.fx (mine.py, line"),
@@ -260,6 +273,15 @@ def test_speeds_are_compared_in_one_run(monkeypatch):
     assert all(found[name][key] > 0 for name in found for key in ("latency_ms", "images_per_second"))
     lines = latency.table(found).splitlines()
     assert len(lines) == 8 and "threads" in lines[-1]
+
+
+def test_a_smaller_file_is_compared_with_what_it_was_made_from(cli, mine, monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS", 0.02)
+    assert cli(*OWN, "--model-type", "prune", "--save", "small.safetensors").code == 0
+    reloaded = ("--model", "mine:small", "--weights", "small.safetensors", "--input-size", "3,16,16")
+    row = json.loads(cli(*reloaded, "--benchmark", "--json", "-").out)
+    found = row["benchmark"]
+    assert found["smaller"]["parameters"] < 0.5 * found["original"]["parameters"]
 
 
 def test_an_experiment_can_be_coupled(pretrained):

@@ -318,6 +318,16 @@ def test_a_chain_cannot_lose_all_its_neurons():
         choose(chain, units(chain), [0], "l1-norm")
 
 
+def test_what_is_left_over_goes_back_over_flat_pieces():
+    """The hull jumps over the budget, and the first neuron that comes back helps nothing by itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))
+    cost = W.Cost(model, units(model), (8,))
+    damage = curve([9, 5, 5, 5, 4.9, 1, 1, 1, 1, 0.9, 0])
+    for kept, best in ((10, 10), (9, 9), (8, 5), (5, 5), (4, 4), (3, 1), (1, 1)):
+        assert W.allocate([damage], cost, cost([kept])) == [best]
+
+
 # ---------------------------------------------------------------- on the command line
 
 LENET = ("--arch", "LeNet_300_100", "--criterion", "l1-norm", "--evaluate", "--json", "-")

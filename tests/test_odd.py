@@ -1,0 +1,238 @@
+"""Networks that are unlike the paper's, and inputs that are odd: each once went wrong."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import rivals
+from decompose import choose, decompose, read, rebuild
+from errors import NeuronMergingError
+from methods import METHODS, Settings
+from models import build, load_checkpoint, save_checkpoint, stored
+from shrink import prunable, shrink, width
+from trace import units
+
+KINDS = ("prune", "merge", "restore")
+
+
+class Tokens(nn.Module):
+    """x + fc2(ReLU(fc1(x))) on tokens [B, T, D], as in a transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.head = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x + self.fc2(F.relu(self.fc1(x)))
+        return self.head(x.mean(1))
+
+
+class Outputs(nn.Module):
+    """Gives what `shape` makes of its three outputs."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.input, self.output, self.shape = nn.Linear(8, 16), nn.Linear(16, 3), shape
+
+    def forward(self, input):
+        return self.shape(self.output(F.relu(self.input(input))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dropped_block_of_tokens_runs_on_any_batch(kind):
+    torch.manual_seed(0)
+    model, x = Tokens().eval(), torch.randn(4, 5, 6)
+    (unit,) = [unit for unit in units(model) if unit.layer == "fc1"]
+    keep = [torch.arange(0 if unit.layer == "fc1" else width(model, unit)) for unit in units(model)]
+    small = METHODS[kind](model, units(model), keep, Settings((5, 6), samples=64))
+    assert small(x).shape == (4, 3) and torch.isfinite(small(x)).all()
+    if kind == "prune":
+        assert torch.allclose(small(x), model.head((x + model.fc2.bias).mean(1)), atol=1e-6)
+    assert small.get_submodule(unit.next).value.shape == (6,)
+
+
+def test_quick_widths_weigh_tokens_by_feature():
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    _, report = shrink(model, 0.5, example_input=(5, 6), compensation="restore", widths="quick", probe_samples=64)
+    assert report.params[1] < report.params[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["uniform", "auto"])
+@pytest.mark.parametrize("shape", [lambda y: (y, y[:, :1]), lambda y: {"logits": y}, lambda y: y[:, 0], lambda y: y])
+def test_any_form_of_output_and_any_name_of_a_layer(shape, rule):
+    """A tuple, a dict, one number a sample; a layer with the name of the forward pass's argument."""
+    torch.manual_seed(0)
+    model = Outputs(shape).eval()
+    small, report = shrink(model, 0.5, example_input=(8,), compensation="restore", widths=rule, probe_samples=64)
+    assert report.widths == [8]
+    wanted, found = (torch.utils._pytree.tree_leaves(net(torch.randn(5, 8))) for net in (model, small))
+    assert [leaf.shape for leaf in wanted] == [leaf.shape for leaf in found]
+
+
+def test_double_precision_and_chosen_widths():
+    torch.manual_seed(0)
+    model = build("ResNet", (8,)).eval().double()
+    small, report = shrink(model, 0.5, example_input=(3, 32, 32), widths="auto", probe_samples=24)
+    assert small(torch.randn(2, 3, 32, 32).double()).dtype == torch.float64
+    assert report.params[1] <= report.params[0]
+
+
+@torch.no_grad()
+def test_parametrized_layers_stay_whole():
+    torch.manual_seed(0)
+    conv = parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    small, report = shrink(model, 0.5, compensation="merge", coupled=True)
+    assert [unit.layer for unit in report.units] == ["2"] and "0" in report.left_out
+    assert small(torch.randn(1, 3, 9, 9)).shape == (1, 4, 3, 3)
+
+
+def test_coupled_channels_and_dropped_blocks_do_not_go_together():
+    model = build("ResNet", (8,)).eval()
+    full = [width(model, unit) for unit in prunable(model, coupled=True)[0]]
+    with pytest.raises(NeuronMergingError, match="where channels are not coupled"):
+        shrink(model, [0, *full[1:]], compensation="prune", coupled=True)
+
+
+class Heads(nn.Module):
+    """Has a second head and reads a feature twice, but only while it is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.aux = nn.Linear(8, 12), nn.Linear(12, 3), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        if self.training:
+            return self.b(x), self.aux(x)
+        return self.b(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_networks_are_read_as_they_are_evaluated(training):
+    model = Heads().train(training)
+    small, report = shrink(model, 0.5, example_input=(8,), widths="auto", probe_samples=64)
+    assert [unit.layer for unit in report.units] == ["a"]
+    assert model.training == small.training == training and model.a.training == training
+
+
+def test_what_a_network_asserts_is_said():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            torch._assert(x.shape[-1] == 8, "eight numbers, please")
+            return self.b(F.relu(self.a(x)))
+
+    with pytest.raises(NeuronMergingError, match=r"does not run on an input of shape \[7\]: eight numbers, please"):
+        shrink(Picky(), 0.5, example_input=(7,), compensation="prune")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": {"params": 0.3}}, "--budget and --drop-blocks are for"),
+        ({"drop_blocks": True}, "--budget and --drop-blocks are for"),
+        ({"widths": "auto", "multiple": 0}, "--multiple 0 has to be at least 1"),
+        ({"probe_samples": -3}, "--probe-samples has to be at least 2"),
+        ({"probe_samples": 0}, "--probe-samples has to be at least 2"),
+        ({"probe": "pink"}, "is for images"),
+        ({"threshold": 3.0}, "is no cosine"),
+        ({"images": torch.randn(4, 8), "compensation": "merge"}, "merge needs no data"),
+    ],
+)
+def test_arguments_that_do_not_go_together(changes, message):
+    model = Outputs(lambda y: y).eval()
+    with pytest.raises(NeuronMergingError, match=message):
+        shrink(model, 0.5, **({"example_input": (8,), "compensation": "restore"} | changes))
+
+
+def test_tied_weights_are_saved_as_safetensors(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    save_checkpoint(tmp_path / "tied.safetensors", model)
+    found = load_checkpoint(tmp_path / "tied.safetensors").state_dict
+    assert torch.equal(found["0.weight"], model[0].weight) and torch.equal(found["2.weight"], model[0].weight)
+
+
+@pytest.mark.parametrize("arch", [("ResNet", (8,)), ("LeNet_300_100", ())])
+def test_lbyl_in_parts_is_lbyl(arch, monkeypatch):
+    torch.manual_seed(0)
+    model = build(*arch).eval()
+    unit = units(model)[-1]
+    neurons = read(model, unit)
+    (keep,) = choose(model, [unit], [len(neurons.W) // 2], "l2-norm")
+    whole = rivals.lbyl(neurons, keep)
+    monkeypatch.setattr(rivals, "ENTRIES", 1)
+    assert torch.allclose(rivals.lbyl(neurons, keep).Z, whole.Z, atol=1e-10)
+    everything = torch.arange(len(neurons.W))
+    assert torch.equal(rivals.lbyl(neurons, everything).Z, torch.eye(len(neurons.W), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("where", ["bias", "running_mean", "running_var", "gamma"])
+def test_numbers_that_are_no_numbers_are_found_everywhere(where):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 5, 1), nn.BatchNorm1d(5),
+                          nn.ReLU(), nn.Conv1d(5, 2, 1)).eval()  # fmt: skip
+    sick = {"bias": model[3].bias, "gamma": model[4].weight}.get(where)
+    with torch.no_grad():
+        (getattr(model[4], where) if sick is None else sick)[1] = float("nan")
+    with pytest.raises(NeuronMergingError, match="has weights that are NaN or infinite"):
+        shrink(model, 0.5, compensation="prune")
+
+
+@torch.no_grad()
+def test_restored_networks_keep_precisions_and_what_is_frozen():
+    """Half-precision convolutions beside float32 BatchNorms; new biases are frozen where everything is."""
+    torch.manual_seed(0)
+    mixed = build("ResNet", (8,)).eval()
+    for module in mixed.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.half()
+    found = units(mixed)
+    keep = choose(mixed, found, [8, 16, 32], "l2-norm")
+    small = METHODS["restore"](mixed, found, keep, Settings((3, 32, 32), samples=16))
+    for name, tensor in small.state_dict().items():
+        assert tensor.dtype == mixed.state_dict()[name].dtype, name
+    frozen = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).eval()
+    frozen.requires_grad_(False)
+    small, _ = shrink(frozen, 0.5, example_input=(8,), compensation="restore", probe_samples=64)
+    assert small[2].bias is not None and not any(p.requires_grad for p in small.parameters())
+
+
+def test_the_smaller_network_shares_nothing_with_the_original():
+    """Not even through a plain attribute that holds parameters."""
+    torch.manual_seed(0)
+    model = build("LeNet_300_100").eval()
+    model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = units(model)
+    before = copy.deepcopy(model.state_dict())
+    small = rebuild(model, found, decompose(model, found, [30, 10], "l1-norm", "merge"))
+    model.ip1.weight.grad = torch.ones_like(model.ip1.weight)
+    small.optimizer.zero_grad()
+    assert model.ip1.weight.grad is not None
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not storages & {p.untyped_storage().data_ptr() for p in small.parameters()}
+
+
+def test_half_precision_is_for_neurons_that_keep_their_weights():
+    layer = nn.Linear(64, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.normal_(0, 0.1)
+        layer.weight[0, 0] = 1e-9  # one weight that vanishes among others is nothing
+        assert stored(layer, 0)["weight"].dtype == torch.float16
+        layer.weight[1] *= 1e-7  # a whole neuron is
+        assert stored(layer, 0)["weight"].dtype == torch.float32
+        layer.weight[1] = 1e6  # too large
+        assert stored(layer, 0)["weight"].dtype == torch.float32
+        layer.weight[1] = 0
+        assert stored(layer, 0)["weight"].dtype == torch.float16
