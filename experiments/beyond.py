@@ -20,7 +20,7 @@ def experiments(grid: Grid) -> Iterator[Experiment]:
 
     VGG-16, whose widths the paper fixes, also with uniform ones.
     """
-    cells = [(criterion, ratio, "published") for criterion in CRITERIA for ratio in grid.ratios]
+    cells = [(criterion, ratio, "published") for criterion in CRITERIA for ratio in grid.beyond]
     cells += [(grid.criterion, ratio, "uniform") for ratio in grid.uniform_ratios]
     for criterion, ratio, widths in cells:
         about = {"criterion": criterion, "ratio": ratio, "widths": widths}

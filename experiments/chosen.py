@@ -19,7 +19,7 @@ RULES = {  # by column: what is changed against the criterion's order and the sa
 
 def experiments(grid: Grid) -> Iterator[Experiment]:
     """By ratio: every compensation with chosen widths, and restoration with chosen neurons too, and without some blocks."""
-    budgets = [{"ratio": ratio} for ratio in grid.ratios]
+    budgets = [{"ratio": ratio} for ratio in grid.beyond]
     if grid.uniform_ratios:  # the paper fixes the widths
         budgets.append({"budget": SMALLEST})
     for budget in budgets:
