@@ -107,7 +107,7 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
             except Exception as error:  # the network's own code runs, on inputs that it may not have been written for
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise NeuronMergingError(
-                    f"{type(model).__name__} has no gradient at inputs of shape {list(x.shape)}: {reason}"
+                    f"{type(model).__name__} does not take inputs of shape {list(x.shape)}: {reason}"
                 ) from error
     g = torch.cat(gradients)
     sides = list(g.shape[2:])
