@@ -199,7 +199,6 @@ def shrink(
     about = replace(experiment, ratio=0.5, budget=None, multiple=1, drop_blocks=False)
     known = {} if known is None else known
     curves, seconds_widths = known.get(about, (None, None))
-    device = next(model.parameters()).device
     shape, named = settings.NETWORKS[experiment.arch].shape, isinstance(experiment.widths, str)
     rule = experiment.widths if experiment.widths in settings.CHOSEN_WIDTHS else "uniform"
     found, _ = prunable(model, experiment.coupled)
@@ -209,7 +208,7 @@ def shrink(
         multiple=experiment.multiple if named else 1, drop_blocks=experiment.drop_blocks, coupled=experiment.coupled,
         threshold=experiment.threshold, lamda=experiment.lamda, probe=experiment.probe,
         probe_samples=experiment.probe_samples, ridge=experiment.ridge, seed=experiment.seed,
-        images=None if images is None else images.to(device), known=curves,
+        images=images, known=curves,
     )  # fmt: skip
     seconds = report.seconds + (seconds_widths or 0.0)
     if experiment.chooses and curves is None:

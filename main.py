@@ -65,8 +65,9 @@ def evaluate(args: argparse.Namespace, experiment: "Experiment", device: "torch.
     row = xp.row(experiment, checkpoint, shrunk, images, device, args.test_batch_size)
     if args.save:
         save(args.save, shrunk.model, row)
-    whole = experiment.network().eval() if shrunk.widths is None else model  # the file may hold a smaller one already
-    return row | xp.taken_out(args, whole.to(device), shrunk.model, settings.NETWORKS[experiment.arch].shape)
+    if args.benchmark and shrunk.widths is None:  # the file may hold a smaller network already
+        model = experiment.network().eval()
+    return row | xp.taken_out(args, model.to(device), shrunk.model, settings.NETWORKS[experiment.arch].shape)
 
 
 def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.device") -> dict[str, Any]:

@@ -146,7 +146,6 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     looked_at = None
     if args.calibrate:
         looked_at = _looked_at(args.calibrate, transforms(args.model, args.weights, shape), args.seed)
-        looked_at = looked_at.to(next(model.parameters()).device)
     if args.model_type != "original":
         named = isinstance(args.widths, str)
         rule = args.widths if args.widths in settings.CHOSEN_WIDTHS else "uniform"
@@ -175,7 +174,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         about = {name: row[name] for name in ("type", "criterion", "ratio", "widths", "input_size") if name in row}
         command = shlex.join(["python", "main.py", *sys.argv[1:]])
         save_checkpoint(args.save, small, math.inf, network=args.model, command=command, **about)
-    if report is None:  # the file may hold a smaller network already: this is what it was made from
+    if args.benchmark and report is None:  # the file may hold a smaller network already: this is what it was made from
         model = build(args.model, args.model_args).eval().to(device)
     return row | taken_out(args, model, small, shape)
 
