@@ -238,7 +238,7 @@ def measure(
     experiment: Experiment,
     images: Images,
     device: torch.device,
-    batch_size: int = 1000,
+    batch_size: int | None = None,
     known: dict[Experiment, tuple[list[Curve], float]] | None = None,
 ) -> dict[str, Any]:
     """Load, compress, evaluate: the result row. `known`: as of `shrink`."""
@@ -261,7 +261,7 @@ def row(
     shrunk: Shrunk,
     images: Images,
     device: torch.device,
-    batch_size: int,
+    batch_size: int | None,
 ) -> dict[str, Any]:
     """Evaluate a compressed network on `images` and put down all that is known of it, as plain JSON values.
 

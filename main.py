@@ -108,19 +108,24 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
         sys.exit(0)
     shrunk.model.load_state_dict(stored(shrunk.model))  # what is measured is what is saved
     row = xp.row(experiment, start, shrunk, test, device, args.test_batch_size)
-    save(target, shrunk.model, row | {"epochs": last["epoch"]})
+    before = start.about if start else {}
+    save(target, shrunk.model, row | {"epochs": last["epoch"] + before.get("epochs", 0)}, before.get("command"))
     print(f"saved {target}", file=sys.stderr)
     state.unlink(missing_ok=True)
     return row | {"checkpoint": target.name, "checkpoint_sha256": sha256(target)}
 
 
-def save(path: Path, model: "torch.nn.Module", row: dict[str, Any]) -> None:
-    """Write the network with what makes it reloadable and what is known of it."""
+def save(path: Path, model: "torch.nn.Module", row: dict[str, Any], before: str | None = None) -> None:
+    """Write the network with what makes it reloadable and what is known of it, and the commands that made it.
+
+    `before`: the command that made the network which this one was trained from.
+    """
     from models import save_checkpoint
 
     names = ("arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths", "coupled", "epochs", "versions")
     about = {name: row[name] for name in names if row.get(name) is not None}
-    save_checkpoint(path, model, acc=row["accuracy"], command=shlex.join(["python", "main.py", *sys.argv[1:]]), **about)
+    command = shlex.join(["python", "main.py", *sys.argv[1:]])
+    save_checkpoint(path, model, acc=row["accuracy"], command=f"{before} && {command}" if before else command, **about)
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -220,7 +220,12 @@ def parser() -> Parser:
         "--log-interval", type=int, default=0, metavar="N", help="also print the loss every N batches"
     )
     machine = p.add_argument_group("machine")
-    machine.add_argument("--test-batch-size", type=int, metavar="B", help="[1000; 64 for a folder of images]")
+    machine.add_argument(
+        "--test-batch-size",
+        type=int,
+        metavar="B",
+        help="[64 for a folder of images and for convolutions on a CPU, else 1000]",
+    )
     machine.add_argument("--seed", type=int, default=1, help="of training, made-up inputs and fold [%(default)s]")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
     machine.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
@@ -230,6 +235,8 @@ def parser() -> Parser:
 def recipe(args: argparse.Namespace) -> settings.Recipe:
     """The network's recipe with what the command line says instead. Raises NeuronMergingError for senseless numbers."""
     chosen = settings.recipe(args.arch, args.recipe)
+    if args.retrain or args.pretrained or args.model_type != "original":
+        chosen = replace(chosen, sizes=())  # what is trained already needs no small images first
     for name in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gammas"):
         value = getattr(args, name)
         if value is not None:
@@ -262,9 +269,11 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError(f"unknown network {args.arch!r}: choose one of {', '.join(settings.NETWORKS)}")
     if not 0 <= args.pruning_ratio < 1:
         raise NeuronMergingError(f"--pruning-ratio {args.pruning_ratio} is outside [0, 1)")
-    if args.test_batch_size is None:
-        args.test_batch_size = 64 if (args.dataset or "").startswith("imagefolder:") else 1000
-    if args.test_batch_size < 1 or args.log_interval < 0 or not 0 <= args.seed < 2**32:
+    if (
+        (args.test_batch_size is not None and args.test_batch_size < 1)
+        or args.log_interval < 0
+        or not 0 <= args.seed < 2**32
+    ):
         raise NeuronMergingError(
             "--test-batch-size has to be at least 1, --log-interval at least 0, --seed in [0, 2**32)"
         )

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import data
 import settings
 from errors import NeuronMergingError
+from evaluate import CPU_BATCH, fused
 from evaluate import accuracy as on_images
 from experiment import placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
@@ -115,7 +116,7 @@ def transforms(spec: str, weights: str | None, shape: tuple[int, ...]) -> Callab
 
 @torch.inference_mode()
 def accuracy(
-    model: nn.Module, folder: Path, transform: Callable[[Any], Tensor], device: torch.device, batch_size: int
+    model: nn.Module, folder: Path, transform: Callable[[Any], Tensor], device: torch.device, batch_size: int | None
 ) -> tuple[int, int]:
     """(correct, total) on the images of `folder`, a folder for each class, in the order of the network's outputs."""
     from torchvision.datasets import ImageFolder
@@ -124,9 +125,9 @@ def accuracy(
         raise NeuronMergingError(f"--dataset imagefolder:{folder} is no folder")
     with _said(f"--dataset imagefolder:{folder}"):
         images = ImageFolder(str(folder), transform)
-        model.eval()
+        model = fused(model.eval())
         correct = 0
-        loader = torch.utils.data.DataLoader(images, batch_size, num_workers=min(8, os.cpu_count() or 1))
+        loader = torch.utils.data.DataLoader(images, batch_size or CPU_BATCH, num_workers=min(8, os.cpu_count() or 1))
         for x, labels in tqdm(loader, "evaluate", unit="batch", leave=False, disable=None):
             correct += int((model(x.to(device)).argmax(1).cpu() == labels).sum())
     return correct, len(images)

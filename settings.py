@@ -97,7 +97,8 @@ def recipe(arch: str, name: str = "published") -> Recipe:
     """The published recipe of a network, or the `fast` one: one cycle, Nesterov, label smoothing, decay of weights only.
 
     The fast one also shows convolutional networks small images first, at a quarter and about half of the price: the last
-    three tenths of the training see them in full size (progressive resizing: Howard 2018, Tan & Le 2021).
+    three tenths of the training see them in full size (progressive resizing: Howard 2018, Tan & Le 2021). Not when it
+    fine-tunes.
     """
     published = LENET if arch == "LeNet_300_100" else CIFAR
     if name == "published":

@@ -131,6 +131,8 @@ def train(
         saved = _read_state(state, identity)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        for group in optimizer.param_groups:
+            group["fused"] = optimizer.defaults["fused"]  # the state may come from another device
         epoch, step, rows, seen = saved["epoch"], saved["step"], saved["rows"], saved["seen"].to(device)
         torch.set_rng_state(saved["rng"])
         if device.type == "cuda" and "rng_cuda" in saved:  # not in the state of a run that began on a CPU
@@ -215,8 +217,10 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     decayed = [p for p in model.parameters() if recipe.decay_all or p.ndim > 1]
     others = [p for p in model.parameters() if not (recipe.decay_all or p.ndim > 1)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    device = next(model.parameters()).device.type
+    fused = device in ("cpu", "cuda")  # one pass over the weights: of VGG-16 on CPUs, five passes are a tenth of the time
     return torch.optim.SGD(
-        [g for g in groups if g["params"]], lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov
+        [g for g in groups if g["params"]], recipe.lr, recipe.momentum, nesterov=recipe.nesterov, fused=fused
     )
 
 

@@ -36,19 +36,11 @@ def entry(title: str, experiment: Experiment, split: str) -> dict[str, Any]:
     """Evaluate the file as it is shipped, on the `split` of its data set, and put down what it says of itself."""
     path = experiment.pretrained
     about = load_checkpoint(path).about
-    made = shlex.split(about.get("command") or "")
-    for option, wanted in (
-        ("--save", f"pretrained/{path.name}"),
-        ("--data", None),
-    ):  # where it was made is not where it is
-        if option in made:
-            place = made.index(option)
-            made[place : place + 2] = [] if wanted is None else [option, wanted]
-    made = [part for part in made if part != "--resume"]
+    made = " && ".join(_as_shipped(part, path.name) for part in (about.get("command") or "").split(" && "))
     row = measure(experiment, load(experiment.dataset, split, settings.data_folder()), torch.device("cpu"))
     return {
         "what": f"{title}, epoch {about.get('epochs')} (the last)",
-        "command": shlex.join(made),
+        "command": made,
         "accuracy": row["accuracy"],
         "correct": row["correct"],
         "total": row["total"],
@@ -57,6 +49,16 @@ def entry(title: str, experiment: Experiment, split: str) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "sha256": row["checkpoint_sha256"],
     }
+
+
+def _as_shipped(made: str, name: str) -> str:
+    """A training command for whoever repeats it: where it was made is not where it is."""
+    parts = [part for part in shlex.split(made) if part != "--resume"]
+    for option, wanted in (("--save", f"pretrained/{name}"), ("--data", None)):
+        if option in parts:
+            place = parts.index(option)
+            parts[place : place + 2] = [] if wanted is None else [option, wanted]
+    return shlex.join(parts)
 
 
 def workbench() -> Experiment:
