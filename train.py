@@ -218,10 +218,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     others = [p for p in model.parameters() if not (recipe.decay_all or p.ndim > 1)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     device = next(model.parameters()).device.type
-    fused = device in (
-        "cpu",
-        "cuda",
-    )  # one pass over the weights instead of five, which take VGG-16 a tenth of its time
+    fused = device in ("cpu", "cuda")  # one pass over the weights, not five: those are a tenth of VGG-16's time on CPUs
     return torch.optim.SGD(
         [g for g in groups if g["params"]], recipe.lr, recipe.momentum, nesterov=recipe.nesterov, fused=fused
     )

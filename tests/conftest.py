@@ -71,7 +71,11 @@ def cli(capsys):
 def network(request) -> torch.nn.Module:
     """Each of the four families with BatchNorm statistics as if it had seen data, in evaluation mode."""
     torch.manual_seed(0)
-    model = build(*request.param)
+    return with_statistics(build(*request.param))
+
+
+def with_statistics(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with BatchNorms as if it had been trained, in evaluation mode."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

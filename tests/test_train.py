@@ -274,6 +274,27 @@ def test_a_state_belongs_to_one_experiment(cli, fashion, tmp_path, pretrained, m
     assert cli("--model-type", "prune", *options, "--resume").code == 0
 
 
+def test_what_was_trained_twice_says_both_commands_and_shows_no_small_images(cli, fashion, tmp_path, monkeypatch):
+    from experiments.manifest import _as_shipped
+    from models import load_checkpoint
+    from options import parser, recipe
+
+    made = tmp_path / "made.pth.tar"
+    for options in ((), ("--retrain", "--pretrained", made)):
+        command = ["--recipe", "fast", "--epochs", 1, *options, "--save", made]
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, command)])
+        assert cli(*command).code == 0
+    about = load_checkpoint(made).about
+    first, second = about["command"].split(" && ")
+    assert first == f"python main.py --recipe fast --epochs 1 --save {made}"
+    assert second == f"python main.py --recipe fast --epochs 1 --retrain --pretrained {made} --save {made}"
+    assert about["epochs"] == 2
+    assert _as_shipped(f"{first} --data /tmp/x --resume", "y") == first.replace(str(made), "pretrained/y")
+    line = ["--arch", "VGG", "--recipe", "fast"]
+    assert recipe(parser().parse_args(line)).sizes
+    assert not recipe(parser().parse_args([*line, "--retrain"])).sizes
+
+
 def test_what_is_saved_is_what_is_measured(monkeypatch, tmp_path):
     """Half precision where it holds the weights; where one would overflow or vanish, the tensor stays float32."""
     from models import checkpoint
