@@ -105,24 +105,28 @@ def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[P
     """Draw the mean accuracy of uniform and of chosen widths against parameters, left, and MACs, right."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     original = next(row for row in measured if row["type"] == "original")
+    fixed = "the paper's widths" if grid.uniform_ratios else "uniform"
     for axis, size, name in zip(axes, ("params", "macs"), ("parameters", "MACs")):
         for kind in chosen.KINDS:
             color, marker, _ = STYLES[kind]
-            for rule, dash in (("uniform", ":"), ("auto", "-")):
+            for rule, label, dash, filled in (("uniform", fixed, ":", "white"), ("auto", "auto", "-", color)):
                 points: dict[str, list[Row]] = {}
                 for row in measured:
                     if (row["type"], chosen.rule(grid, row)) == (kind, rule):
                         points.setdefault(ratio(row), []).append(row)
                 drawn = [(mean(r[size] for r in p) / 1e6, mean(r["accuracy"] for r in p)) for p in points.values()]
                 if drawn:
-                    axis.plot(*zip(*sorted(drawn)), color=color, marker=marker, linestyle=dash, label=f"{kind}, {rule}")
+                    axis.plot(*zip(*sorted(drawn)), color=color, marker=marker, markerfacecolor=filled, linestyle=dash,
+                              label=f"{kind}, {label}")  # fmt: skip
         axis.plot(original[size] / 1e6, original["accuracy"], "k*", markersize=10, label="original")
         axis.set_xlabel(f"{name} (millions)")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"{grid.title}, {grid.criterion}: uniform widths and widths chosen without data")
+    figure.suptitle(
+        f"{grid.title}, {grid.criterion}: {fixed.removesuffix(' widths')} widths and widths chosen without data"
+    )
     write(figure, paths)
 
 
