@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import settings
 from errors import NeuronMergingError
 from files import check_writable, write_atomically
-from options import check, parser, recipe
+from options import check, from_scratch, parser, recipe
 
 if TYPE_CHECKING:  # PyTorch is imported where it is needed: --help and a wrong flag do not wait for it
     import torch
@@ -82,7 +82,7 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
 
     torch.manual_seed(args.seed)
     name = settings.checkpoint_name(args.arch, experiment.depth_wide, args.dataset)
-    if args.model_type == "original" and args.pretrained is None and not args.retrain:
+    if from_scratch(args):
         start, shrunk = None, xp.Shrunk(experiment.network(), None, 0.0)
     else:
         model, start = xp.load(experiment)
@@ -109,7 +109,9 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
     shrunk.model.load_state_dict(stored(shrunk.model))  # what is measured is what is saved
     row = xp.row(experiment, start, shrunk, test, device, args.test_batch_size)
     before = start.about if start else {}
-    save(target, shrunk.model, row | {"epochs": last["epoch"] + before.get("epochs", 0)}, before.get("command"))
+    earlier = before.get("epochs")
+    epochs = last["epoch"] + (earlier if isinstance(earlier, int) else 0)  # a file of others' may say anything
+    save(target, shrunk.model, row | {"epochs": epochs}, before.get("command"))
     print(f"saved {target}", file=sys.stderr)
     state.unlink(missing_ok=True)
     return row | {"checkpoint": target.name, "checkpoint_sha256": sha256(target)}

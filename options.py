@@ -232,10 +232,15 @@ def parser() -> Parser:
     return p
 
 
+def from_scratch(args: argparse.Namespace) -> bool:
+    """Whether training would start from random weights, not from a checkpoint."""
+    return args.model_type == "original" and args.pretrained is None and not args.retrain
+
+
 def recipe(args: argparse.Namespace) -> settings.Recipe:
     """The network's recipe with what the command line says instead. Raises NeuronMergingError for senseless numbers."""
     chosen = settings.recipe(args.arch, args.recipe)
-    if args.retrain or args.pretrained or args.model_type != "original":
+    if not from_scratch(args):
         chosen = replace(chosen, sizes=())  # what is trained already needs no small images first
     for name in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gammas"):
         value = getattr(args, name)

@@ -105,11 +105,11 @@ def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[P
     """Draw the mean accuracy of uniform and of chosen widths against parameters, left, and MACs, right."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     original = next(row for row in measured if row["type"] == "original")
-    fixed = "the paper's widths" if grid.uniform_ratios else "uniform"
+    fixed = "the paper's widths" if grid.uniform_ratios else "uniform widths"
     for axis, size, name in zip(axes, ("params", "macs"), ("parameters", "MACs")):
         for kind in chosen.KINDS:
             color, marker, _ = STYLES[kind]
-            for rule, label, dash, filled in (("uniform", fixed, ":", "white"), ("auto", "auto", "-", color)):
+            for rule, label, dash, filled in (("uniform", fixed, ":", "white"), ("auto", "chosen widths", "-", color)):
                 points: dict[str, list[Row]] = {}
                 for row in measured:
                     if (row["type"], chosen.rule(grid, row)) == (kind, rule):
@@ -124,9 +124,7 @@ def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[P
     axes[0].set_ylabel("test accuracy (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(
-        f"{grid.title}, {grid.criterion}: {fixed.removesuffix(' widths')} widths and widths chosen without data"
-    )
+    figure.suptitle(f"{grid.title}, {grid.criterion}: {fixed} and widths chosen without data")
     write(figure, paths)
 
 

@@ -17,7 +17,7 @@ from methods import METHODS, Settings
 from models import build
 from restore import Options, Ridge, restore
 from rivals import fold, lbyl, reestimate
-from tests.conftest import example
+from tests.conftest import example, with_statistics
 from tests.test_rebuild import plant_multiples, without_batchnorm
 from trace import units
 from walk import Walk, matrix, patches
@@ -38,14 +38,7 @@ NARROW = {  # one of each family, thin: what is tested does not depend on the wi
 def network(request):
     torch.manual_seed(0)
     arch, depth_wide, widths = NARROW[request.param]
-    model = build(arch, depth_wide, widths=widths)
-    with torch.no_grad():
-        for bn in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            bn.weight.uniform_(0.5, 1.5)
-            bn.bias.normal_(0, 0.3)
-            bn.momentum = 1.0
-        model.train()(example(model, 64))
-    return model.eval()
+    return with_statistics(build(arch, depth_wide, widths=widths))
 
 
 def widths_of(model, found):

@@ -290,6 +290,10 @@ def test_what_was_trained_twice_says_both_commands_and_shows_no_small_images(cli
     assert second == f"python main.py --recipe fast --epochs 1 --retrain --pretrained {made} --save {made}"
     assert about["epochs"] == 2
     assert _as_shipped(f"{first} --data /tmp/x --resume", "y") == first.replace(str(made), "pretrained/y")
+    others = torch.load(made, weights_only=True) | {"epochs": "thirty"}  # a file of others' may say anything
+    torch.save(others, made)
+    assert cli("--retrain", "--recipe", "fast", "--epochs", 1, "--pretrained", made, "--save", made).code == 0
+    assert load_checkpoint(made).about["epochs"] == 1
     line = ["--arch", "VGG", "--recipe", "fast"]
     assert recipe(parser().parse_args(line)).sizes
     assert not recipe(parser().parse_args([*line, "--retrain"])).sizes
