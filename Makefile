@@ -1,6 +1,7 @@
 # Everything runs in .venv, which the first target that needs it makes. `make` lists the targets.
 PYTHON ?= python3
 RUN := .venv/bin/python
+FUZZ ?= 1000
 export PYTHONPATH := $(CURDIR)
 
 help: ## list these targets
@@ -11,6 +12,9 @@ demo: .venv/runtime ## the paper's LeNet table, measured here, beside the publis
 
 test: .venv/test lint ## set up, check style, run all tests
 	@$(RUN) -m pytest -n auto
+
+fuzz: .venv/test ## random networks and command lines, FUZZ of each kind, with counts
+	@NEURON_MERGING_FUZZ=$(FUZZ) $(RUN) -m pytest tests/test_fuzz.py --hypothesis-show-statistics
 
 lint: .venv/test ## ruff
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
@@ -65,4 +69,4 @@ clean: ## remove the environment and everything a run leaves behind
 	@touch $@
 
 .NOTPARALLEL: # rows before tables
-.PHONY: help demo test lint rows features reproduce tables check-tables manifest tuning zoo sketch bench bench-train clean
+.PHONY: help demo test fuzz lint rows features reproduce tables check-tables manifest tuning zoo sketch bench bench-train clean

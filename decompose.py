@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from blocks import drop
+from blocks import drop as drop_block
 from errors import NeuronMergingError
 from trace import CONVS, Unit
 
@@ -30,6 +30,11 @@ class BatchNorm:
     mu: Tensor
     var: Tensor
     eps: float
+
+    @property
+    def gain(self) -> Tensor:
+        """γ / √(v + ε), [N]."""
+        return self.gamma / (self.var + self.eps).sqrt()
 
     def of(self, index: Tensor, column: bool = False) -> tuple[Tensor, ...]:
         """γ, β, μ, v and σ = √(v + ε) of the neurons `index` [K]: each [K], or [K, 1] as a column."""
@@ -82,8 +87,12 @@ CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"l1-norm": l1_norm, "l2-norm"
 
 def select(W: Tensor, P: int, criterion: str) -> Tensor:
     """Indices [P], ascending, of the neurons of W [N, D] with the largest score; of equal ones the first stay."""
-    scores = CRITERIA[criterion](W)
-    return scores.argsort(descending=True, stable=True)[:P].sort().values
+    return ranked(CRITERIA[criterion](W))[:P].sort().values
+
+
+def ranked(scores: Tensor) -> Tensor:
+    """Indices [N], those of the largest scores [N] first, of equal ones in their order."""
+    return scores.argsort(descending=True, stable=True)
 
 
 # ---------------------------------------------------------------- compensation: the scaling matrix Z
@@ -152,8 +161,8 @@ def effective(neurons: Neurons) -> Tensor:
     """What the neurons compute, their BatchNorm included: weights and constant, [N, D + 1] (or W, without BatchNorm)."""
     if neurons.bn is None:
         return neurons.W
-    gain = neurons.bn.gamma / (neurons.bn.var + neurons.bn.eps).sqrt()
-    return torch.cat([neurons.W * gain[:, None], (neurons.bn.beta - gain * neurons.bn.mu)[:, None]], 1)
+    bn = neurons.bn
+    return torch.cat([neurons.W * bn.gain[:, None], (bn.beta - bn.gain * bn.mu)[:, None]], 1)
 
 
 def only_twins(Z: Tensor) -> Tensor:
@@ -248,10 +257,15 @@ def compensate(
 def _check(units: Sequence[Unit], each: Sequence, compensation: str = "prune", criterion: str | None = None) -> None:
     if criterion is not None and criterion not in CRITERIA:
         raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
-    if compensation not in COMPENSATIONS:
-        raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(COMPENSATIONS)}")
     if len(each) != len(units):
         raise NeuronMergingError(f"{len(each)} widths for {len(units)} units")
+    check_compensation(units, compensation)
+
+
+def check_compensation(units: Sequence[Unit], compensation: str) -> None:
+    """Raises NeuronMergingError for an unknown compensation, or one that an activation behind some unit does not let pass."""
+    if compensation not in COMPENSATIONS:
+        raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(COMPENSATIONS)}")
     bent = next((unit for unit in units if unit.activation), None)
     if bent is not None and compensation != "prune":
         raise NeuronMergingError(
@@ -260,17 +274,20 @@ def _check(units: Sequence[Unit], each: Sequence, compensation: str = "prune", c
         )
 
 
+def check_width(layer: str, P: int, N: int, least: int = 1) -> None:
+    """Raises NeuronMergingError where P of N neurons of a layer cannot be kept."""
+    if not least <= P <= N:
+        raise NeuronMergingError(f"{P} of {N} neurons cannot be kept in {layer}: give {least} to {N}")
+
+
 def _pick(unit: Unit, seen: Neurons, P: int, criterion: str) -> Tensor:
-    N = len(seen.W)
-    if not (0 if unit.branch else 1) <= P <= N:
-        raise NeuronMergingError(f"{P} of {N} neurons cannot be kept in {unit.layer}: give 1 to {N}")
+    check_width(unit.layer, P, len(seen.W), least=0 if unit.branch else 1)
     return select(seen.W, P, criterion)
 
 
 def _part(seen: Neurons, keep: Tensor, compensation: str, t: float, lam: float) -> Decomposition:
-    return COMPENSATIONS[compensation if len(keep) else "prune"](
-        seen, keep, t=t, lam=lam
-    )  # or nobody is left to merge with
+    kind = compensation if len(keep) else "prune"  # or nobody is left to merge with
+    return COMPENSATIONS[kind](seen, keep, t=t, lam=lam)
 
 
 def read(model: nn.Module, unit: Unit) -> Neurons:
@@ -278,15 +295,17 @@ def read(model: nn.Module, unit: Unit) -> Neurons:
     return neurons(model, unit.layer, unit.bn, unit.relu)
 
 
-def neurons(model: nn.Module, name: str, bn: str | None = None, relu: bool = False) -> Neurons:
-    """The neurons of the layer `name` with the BatchNorm `bn` behind it, in float64; raises as `read` does."""
+def neurons(
+    model: nn.Module, name: str, bn: str | None = None, relu: bool = False, part: slice = slice(None)
+) -> Neurons:
+    """The neurons of the layer `name` with this part of the BatchNorm `bn` behind it, in float64; raises as `read` does."""
     layer = model.get_submodule(name)
     W = layer.weight.detach().double().flatten(1)
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
     _check_finite(name, W, bias)
     if bn is None:
         return Neurons(W if layer.bias is None else torch.cat([W, bias[:, None]], 1), None, relu)
-    norm = batchnorm(model.get_submodule(bn))
+    norm = batchnorm(model.get_submodule(bn), part)
     _check_finite(bn, norm.gamma, norm.beta, norm.mu, norm.var)
     return Neurons(W, replace(norm, mu=norm.mu - bias), relu)
 
@@ -296,11 +315,11 @@ def _check_finite(name: str, *values: Tensor) -> None:
         raise NeuronMergingError(f"{name} has weights that are NaN or infinite")
 
 
-def batchnorm(bn: nn.Module) -> BatchNorm:
-    """A BatchNorm's numbers in float64."""
-    mu, var = bn.running_mean.double(), bn.running_var.double()
-    gamma = torch.ones_like(mu) if bn.weight is None else bn.weight.detach().double()
-    beta = torch.zeros_like(mu) if bn.bias is None else bn.bias.detach().double()
+def batchnorm(bn: nn.Module, part: slice = slice(None)) -> BatchNorm:
+    """A BatchNorm's numbers for part of its channels, in float64."""
+    mu, var = bn.running_mean[part].double(), bn.running_var[part].double()
+    gamma = torch.ones_like(mu) if bn.weight is None else bn.weight.detach()[part].double()
+    beta = torch.zeros_like(mu) if bn.bias is None else bn.bias.detach()[part].double()
     return BatchNorm(gamma, beta, mu, var, bn.eps)
 
 
@@ -321,7 +340,7 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
         _absorb(small, unit, part)
     for unit, part in zip(units, parts):
         if not len(part.keep):
-            drop(small, unit)
+            drop_block(small, unit)
     return small
 
 
@@ -331,9 +350,7 @@ def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
     constant = None
     if part.shift is not None:
         W = layer.weight.detach().double().reshape(len(layer.weight), N, -1)
-        constant = (
-            W.sum(2) @ part.shift
-        )  # [M]; at the borders of zero-padded convolutions and mean pools an approximation
+        constant = W.sum(2) @ part.shift  # [M]; an approximation at borders that are padded with zeros
     absorb(layer, part.Z)
     if constant is None:
         return
@@ -352,9 +369,7 @@ def absorb(layer: nn.Module, Z: Tensor, channels: int | None = None, offset: int
     """
     N = Z.shape[1]
     M, rest = layer.weight.shape[0], layer.weight.shape[2:]
-    W = (
-        layer.weight.detach().double().reshape(M, channels or N, -1)
-    )  # [M, C, k]: kernel positions, or inputs per channel
+    W = layer.weight.detach().double().reshape(M, channels or N, -1)  # [M, C, k]: k places of a kernel, or inputs
     if W.shape[1] == N:
         W = _times(W, Z)
     else:

@@ -72,12 +72,12 @@ def fused(model: nn.Module) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers: weights, biases, γ and β; no running statistics."""
+    """Weights, biases, γ and β; no running statistics."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of convolutions and linear layers for one input of `shape` (without the batch)."""
+    """Multiply-accumulates of convolutions and matrix products for one input of `shape` (without the batch)."""
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *shape))

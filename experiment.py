@@ -79,7 +79,7 @@ class Experiment:
             )
         if not 0 <= self.ratio < 1:
             raise NeuronMergingError(f"--pruning-ratio {self.ratio} is outside [0, 1)")
-        method = settings.METHODS.get((self.arch, self.dataset), settings.DEFAULT_METHOD)
+        method = settings.MERGING.get((self.arch, self.dataset), settings.DEFAULT_MERGING)
         for name, default in (
             ("depth_wide", network.depth_wide),
             ("threshold", method.threshold),
@@ -94,7 +94,7 @@ class Experiment:
             raise NeuronMergingError(
                 f"{self.model_type} measures BatchNorm on real images: give --calibrate, such as {self.dataset}:512"
             )
-        if self.calibrate is not None and self.model_type not in (*LOOKING, "restore"):
+        if self.calibrate is not None and self.model_type not in (*LOOKING, "restore") and not self.chooses:
             raise NeuronMergingError(
                 f"--calibrate is for restore, {' and '.join(LOOKING)}: {self.model_type} needs no data"
             )
@@ -102,9 +102,13 @@ class Experiment:
     @property
     def effective_ratio(self) -> float | None:
         """The ratio that decides the widths; None where they are given, chosen by hand (VGG-16), or nothing is dropped."""
-        by_hand = self.widths != "uniform" and self.published_widths is not None and not self.coupled
         given = not isinstance(self.widths, str) or self.budget is not None
-        return None if self.model_type == "original" or by_hand or given else self.ratio
+        return None if self.model_type == "original" or self.by_hand or given else self.ratio
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether the widths, or the cost that chosen ones may have, are those that the paper picked by hand."""
+        return self.widths != "uniform" and self.published_widths is not None and not self.coupled
 
     @property
     def chooses(self) -> bool:
@@ -229,7 +233,7 @@ def kept_widths(model: nn.Module, found: Sequence[Unit | Stream], experiment: Ex
                 f"--widths has {len(experiment.widths)} numbers, {experiment.arch} has {len(full)} units"
             )
         return list(experiment.widths)
-    if experiment.widths != "uniform" and experiment.published_widths is not None and not experiment.coupled:
+    if experiment.by_hand:
         return list(experiment.published_widths)
     return settings.uniform_widths(experiment.arch, experiment.depth_wide, full, experiment.ratio)
 
@@ -240,15 +244,16 @@ def measure(
     device: torch.device,
     batch_size: int | None = None,
     known: dict[Experiment, tuple[list[Curve], float]] | None = None,
+    root: Path | None = None,
 ) -> dict[str, Any]:
-    """Load, compress, evaluate: the result row. `known`: as of `shrink`."""
+    """Load, compress, evaluate: the result row. `known`: as of `shrink`; root: as of `calibration`."""
     model, checkpoint = load(experiment)
-    shrunk = shrink(placed(model, device), experiment, calibration(experiment), known)
+    shrunk = shrink(placed(model, device), experiment, calibration(experiment, root), known)
     return row(experiment, checkpoint, shrunk, images, device, batch_size)
 
 
 def calibration(experiment: Experiment, root: Path | None = None) -> Tensor | None:
-    """The network inputs [N, …] that `experiment.calibrate` names, None where it names none."""
+    """The network inputs [N, …] that `experiment.calibrate` names, None where it names none. root: folder of the data sets."""
     if experiment.calibrate is None:
         return None
     images = data.calibration(experiment.calibrate, experiment.dataset, root or settings.data_folder(), experiment.seed)

@@ -3,71 +3,81 @@
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from errors import NeuronMergingError
+from errors import NeuronMergingError, reason
 from files import write_atomically
 from settings import EXPORTS
 
 TOLERANCE = 1e-4  # of the largest output
+CHECKED = (1, 3)  # inputs a batch
+Run = Callable[[Tensor], Any]
 
 
 def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
     """Write `model` in the format of the ending of `path`, for any batch size; the largest error of the file's outputs.
 
-    shape: of one input, without the batch. The file is loaded again and run on a batch of another size; errors are relative to
-    the largest output. Raises NeuronMergingError where a package is missing, the network cannot be exported, or an output is
+    shape: of one input, without the batch. The file is loaded again and run on batches of `CHECKED` inputs; errors are relative
+    to the largest output. Raises NeuronMergingError where a package is missing, the network cannot be exported, or an output is
     off by more than `TOLERANCE`.
     """
     if path.suffix not in EXPORTS:
         raise NeuronMergingError(f"{path}: name a file that ends in {', '.join(EXPORTS)}")
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     random = torch.Generator().manual_seed(0)
-    example, other = (torch.randn(count, *shape, generator=random) for count in (2, 3))
+    example, *batches = (torch.randn(count, *shape, generator=random) for count in (2, *CHECKED))
     write = {".onnx": _onnx, ".pt2": _pt2, ".pt": _torchscript}[path.suffix]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of interest to PyTorch's developers
         try:
-            content, found = write(model, example, other)
+            content, again = write(model, example)
+            off = max(_off(again(x), model(x)) for x in batches)
         except ModuleNotFoundError as error:
             raise NeuronMergingError(
                 f"{EXPORTS[path.suffix]} needs the package {error.name}: pip install onnx onnxscript onnxruntime"
             ) from error
         except Exception as error:  # the exporters run the user's code and raise whatever it does
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise NeuronMergingError(
-                f"{type(model).__name__} cannot be exported to {EXPORTS[path.suffix]}: {reason}"
+                f"{type(model).__name__} cannot be exported to {EXPORTS[path.suffix]}: {reason(error)}"
             ) from error
-        wanted = model(other)
-    off = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
     if not off <= TOLERANCE:
         raise NeuronMergingError(f"{path} was not written: its outputs would be off by {off:.1e}")
     write_atomically(path, lambda file: file.write(content))
     return off
 
 
-# Each writes to memory (torch.jit.save ends the process where a disk is full), reads that again and runs it on `other`.
+def _off(found: Any, wanted: Any) -> float:
+    """The largest error of any output, relative to the largest value of that one."""
+    pairs = list(zip(tree_leaves(found), tree_leaves(wanted), strict=True))
+    return max(float((f - w).abs().max() / w.abs().max().clamp(min=1e-12)) for f, w in pairs)
 
 
-def _onnx(model: nn.Module, example: Tensor, other: Tensor) -> tuple[bytes, Tensor]:
+# Each writes to memory (torch.jit.save ends the process where a disk is full); the bytes, and what runs them once read again.
+
+
+def _onnx(model: nn.Module, example: Tensor) -> tuple[bytes, Run]:
     import onnxruntime
 
     program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content)
-    return content, torch.from_numpy(session.run(None, {session.get_inputs()[0].name: other.numpy()})[0])
+    name = session.get_inputs()[0].name
+    return content, lambda x: [torch.from_numpy(output) for output in session.run(None, {name: x.numpy()})]
 
 
-def _pt2(model: nn.Module, example: Tensor, other: Tensor) -> tuple[bytes, Tensor]:
+def _pt2(model: nn.Module, example: Tensor) -> tuple[bytes, Run]:
     batch, file = torch.export.Dim("batch", max=2**16), io.BytesIO()
     torch.export.save(torch.export.export(model, (example,), dynamic_shapes=({0: batch},)), file)
-    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()(other)
+    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 
 
-def _torchscript(model: nn.Module, example: Tensor, other: Tensor) -> tuple[bytes, Tensor]:
+def _torchscript(model: nn.Module, example: Tensor) -> tuple[bytes, Run]:
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(model, example), file)
-    return file.getvalue(), torch.jit.load(io.BytesIO(file.getvalue()))(other)
+    return file.getvalue(), torch.jit.load(io.BytesIO(file.getvalue()))

@@ -1,12 +1,13 @@
 """Files that are written whole or not at all."""
 
+import glob
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from errors import NeuronMergingError
+from errors import NeuronMergingError, reason
 
 
 def check_writable(path: Path) -> None:
@@ -17,7 +18,7 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -38,8 +39,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.replace(partial, path)
         finally:
             Path(partial).unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise _cannot_write(path, error) from error
+    except (OSError, RuntimeError) as error:  # the latter from torch.save
+        raise cannot_write(path, error) from error
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what killed writers of `path` have left behind. For a process that is alone in writing it."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if partial.name.count(".") == path.name.count(".") + 3:  # else it is that of a longer name
+            partial.unlink(missing_ok=True)
 
 
 def _regular(path: Path) -> Path:
@@ -51,9 +59,12 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _cannot_write(path: Path, error: Exception) -> NeuronMergingError:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return NeuronMergingError(f"cannot write {path}: {reason}; check the folder's permission and the space left")
+def cannot_write(path: Path, error: Exception) -> NeuronMergingError:
+    """What to say where a file could not be written."""
+    while not isinstance(error, OSError) and error.__context__ is not None:  # torch.save wraps it in words of its own
+        error = error.__context__
+    why = getattr(error, "strerror", None) or reason(error)
+    return NeuronMergingError(f"cannot write {path}: {why}; check the folder's permission and the space left")
 
 
 def _umask() -> int:

@@ -4,7 +4,6 @@ import io
 import math
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ REPEATS = 7
 def compare(networks: dict[str, nn.Module], shape: tuple[int, ...], batch: int = 64) -> dict[str, dict[str, Any]]:
     """By name: latency of one input and throughput of a `batch` (medians of rounds in which the networks take turns), sizes.
 
-    shape: of one input, without the batch. All run in float32 on the device where they lie.
+    shape: of one input, without the batch. All run in their own precision, on the device where they lie.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, model in networks.items():
@@ -42,12 +41,14 @@ def compare(networks: dict[str, nn.Module], shape: tuple[int, ...], batch: int =
             one = statistics.median(times)
             found[name][label] = round(1000 * one, 4) if count == 1 else round(count / one, 1)
     for name, model in networks.items():
-        device = next(model.parameters()).device
+        parameter = next(model.parameters())
+        device = parameter.device
         memory.reset(device)
         before = memory.peak(device)
         _time(model, shape, batch, 1)
         found[name]["memory_mb"] = round(memory.peak(device) - before, 1)
         found[name]["device"] = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+        found[name]["dtype"] = str(parameter.dtype).removeprefix("torch.")
     return found
 
 
@@ -61,8 +62,9 @@ def _runs(model: nn.Module, shape: tuple[int, ...], count: int) -> int:
 def _time(model: nn.Module, shape: tuple[int, ...], count: int, runs: int) -> float:
     """Seconds of one pass of `count` inputs."""
     model.eval()
-    device = next(model.parameters()).device
-    x = torch.zeros(count, *shape, device=device)
+    parameter = next(model.parameters())
+    device = parameter.device
+    x = torch.zeros(count, *shape, dtype=parameter.dtype, device=device)
     start = time.perf_counter()
     for _ in range(runs):
         model(x)
@@ -71,10 +73,10 @@ def _time(model: nn.Module, shape: tuple[int, ...], count: int, runs: int) -> fl
     return (time.perf_counter() - start) / runs
 
 
-def table(found: dict[str, dict[str, Any]], columns: Sequence[str] = ("original", "smaller")) -> str:
+def table(found: dict[str, dict[str, Any]]) -> str:
     """For people: a line for every quantity, the second network's as a share of the first's."""
-    first, second = (found[name] for name in columns)
-    lines = [f"{'':<22}{columns[0]:>16}{columns[1]:>16}   ratio"]
+    first, second = found.values()
+    lines = [f"{'':<22}{''.join(f'{name:>16}' for name in found)}   ratio"]
     labels = {
         "parameters": "parameters", "macs": "MACs", "file_mb": "file, MB", "memory_mb": "memory of a batch, MB",
         "latency_ms": "latency of one, ms", "images_per_second": "inputs a second",
@@ -83,5 +85,8 @@ def table(found: dict[str, dict[str, Any]], columns: Sequence[str] = ("original"
         ratio = f"{second[key] / first[key]:.2f}" if first[key] else ""
         lines.append(f"{label:<22}{first[key]:>16,}{second[key]:>16,}   {ratio}".rstrip())
     return "\n".join(
-        [*lines, f"float32, {first['device']}; medians of {REPEATS} rounds after a warm-up, both networks in turn"]
+        [
+            *lines,
+            f"{first['dtype']}, {first['device']}; medians of {REPEATS} rounds after a warm-up, both networks in turn",
+        ]
     )

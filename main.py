@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import settings
 from errors import NeuronMergingError
-from files import check_writable, write_atomically
+from files import check_writable, remove_partials, write_atomically
 from options import check, from_scratch, parser, recipe
 
 if TYPE_CHECKING:  # PyTorch is imported where it is needed: --help and a wrong flag do not wait for it
@@ -94,6 +94,7 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
         name = name.replace("original", "_".join([*made, "retrained"]))
     target = args.save or HERE / "saves" / name
     check_writable(target)
+    remove_partials(target)
     splits = ("fit", "val") if args.split == "val" else ("train", "test")
     images, test = (data.load(args.dataset, split, args.data) for split in splits)
     state, curve = (target.with_name(target.name + ending) for ending in (".state", ".csv"))

@@ -39,8 +39,8 @@ class Settings:
             raise NeuronMergingError(f"--threshold {self.t} is no cosine: choose one in [-1, 1]")
         if not 0 <= self.lam <= 1:
             raise NeuronMergingError(f"--lamda {self.lam} is outside [0, 1]")
-        if self.probe not in probe.PROBES:
-            raise NeuronMergingError(f"unknown --probe {self.probe!r}: choose one of {', '.join(probe.PROBES)}")
+        if self.probe not in probe.KINDS:
+            raise NeuronMergingError(f"unknown --probe {self.probe!r}: choose one of {', '.join(probe.KINDS)}")
         if not 0 <= self.ridge < math.inf or (self.samples is not None and self.samples < 2):
             raise NeuronMergingError("--ridge cannot be negative, --probe-samples has to be at least 2")
 

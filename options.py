@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import settings
 from errors import NeuronMergingError
+from experiments import rows
 from files import check_writable
 
 
@@ -300,6 +301,12 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--ratios and a list of --widths both say what is kept: give one of them")
     if not args.model and not args.evaluate and (args.export or args.benchmark):
         raise NeuronMergingError("--export and --benchmark need --evaluate: without it, --arch trains")
+    if args.evaluate and (args.retrain or args.resume or args.compile):
+        raise NeuronMergingError("--evaluate trains nothing: leave it out, or --retrain, --resume and --compile")
+    if args.model_type == "original" and (args.ratios or args.budget or args.calibrate or args.drop_blocks):
+        raise NeuronMergingError(
+            "--ratios, --budget, --calibrate and --drop-blocks say how to make a network smaller: give --model-type too"
+        )
     if args.model and args.input_size is None and not args.summary:
         raise NeuronMergingError("--model needs --input-size, the shape of one input, such as 3,224,224")
     if not args.model and (args.model_args or args.weights or args.input_size or args.ratios or args.ignore):
@@ -309,3 +316,5 @@ def check(args: argparse.Namespace) -> None:
     for path in (args.save, args.append, args.export, None if args.json in (None, "-") else Path(args.json)):
         if path is not None:
             check_writable(path)
+    if args.append:
+        rows.keys(rows.load(args.append), args.append)  # what it holds has to be rows

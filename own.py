@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 import data
 import settings
-from errors import NeuronMergingError
-from evaluate import CPU_BATCH, fused
+from errors import NeuronMergingError, reason
+from evaluate import CPU_BATCH, count_parameters, fused
 from evaluate import accuracy as on_images
 from experiment import placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
-from shrink import parse_budget, shrink, summary
+from shrink import network_macs, parse_budget, shrink, summary
 
 
 @contextlib.contextmanager
@@ -34,8 +34,7 @@ def _said(what: str) -> Iterator[None]:
     except NeuronMergingError:
         raise
     except Exception as error:  # it can be anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise NeuronMergingError(f"{what}: {type(error).__name__}: {reason}") from error
+        raise NeuronMergingError(f"{what}: {type(error).__name__}: {reason(error)}") from error
 
 
 def build(spec: str, arguments: str | None = None) -> nn.Module:
@@ -58,6 +57,8 @@ def build(spec: str, arguments: str | None = None) -> nn.Module:
         made = getattr(importlib.import_module(module), name)(**keywords)
     if not isinstance(made, nn.Module):
         raise NeuronMergingError(f"--model {spec} gives {type(made).__name__}, no torch.nn.Module")
+    if next(made.parameters(), None) is None:
+        raise NeuronMergingError(f"--model {spec} gives a network without parameters")
     return made
 
 
@@ -78,7 +79,11 @@ def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint
             model.load_state_dict(known[weights].get_state_dict(progress=sys.stderr.isatty()))
         return None
     checkpoint = load_checkpoint(path)
+    before = [parameter.shape for parameter in model.parameters()]
     fit(model, checkpoint.state_dict)
+    ours = {"network", "widths"} & {*checkpoint.about}
+    if not ours and before != [parameter.shape for parameter in model.parameters()]:
+        print(f"warning: {path} has other widths than {spec}: the network was cut to them", file=sys.stderr)
     load_weights(model, checkpoint)
     return checkpoint
 
@@ -96,9 +101,10 @@ def _torchvision_weights(spec: str) -> dict[str, Any]:
 
 
 def transforms(spec: str, weights: str | None, shape: tuple[int, ...]) -> Callable[[Any], Tensor]:
-    """How an image becomes an input: as the weights' own say, else those of torchvision's default weights of that model.
+    """How an image becomes an input: as torchvision's `weights` say, or else its default weights of that model.
 
-    Where there are none either: the shorter side to the input's, the centre, ImageNet's mean and standard deviation.
+    Where there are none, or they are for inputs of another size: the shorter side to the input's, the centre, ImageNet's mean
+    and standard deviation.
     """
     from torchvision import transforms as T
 
@@ -106,8 +112,9 @@ def transforms(spec: str, weights: str | None, shape: tuple[int, ...]) -> Callab
         raise NeuronMergingError(f"images are channels, height, width: --input-size {','.join(map(str, shape))} is not")
     known = _torchvision_weights(spec)
     entry = known.get(weights) or known.get("DEFAULT")
-    if entry is not None and tuple(shape[1:]) == (224, 224):
-        return entry.transforms()
+    theirs = entry and entry.transforms()
+    if theirs and [*getattr(theirs, "crop_size", [])] * 2 == [*shape[1:]]:
+        return theirs
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     gray = [T.Grayscale()] if shape[0] == 1 else []
     scale = T.Normalize(mean, std) if shape[0] == 3 else T.Normalize((0.5,), (0.5,))
@@ -129,7 +136,13 @@ def accuracy(
         correct = 0
         loader = torch.utils.data.DataLoader(images, batch_size or CPU_BATCH, num_workers=min(8, os.cpu_count() or 1))
         for x, labels in tqdm(loader, "evaluate", unit="batch", leave=False, disable=None):
-            correct += int((model(x.to(device)).argmax(1).cpu() == labels).sum())
+            logits = model(x.to(device))
+            if logits.shape[1] != len(images.classes):
+                raise NeuronMergingError(
+                    f"--dataset imagefolder:{folder} has {len(images.classes)} folders, the network {logits.shape[1]}"
+                    " outputs: it takes a folder for each, in the order of the outputs"
+                )
+            correct += int((logits.argmax(1).cpu() == labels).sum())
     return correct, len(images)
 
 
@@ -144,35 +157,43 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         print("warning: no --weights: the network is as its code makes it", file=sys.stderr)
     model = placed(model, device).eval()
     shape, small, report = args.input_size, model, None
-    looked_at = None
-    if args.calibrate:
-        looked_at = _looked_at(args.calibrate, transforms(args.model, args.weights, shape), args.seed)
-    if args.model_type != "original":
-        named = isinstance(args.widths, str)
-        rule = args.widths if args.widths in settings.CHOSEN_WIDTHS else "uniform"
-        small, report = shrink(
-            model, (args.ratios or args.pruning_ratio) if named else args.widths, example_input=shape,
-            criterion=args.criterion, compensation=args.model_type, widths=rule,
-            budget=args.budget and parse_budget(args.budget), multiple=args.multiple if named else 1,
-            drop_blocks=args.drop_blocks, coupled=args.coupled, ignore=ignore, **_told(args), images=looked_at,
-        )  # fmt: skip
+    macs = network_macs(model, shape)  # or a line that says that it does not run
+    origin = args.weights if checkpoint is None else checkpoint.about.get("weights")
+    origin = origin if isinstance(origin, str) else None
+    looked_at = _looked_at(args.calibrate, transforms(args.model, origin, shape), args.seed) if args.calibrate else None
+    told = _told(args)
     row = {
-        "model": args.model, "weights": args.weights, "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,
-        "type": args.model_type, "criterion": args.criterion, "ratio": args.ratios or args.pruning_ratio,
-        "calibrate": args.calibrate, "input_size": list(shape), "device": str(device), "versions": versions(),
+        "model": args.model, "weights": args.weights, "checkpoint_sha256": checkpoint and checkpoint.sha256,
+        "type": args.model_type, "input_size": list(shape), "device": str(device), "versions": versions(),
+        "params": count_parameters(model), "macs": macs,
     }  # fmt: skip
-    if report is not None:
+    if args.model_type != "original":
+        given = not isinstance(args.widths, str)
+        rule = args.widths if args.widths in settings.CHOSEN_WIDTHS else "uniform"
+        ratio = args.ratios or args.pruning_ratio
+        small, report = shrink(
+            model, args.widths if given else ratio, example_input=shape, criterion=args.criterion,
+            compensation=args.model_type, widths=rule, budget=args.budget and parse_budget(args.budget),
+            multiple=1 if given else args.multiple, drop_blocks=args.drop_blocks, coupled=args.coupled, ignore=ignore,
+            images=looked_at, **told,
+        )  # fmt: skip
         row |= {
-            "widths": {unit.layer: kept for unit, kept in zip(report.units, report.widths)}, "coupled": args.coupled,
+            "criterion": args.criterion, "ratio": None if given or args.budget else ratio,
+            "widths_rule": "given" if given else rule, "budget": args.budget, "multiple": args.multiple,
+            "drop_blocks": args.drop_blocks, "coupled": args.coupled, "ignore": list(ignore), "calibrate": args.calibrate,
+            **told, "widths": {unit.layer: kept for unit, kept in zip(report.units, report.widths)},
             "left_out": report.left_out, "params_original": report.params[0], "params": report.params[1],
             "macs_original": report.macs[0], "macs": report.macs[1], "seconds": round(report.seconds, 4),
             "peak_mb": report.peak_mb, "report": str(report),
         }  # fmt: skip
     model, small = model.to(device), small.to(device)
     if args.evaluate:
-        row |= _measured(args, {"smaller": small} | ({} if report is None else {"original": model}), shape, device)
+        row |= _measured(args, {"smaller": small} | ({} if report is None else {"original": model}), origin, device)
     if args.save:
-        about = {name: row[name] for name in ("type", "criterion", "ratio", "widths", "input_size") if name in row}
+        names = ("type", "criterion", "ratio", "budget", "widths", "input_size")
+        about = {name: row[name] for name in names if row.get(name) is not None} | (
+            {"weights": origin} if origin else {}
+        )
         command = shlex.join(["python", "main.py", *sys.argv[1:]])
         save_checkpoint(args.save, small, math.inf, network=args.model, command=command, **about)
     if args.benchmark and report is None:  # the file may hold a smaller network already: this is what it was made from
@@ -188,12 +209,13 @@ def _told(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measured(
-    args: argparse.Namespace, networks: dict[str, nn.Module], shape: tuple[int, ...], device: torch.device
+    args: argparse.Namespace, networks: dict[str, nn.Module], origin: str | None, device: torch.device
 ) -> dict[str, Any]:
-    """The accuracy of the networks, by name, on what --dataset names."""
+    """The accuracy of the networks, by name, on what --dataset names. origin: torchvision's name for their weights."""
     name, _, folder = (args.dataset or "").partition(":")
+    transform = None
     if name == "imagefolder":
-        transform = transforms(args.model, args.weights, shape)
+        transform = transforms(args.model, origin, args.input_size)
         counts = {n: accuracy(m, Path(folder), transform, device, args.test_batch_size) for n, m in networks.items()}
     elif name in data.DATASETS:
         images = data.load(name, args.split, args.data).to(device)
@@ -207,6 +229,7 @@ def _measured(
     return {
         "dataset": args.dataset, "accuracy_original": rates.get("original"), "accuracy": rates["smaller"],
         "correct": counts["smaller"][0], "total": counts["smaller"][1],
+        **({"split": args.split} if transform is None else {"transforms": " ".join(str(transform).split())}),
     }  # fmt: skip
 
 
@@ -231,4 +254,6 @@ def text(row: dict[str, Any]) -> str:
     if "accuracy" in row:
         before = "" if row["accuracy_original"] is None else f"{row['accuracy_original']:.2f} % -> "
         lines.append(f"accuracy    {before}{row['accuracy']:.2f} % of {row['total']:,}")
+    if "transforms" in row:
+        lines.append(f"images      {row['transforms']}")
     return "\n".join(lines)

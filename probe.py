@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from errors import NeuronMergingError
+from errors import NeuronMergingError, reason
 from trace import CONVS, NORMS
 from walk import by_sample
 
@@ -34,8 +34,8 @@ def make(
     row in every sample. step: length of the class step in standard deviations of the noise, 0 for none.
     Raises NeuronMergingError for an unknown kind or a shape that the network does not take.
     """
-    if kind not in PROBES:
-        raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(PROBES)}")
+    if kind not in KINDS:
+        raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(KINDS)}")
     if kind == "auto":
         kind = "pink" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
     if kind == "pink" and len(shape) < 2:
@@ -79,7 +79,8 @@ def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tens
     return WHITE * torch.randn(samples, *shape, generator=random)
 
 
-PROBES = {"auto": None, "pink": pink, "white": white}
+PROBES = {"pink": pink, "white": white}
+KINDS = ("auto", *PROBES)
 
 
 def _frequency(sides: list[int], power: float) -> Tensor:
@@ -105,9 +106,8 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
                 chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
                 gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
             except Exception as error:  # the network's own code runs, on inputs that it may not have been written for
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise NeuronMergingError(
-                    f"{type(model).__name__} does not take inputs of shape {list(x.shape)}: {reason}"
+                    f"{type(model).__name__} does not take inputs of shape {list(x.shape)}: {reason(error)}"
                 ) from error
     g = torch.cat(gradients)
     sides = list(g.shape[2:])

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from blocks import Constant, Silence
 from decompose import Decomposition, Neurons, effective, merge, merge_derived, only_twins, prune, read, rebuild
-from errors import NeuronMergingError
+from errors import NeuronMergingError, reason
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
@@ -61,9 +61,11 @@ def restore(
     try:
         with torch.no_grad():
             _Lockstep(teacher, student, list(zip(alone, kept)), coupled, options).run(probe.to(work))
-    except RuntimeError as error:
+    except NeuronMergingError:
+        raise
+    except Exception as error:  # the network's own code runs, on inputs that it may not have been written for
         raise NeuronMergingError(
-            f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}: {str(error).splitlines()[0]}"
+            f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}: {reason(error)}"
         ) from error
     for before, after in zip(model.modules(), student.modules(), strict=True):
         after.training = before.training
@@ -143,19 +145,19 @@ class _Lockstep:
     def run(self, probe: Tensor) -> None:
         """Fit every layer; afterwards the student is ready for use."""
         graph = self.teacher.graph
-        streams = {}
+        summands = {}  # by consumer what its output is added to
         for node in graph.nodes:
             consumes = node.op == "call_module" and node.target in self.consumers
             found = consumes and self.teacher.addition(node, self.norm[node.target])
-            streams[node] = found[0] if found else None
-        order = _order(graph, streams)
-        expiring = last_reads(order, {node: _sources(node, streams) for node in order})
+            summands[node] = found[0] if found else None
+        order = _order(graph, summands)
+        expiring = last_reads(order, {node: _sources(node, summands) for node in order})
         for node in order:
             if node.op == "output":
                 continue
             self.t[node] = self.teacher.run(node, self.t, probe)
             if node.op == "call_module" and node.target in self.norm:
-                self._fit(node, streams.get(node))
+                self._fit(node, summands.get(node))
             same = all(self.s[source] is self.t[source] for source in node.all_input_nodes)
             touched = node.op == "call_module" and (node.target in self.keep or node.target in self.norm)
             unchanged = same and not touched
@@ -166,8 +168,8 @@ class _Lockstep:
 
     # ------------------------------------------------------------ the fit of one layer
 
-    def _fit(self, node: fx.Node, stream: fx.Node | None) -> None:
-        """Fit the student's layer at `node` to the teacher's output there."""
+    def _fit(self, node: fx.Node, summand: fx.Node | None) -> None:
+        """Fit the student's layer at `node`, whose output may be added to a summand, to the teacher's output there."""
         (source,), name = node.all_input_nodes, node.target
         x_t, x_s = self.t[source], self.s[source]
         consumer = name in self.consumers
@@ -180,8 +182,8 @@ class _Lockstep:
         kept = self.keep.get(name)
         whole = self.teacher.modules[name]
         target = self.t[node] if kept is None else _rows(self.t[node], kept, whole)
-        if stream is not None and self.options.repair:
-            target = target + self._error(stream, bn, kept, whole)
+        if summand is not None and self.options.repair:
+            target = target + _shaped(self._error(summand, bn, kept, whole), target)
         if isinstance(layer, Constant):
             target = target if bn is None else self.teacher.normalise(bn, target)
             each = target.movedim(channel(whole, target), -1).flatten(0, -2)  # [n, M]
@@ -228,10 +230,10 @@ class _Lockstep:
             return False
         return self.teacher.kind(readers[0]) in RELU
 
-    def _error(self, stream: fx.Node, bn: str | None, kept: Tensor | None, layer: nn.Module) -> Tensor:
-        """The stream's error, teacher − student, as the output of the layer that is added to it has to make up for it."""
-        whole = self.t[stream] if kept is None else _rows(self.t[stream], kept, layer)
-        error = whole - self.s[stream]
+    def _error(self, summand: fx.Node, bn: str | None, kept: Tensor | None, layer: nn.Module) -> Tensor:
+        """The summand's error, teacher − student, as the output of the layer that is added to it has to make up for it."""
+        whole = self.t[summand] if kept is None else _rows(self.t[summand], kept, layer)
+        error = whole - self.s[summand]
         if bn is None:
             return error
         slope = self.teacher.slope(bn) if kept is None else self.teacher.slope(bn)[kept]
@@ -265,6 +267,13 @@ def _rows(y: Tensor, kept: Tensor, layer: nn.Module) -> Tensor:
     return y.index_select(channel(layer, y), kept)
 
 
+def _shaped(error: Tensor, target: Tensor) -> Tensor:
+    """An error averaged over the dimensions along which a layer's output, `target`, is broadcast when it is added."""
+    error = error.flatten(0, error.ndim - target.ndim) if error.ndim > target.ndim else error
+    wide = [d for d in range(-error.ndim, 0) if error.shape[d] > target.shape[d] == 1]
+    return error.mean(wide, keepdim=True) if wide else error
+
+
 def _channels(x: Tensor, keep: Tensor, layer: nn.Module) -> Tensor:
     """The kept neurons of an activation x, also behind a flatten."""
     if isinstance(layer, CONVS):
@@ -273,16 +282,16 @@ def _channels(x: Tensor, keep: Tensor, layer: nn.Module) -> Tensor:
     return x.unflatten(-1, (-1, inputs))[..., keep, :].flatten(-2)
 
 
-def _order(graph: fx.Graph, streams: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
-    """The graph's nodes in an order in which a consumer comes after the stream whose error it repairs, where that can be."""
+def _order(graph: fx.Graph, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
+    """The graph's nodes in an order in which a consumer comes after the summand whose error it repairs, where that can be."""
     order: dict[fx.Node, None] = {}
     stack = list(reversed(graph.nodes))
     while stack:
         node = stack[-1]
-        stream = streams.get(node)
-        if stream is not None and node not in order and _depends(stream, node, streams):
-            streams[node] = None
-        waiting = [source for source in _sources(node, streams) if source not in order]
+        summand = summands.get(node)
+        if summand is not None and node not in order and _depends(summand, node, summands):
+            summands[node] = None
+        waiting = [source for source in _sources(node, summands) if source not in order]
         if waiting:
             stack += waiting
         else:
@@ -290,12 +299,12 @@ def _order(graph: fx.Graph, streams: dict[fx.Node, fx.Node | None]) -> list[fx.N
     return list(order)
 
 
-def _sources(node: fx.Node, streams: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
-    """What has to be computed before `node`: what it reads and, of a consumer, the stream that it repairs."""
-    return [*node.all_input_nodes, *filter(None, [streams.get(node)])]
+def _sources(node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
+    """What has to be computed before `node`: what it reads and, of a consumer, the summand that it repairs."""
+    return [*node.all_input_nodes, *filter(None, [summands.get(node)])]
 
 
-def _depends(node: fx.Node, on: fx.Node, streams: dict[fx.Node, fx.Node | None]) -> bool:
+def _depends(node: fx.Node, on: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> bool:
     seen, stack = set(), [node]
     while stack:
         node = stack.pop()
@@ -303,5 +312,5 @@ def _depends(node: fx.Node, on: fx.Node, streams: dict[fx.Node, fx.Node | None])
             return True
         if node not in seen:
             seen.add(node)
-            stack += _sources(node, streams)
+            stack += _sources(node, summands)
     return False

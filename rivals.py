@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decompose import Decomposition, Neurons, others, read, rebuild
+from decompose import Decomposition, Neurons, effective, others, read, rebuild
 from trace import NORMS, Unit
 
 LBYL_RIDGE = 1e-2  # λ₁ and λ₂
@@ -96,25 +96,22 @@ def _scaled(neurons: Neurons) -> tuple[Tensor, Tensor]:
     W, bn = neurons.W, neurons.bn
     if bn is None:
         return W, W.new_zeros(len(W))
-    slope = bn.gamma / (bn.var + bn.eps).sqrt()
-    return W * slope[:, None], slope * bn.mu
+    return W * bn.gain[:, None], bn.gain * bn.mu
 
 
 def _clusters(neurons: Neurons, P: int, seed: int) -> Tensor:
     """Which of P clusters every neuron is in: [P, N] of zeros and ones."""
     from sklearn.cluster import KMeans  # here: it takes long to import, and nothing else needs it
 
-    W, shift = _scaled(neurons)
-    points = W if neurons.bn is None else torch.cat([W, (neurons.bn.beta - shift)[:, None]], 1)
+    points = effective(neurons)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that some neurons are equal is no surprise
         label = torch.from_numpy(KMeans(P, n_init=3, random_state=seed).fit(points.cpu().numpy()).labels_).long()
-    for empty in set(range(P)) - set(
-        label.tolist()
-    ):  # of equal neurons k-means makes fewer clusters than it is asked for
+    # Of equal neurons k-means makes fewer clusters than it is asked for.
+    for empty in set(range(P)) - set(label.tolist()):
         largest = label.bincount(minlength=P).argmax()
         label[(label == largest).nonzero()[-1]] = empty
-    return F.one_hot(label.to(W.device), P).T.double()
+    return F.one_hot(label.to(points.device), P).T.double()
 
 
 def averages(Z: Tensor) -> Tensor:
@@ -140,14 +137,15 @@ def _replace_norm(bn: nn.Module, gamma: Tensor, beta: Tensor, mean: Tensor) -> N
     """Make a BatchNorm compute γ (u − mean) + β."""
     bn.running_mean.copy_(mean)
     bn.running_var.fill_(1 - bn.eps)
+    grad = bn.weight is None or bn.weight.requires_grad
     bn.affine = True
-    bn.weight, bn.bias = (nn.Parameter(value.to(bn.running_mean.dtype)) for value in (gamma, beta))
+    bn.weight, bn.bias = (nn.Parameter(value.to(bn.running_mean.dtype), grad) for value in (gamma, beta))
 
 
 def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
     """Measure the statistics of every BatchNorm anew on `images` [B, …]; changes and returns `model`."""
     norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    momenta = [bn.momentum for bn in norms]
+    momenta, training = [bn.momentum for bn in norms], {module: module.training for module in model.modules()}
     model.eval()
     for bn in norms:
         bn.reset_running_stats()
@@ -158,4 +156,6 @@ def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
             model(part)
     for bn, momentum in zip(norms, momenta):
         bn.momentum = momentum
-    return model.eval()
+    for module, mode in training.items():
+        module.training = mode
+    return model

@@ -26,22 +26,22 @@ NETWORKS = {
 
 
 @dataclass(frozen=True)
-class Method:
+class Merging:
     """Parameters of merging: t (`--threshold`) and λ (`--lamda`)."""
 
     threshold: float
     lamda: float
 
 
-METHODS = {
-    ("LeNet_300_100", "FashionMNIST"): Method(0.45, 0.85),  # λ has no part in layers without BatchNorm
-    ("VGG", "cifar10"): Method(0.1, 0.85),
-    ("VGG", "cifar100"): Method(0.1, 0.7),
-    ("ResNet", "cifar10"): Method(0.1, 0.85),
-    ("WideResNet", "cifar10"): Method(0.1, 0.8),
+MERGING = {
+    ("LeNet_300_100", "FashionMNIST"): Merging(0.45, 0.85),  # λ has no part in layers without BatchNorm
+    ("VGG", "cifar10"): Merging(0.1, 0.85),
+    ("VGG", "cifar100"): Merging(0.1, 0.7),
+    ("ResNet", "cifar10"): Merging(0.1, 0.85),
+    ("WideResNet", "cifar10"): Merging(0.1, 0.8),
 }
 RIDGE = 3e-2  # λ of restoration (ours), for all networks and ratios
-DEFAULT_METHOD = Method(0.1, 0.85)  # where the paper has no experiment
+DEFAULT_MERGING = Merging(0.1, 0.85)  # where the paper has no experiment
 
 PUBLISHED_WIDTHS = {  # chosen by hand, whatever the ratio
     ("VGG", (16,), "cifar10"): (32, 64, 128, 128, 256, 256, 256, 256, 256, 256, 256, 256, 256),
@@ -66,6 +66,9 @@ def uniform_widths(arch: str, depth_wide: Sequence[int], full: Sequence[int], ra
     return widths
 
 
+Sizes = tuple[tuple[float, float], ...]  # (from this share of the training on, side of the image as a share of its own)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train: SGD, and either steps (`schedule`: epochs at which the rate is multiplied by `gammas`) or one cycle."""
@@ -81,9 +84,7 @@ class Recipe:
     label_smoothing: float = 0.0
     decay_all: bool = True  # weight decay on BatchNorm and biases too
     one_cycle: bool = False
-    sizes: tuple[
-        tuple[float, float], ...
-    ] = ()  # (from this share of the training on, side of the image as a share of its own)
+    sizes: Sizes = ()
 
 
 LENET = Recipe(epochs=60, lr=0.1, weight_decay=1e-4, schedule=(15, 30, 45), gammas=(0.1, 0.1, 0.1))

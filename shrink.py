@@ -7,14 +7,24 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import inf
+from math import inf, nan
 
 import torch
 from torch import Tensor, nn
 
 import memory
-from decompose import CRITERIA, choose, neurons, others, read, similarity
-from errors import NeuronMergingError
+from decompose import (
+    COMPENSATIONS,
+    CRITERIA,
+    check_compensation,
+    check_width,
+    choose,
+    neurons,
+    others,
+    read,
+    similarity,
+)
+from errors import NeuronMergingError, reason
 from evaluate import count_macs, count_parameters
 from methods import LOOKING, METHODS, Settings, layerwise
 from restore import Options
@@ -32,7 +42,8 @@ class Report:
     """What became of a network.
 
     units, widths, full: the prunable units with their kept and original widths. cosine: by unit the mean over the dropped
-    neurons of their cosine with the most similar kept one. left_out: other layers and the reasons. params, macs: original
+    neurons of their cosine with the most similar kept one (NaN where there is none, or the method keeps no neurons but
+    centroids). left_out: other layers and the reasons. params, macs: original
     and now (macs None where no input is known). seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb:
     the most memory held, in MB. curves: what was found of the units, to be given to another call.
     """
@@ -58,7 +69,7 @@ class Report:
             lines.append(
                 f"{name:<{wide}}  {kept:>6} of {full:<6} {'' if cosine != cosine else f'{cosine:6.3f}'}".rstrip()
             )
-        lines += [f"{layer} stays whole: {reason}" for layer, reason in self.left_out.items()]
+        lines += [f"{layer} stays whole: {why}" for layer, why in self.left_out.items()]
         for label, size in (("parameters", self.params), ("MACs", self.macs)):
             if size is not None:
                 lines.append(f"{label:<12}{size[0]:>16,} -> {size[1]:,} ({100 * (size[1] / size[0] - 1):+.1f} %)")
@@ -96,6 +107,8 @@ def shrink(
 ) -> tuple[nn.Module, Report]:
     """A smaller network with the inputs and outputs of `model`, which is left as it is, and a report.
 
+    Outputs are those of evaluation: what a forward pass does in training mode only is not looked at.
+
     ratio: share of neurons to drop in every unit; or by layer name or glob, others staying whole; or the kept widths.
     example_input: inputs [B, …] or the shape of one, without the batch; restoration and the choice of widths need it.
     criterion: of decompose.CRITERIA, or "auto" (widths.py). compensation: of methods.METHODS; those that look at real images
@@ -114,7 +127,10 @@ def shrink(
     if widths not in WIDTHS:
         raise NeuronMergingError(f"unknown widths {widths!r}: choose one of {', '.join(WIDTHS)}")
     check_choice(widths != "uniform", budget, multiple, drop_blocks)
-    device = next(model.parameters()).device
+    first = next(model.parameters(), None)
+    if first is None:
+        raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: it has no parameters")
+    device = first.device
     shape = _shape(example_input, images)
     looks = widths != "uniform" or criterion == "auto"
     if shape is None and (looks or compensation == "restore"):
@@ -122,20 +138,26 @@ def shrink(
                                  " give example_input")  # fmt: skip
     if images is not None and not looks and compensation not in (*LOOKING, "restore"):
         raise NeuronMergingError(f"images are for restore, {' and '.join(LOOKING)}: {compensation} needs no data")
+    if images is None and compensation in LOOKING:
+        raise NeuronMergingError(f"{compensation} measures BatchNorm on real images: give images")
     if coupled and looks:
         raise NeuronMergingError(
             "widths and neurons are chosen unit by unit: not for coupled channels, give a ratio or widths"
         )
-    macs = None if shape is None else _macs(model, shape)
+    macs = None if shape is None else network_macs(model, shape)
     memory.reset(device)
     start = time.perf_counter()
     found, left_out = prunable(model, coupled)
     found, left_out = _without(found, left_out, ignore)
     if not found:
         raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}")
+    if compensation.removesuffix("-bn") in COMPENSATIONS:
+        check_compensation([unit for unit in found if isinstance(unit, Unit)], compensation.removesuffix("-bn"))
     full = [width(model, unit) for unit in found]
     told = Settings(shape or (), threshold, lamda, probe, probe_samples, ridge, seed, images)
     kept = full if budget is not None and widths != "uniform" else _kept(ratio, found, full, left_out)
+    for unit, P, N in zip(found, kept, full):
+        check_width(unit.layer, P, N, least=0 if isinstance(unit, Unit) and unit.branch else 1)
     seconds_widths = None
     if looks and known is None:
         began = time.perf_counter()
@@ -163,8 +185,10 @@ def shrink(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
+    none = compensation == "fold"
+    cosine = [nan if none else _cosine(_weights(model, unit), kept) for unit, kept in zip(found, keep)]
     report = Report(
-        found, list(kept), full, [_cosine(_weights(model, u), k) for u, k in zip(found, keep)], left_out,
+        found, list(kept), full, cosine, left_out,
         (count_parameters(model), count_parameters(small)),
         None if shape is None else (macs, count_macs(small, shape)),
         seconds, seconds_widths, memory.peak(device), None if known is None else list(known),
@@ -178,19 +202,18 @@ def summary(model: nn.Module, coupled: bool = False, ignore: Sequence[str] = ())
     return "\n".join(
         [
             *(f"{_name(unit)}: {width(model, unit)}" for unit in found),
-            *(f"{layer} stays whole: {reason}" for layer, reason in left_out.items()),
+            *(f"{layer} stays whole: {why}" for layer, why in left_out.items()),
         ]
     )
 
 
-def _macs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Raises NeuronMergingError where the network does not run on inputs of that shape."""
+def network_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-accumulates for one input. Raises NeuronMergingError where the network does not run on such a one."""
     try:
         return count_macs(model, shape)
     except Exception as error:  # the network's own code runs, and can raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NeuronMergingError(
-            f"{type(model).__name__} does not run on an input of shape {list(shape)}: {reason}"
+            f"{type(model).__name__} does not run on an input of shape {list(shape)}: {reason(error)}"
         ) from error
 
 
@@ -207,7 +230,7 @@ def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Strea
     shared = [stream for stream in shared if not alone & set(stream.writers)]
     written = {writer for stream in shared for writer in stream.writers}
     written |= {place.module for stream in shared for place in stream.followers}
-    left_out = {layer: reasons.get(layer, reason) for layer, reason in left_out.items() if layer not in written}
+    left_out = {layer: reasons.get(layer, why) for layer, why in left_out.items() if layer not in written}
     return [*found, *shared], left_out
 
 
@@ -324,9 +347,9 @@ def _cosine(W: Tensor, keep: Tensor) -> float:
     """The mean cosine of dropped neurons of W [N, D] with the most similar kept one; NaN where none is dropped."""
     drop = others(W, keep)
     if not len(keep) or not len(drop):
-        return float("nan")
+        return nan
     return float(similarity(W, keep, drop)[0].amax(0).mean())
 
 
 def _reasons(left_out: dict[str, str]) -> str:
-    return "; ".join(f"{layer}: {reason}" for layer, reason in list(left_out.items())[:3]) or "it has none"
+    return "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:3]) or "it has none"

@@ -20,11 +20,13 @@ from decompose import (
     CRITERIA,
     absorb,
     batchnorm,
+    check_width,
     cut,
     effective,
     neurons,
     only_twins,
     others,
+    ranked,
     scaling_matrix,
     similarity,
 )
@@ -137,6 +139,7 @@ class _Space:
 
     width: int
     writers: dict[str, tuple[Place, ...]] = field(default_factory=dict)
+    summed: dict[str, tuple[Place, ...]] = field(default_factory=dict)  # the writers that are behind a sum already
     followers: list[Place] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
     frozen: str | None = None  # why it cannot lose channels
@@ -157,6 +160,7 @@ class _Space:
             return
         its.parent = mine
         mine.writers |= its.writers
+        mine.summed |= its.summed
         mine.followers += its.followers
         mine.readers += its.readers
         mine.frozen = mine.frozen or its.frozen
@@ -215,12 +219,12 @@ class _Spaces:
         try:
             self.network.check_hooks(node)
             self.values[node] = self._value(node, inputs)
-        except NotAUnit as reason:
+        except NotAUnit as why:
             if isinstance(layer, (*CONVS, nn.Linear)):
                 self.values[node] = self._open(node)
                 inputs.append(self.values[node])
             for value in inputs:
-                value.freeze(str(reason))
+                value.freeze(str(why))
 
     def _value(self, node: fx.Node, inputs: list[_Value]) -> _Value | None:
         """Raises NotAUnit where a node does something that does not leave every channel by itself."""
@@ -248,9 +252,21 @@ class _Spaces:
             return value
         if spatial and (pools(network, node, value.dimension) or _averages(node, kind, value.dimension) == "kept"):
             return value
-        if spatial and (flattens(network, node, kind, network.nodes) or _averages(node, kind, value.dimension)):
+        if spatial and (
+            flattens(network, node, self._of_one_batch(node.args[0])) or _averages(node, kind, value.dimension)
+        ):
             return replace(value, flat=True)
         raise NotAUnit(obstacle(network, node))
+
+    def _of_one_batch(self, node: fx.Node) -> set[fx.Node]:
+        """Nodes that have the batch size of `node`: those that its value comes from, through what is understood."""
+        seen, stack = set(), [node]
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                stack += node.all_input_nodes if self.values[node] is not None else ()
+        return seen
 
     def _open(self, node: fx.Node) -> _Value:
         """The new space that a layer writes."""
@@ -312,10 +328,13 @@ class _Spaces:
         if first.widths != second.widths or (first.dimension, first.flat) != (second.dimension, second.flat):
             raise NotAUnit(obstacle(self.network, node))
         for segment in (*first.segments, *second.segments):
+            root = segment.space.root
             if segment.writer is not None:
-                segment.space.root.writers[segment.writer] = segment.path
+                if root.summed.setdefault(segment.writer, segment.path) != segment.path:
+                    root.obstacle = f"{segment.writer} is summed in two ways"
+                root.writers[segment.writer] = segment.path
             elif segment.path:
-                segment.space.root.obstacle = "a BatchNorm or depthwise convolution stands between two sums"
+                root.obstacle = "a BatchNorm or depthwise convolution stands between two sums"
         for mine, its in zip(first.segments, second.segments):
             mine.space.unite(its.space)
         return replace(first, segments=tuple(_Segment(segment.space) for segment in first.segments))
@@ -354,12 +373,9 @@ def choose_channels(model: nn.Module, stream: Stream, P: int, criterion: str) ->
 
     Raises NeuronMergingError for a width that is not between 1 and N.
     """
-    if not 1 <= P <= stream.width:
-        raise NeuronMergingError(
-            f"{P} of {stream.width} channels cannot be kept in {stream.layer}: give 1 to {stream.width}"
-        )
+    check_width(stream.layer, P, stream.width)
     scores = sum(CRITERIA[criterion](neurons(model, writer).W) for writer in stream.writers)
-    return scores.argsort(descending=True, stable=True)[:P].sort().values
+    return ranked(scores)[:P].sort().values
 
 
 def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float, strict: bool = True) -> list[Tensor]:
@@ -408,8 +424,7 @@ def _step(model: nn.Module, place: Place, width: int) -> _Step:
     """A follower as the channels of a stream see it."""
     module, part = model.get_submodule(place.module), slice(place.offset, place.offset + width)
     if isinstance(module, NORMS):
-        bn = batchnorm(module)
-        return _Step((bn.gamma / (bn.var + bn.eps).sqrt())[part])
+        return _Step(batchnorm(module, part).gain)
     filters = neurons(model, place.module).W[part]
     return _Step(filters.norm(dim=1), filters)
 
@@ -418,8 +433,9 @@ def _written(model: nn.Module, writer: str, chain: Sequence[Place], width: int) 
     """The weights [N, D] with which a layer writes its channels, all that scales them on the way to the sum included."""
     steps = [_step(model, place, width) for place in chain]
     W = neurons(model, writer).W
-    if chain and chain[0].offset == 0 and isinstance(model.get_submodule(chain[0].module), NORMS):
-        W, steps = effective(neurons(model, writer, chain[0].module)), steps[1:]
+    if chain and isinstance(model.get_submodule(chain[0].module), NORMS):
+        part = slice(chain[0].offset, chain[0].offset + width)
+        W, steps = effective(neurons(model, writer, chain[0].module, part=part)), steps[1:]
     for step in steps:
         W = W * step.gain[:, None]
     return W, steps

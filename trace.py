@@ -11,7 +11,7 @@ Inputs are batches: dimension 0 is the batch, dimension 1 of a convolution's out
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from errors import NeuronMergingError
+from errors import NeuronMergingError, reason
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Unit:
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-RELU = {nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+RELU = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 ACTIVATIONS = {  # elementwise, and not positively homogeneous or not known to the paper
     nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, nn.ReLU6, F.relu6, nn.GELU, F.gelu, nn.SiLU, F.silu, nn.Mish, F.mish,
     nn.Hardswish, F.hardswish, nn.ELU, F.elu, F.elu_, nn.SELU, F.selu, F.selu_, nn.CELU, F.celu, F.celu_,
@@ -84,8 +84,8 @@ def survey(model: nn.Module) -> tuple[list[Unit], dict[str, str]]:
         if isinstance(network.module(node), (*CONVS, nn.Linear)):
             try:
                 found.append(_unit(network, node))
-            except NotAUnit as reason:
-                left_out[node.target] = str(reason)
+            except NotAUnit as why:
+                left_out[node.target] = str(why)
     return found, left_out
 
 
@@ -106,16 +106,18 @@ class Graph:
     def __init__(self, model: nn.Module) -> None:
         """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model` (in evaluation mode)."""
         training = {module: module.training for module in model.modules()}
+        before = set(vars(model))
         try:
             self.nodes = list(fx.Tracer().trace(model.eval()).nodes)
         except Exception as error:  # tracing runs the user's forward(), which can raise anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise NeuronMergingError(
-                f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason}"
+                f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason(error)}"
             ) from error
         finally:
             for module, mode in training.items():
                 module.training = mode
+            for constant in set(vars(model)) - before:  # tracing keeps tensors that forward() makes as attributes
+                delattr(model, constant)
         self.modules = dict(model.named_modules())
         self.calls = Counter(self.modules[n.target] for n in self.nodes if n.op == "call_module")
         owners: dict[nn.Parameter, set[nn.Module]] = {}
@@ -190,7 +192,7 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
             activation = activation or name_of(kind)
         elif kind in DROPOUT or (sides and not flat and pools(network, node, sides)):
             pass
-        elif sides and not flat and flattens(network, node, kind, path):
+        elif sides and not flat and flattens(network, node, path):
             flat = True
         elif isinstance(network.module(node), (*CONVS, nn.Linear)) and node.args[:1] == (before,):
             consumer = network.own(node)
@@ -238,9 +240,9 @@ def next_norm(network: Graph, node: fx.Node) -> str | None:
     return None
 
 
-def pools(network: Graph, node: fx.Node, dimension: int) -> bool:
+def pools(network: Graph, node: fx.Node, sides: int) -> bool:
     """Pooling of every neuron by itself: not with indices, nor with a divisor that makes a mean something else."""
-    if network.kind(node) not in POOLS[dimension]:
+    if network.kind(node) not in POOLS[sides]:
         return False
     module = network.module(node)
     options = vars(module) if module is not None else node.kwargs
@@ -248,8 +250,12 @@ def pools(network: Graph, node: fx.Node, dimension: int) -> bool:
     return not (options.get("return_indices") or options.get("divisor_override") or divisor_given_by_place)
 
 
-def flattens(network: Graph, node: fx.Node, kind: Any, path: list[fx.Node]) -> bool:
-    """[B, N, …] → [B, N·k]: flatten from dimension 1 on, or a view whose first size is the batch's and whose second is −1."""
+def flattens(network: Graph, node: fx.Node, path: Collection[fx.Node]) -> bool:
+    """[B, N, …] → [B, N·k]: flatten from dimension 1 on, or a view whose first size is the batch's and whose second is −1.
+
+    path: nodes of the same batch size.
+    """
+    kind = network.kind(node)
     if kind is nn.Flatten:
         module = network.module(node)
         return (module.start_dim, module.end_dim) == (1, -1)

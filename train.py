@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import Images
 from errors import NeuronMergingError
 from evaluate import accuracy
-from files import write_atomically
+from files import remove_partials, write_atomically
 from settings import Recipe
 
 SAVE_SECONDS = 300  # within an epoch, the state is written this often
@@ -60,13 +60,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def batches(
-    images: Images, batch_size: int, seed: int, part: tuple[int, int] = (0, 1), share: float = 1.0
+    images: Images, batch_size: int, seed: int, part: tuple[int, int] = (0, 1), share: float = 1.0, first: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """One epoch of (network input, labels, size of the global batch) in a random order, augmented where the data set says so.
 
     The order and the crops are those of `seed` alone: the same for one process and for the shares of many. `part` =
     (rank, world size) picks every world-th image of each global batch. `share`: the sides of the images are shrunk to it,
-    after the crop. A last batch too small for BatchNorm is left out.
+    after the crop. `first`: the number of the batch to begin with. A last batch too small for BatchNorm is left out.
     """
     rank, world = part
     device, count = images.labels.device, len(images)
@@ -78,7 +78,7 @@ def batches(
     flip = (torch.rand(count, generator=random) < 0.5).to(device) & images.dataset.augment
     padded = F.pad(images.pixels, (pad, pad, pad, pad))  # black, as RandomCrop(padding=4) pads
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    for start in range(0, count, batch_size):
+    for start in range(first * batch_size, count, batch_size):
         size = min(batch_size, count - start)
         if size < 2 * world:
             return
@@ -105,7 +105,7 @@ def train(
     compiled: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train `model` in place and return the last epoch's row: epoch, lr, loss, train and test accuracy in %, seconds.
+    """Train `model` in place; the last epoch's row: epoch, lr, image_share, loss, train and test accuracy in %, seconds.
 
     `state`: file that holds all that `resume` needs to go on as if nothing had happened (model, optimiser, RNG, place
     in the epoch), and what run it is: recipe, seed, network and `experiment`, plain values that the caller chooses. It is
@@ -123,7 +123,7 @@ def train(
     model.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = _optimizer(model, recipe)
+    optimizer = sgd(model, recipe)
     epoch, step, rows = 0, 0, []
     # Loss, correct and images of the epoch so far: on the device and read rarely, since reading waits for it.
     seen = torch.zeros(3, device=device)
@@ -154,19 +154,23 @@ def train(
             write_atomically(state, lambda file: torch.save(content, file))
         saved_at = time.monotonic()
 
+    if state is not None and rank == 0:
+        remove_partials(state)
     with _StopRequest() as stop:
         while epoch < recipe.epochs:
-            started, done = time.monotonic(), step
+            started = time.monotonic()
             forward.train()
+            lr = learning_rate(
+                recipe, epoch, (epoch + max(0, step - 1) / steps) / recipe.epochs
+            )  # of the last batch so far
             share = image_share(recipe, epoch / recipe.epochs)
             bar = tqdm(
-                batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world), share),
-                f"epoch {epoch + 1}/{recipe.epochs}", steps, unit="batch", leave=False, disable=None if rank == 0 else True,
+                batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world), share, first=step),
+                f"epoch {epoch + 1}/{recipe.epochs}", steps, initial=step, unit="batch", leave=False,
+                disable=None if rank == 0 else True,
             )  # fmt: skip
-            for number, (x, labels, size) in enumerate(bar):
+            for number, (x, labels, size) in enumerate(bar, step):
                 lr = learning_rate(recipe, epoch, (epoch + number / steps) / recipe.epochs)
-                if number < done:
-                    continue
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -213,7 +217,8 @@ def train(
     return rows[-1]
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """The optimiser of a recipe."""
     decayed = [p for p in model.parameters() if recipe.decay_all or p.ndim > 1]
     others = [p for p in model.parameters() if not (recipe.decay_all or p.ndim > 1)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]

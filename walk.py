@@ -201,7 +201,6 @@ IN_PLACE = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
     torch.relu_: torch.relu,
-    F.relu_: F.relu,
 }
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from decompose import CRITERIA, Decomposition, Neurons, read
-from errors import NeuronMergingError
+from decompose import CRITERIA, Decomposition, Neurons, ranked, read
+from errors import NeuronMergingError, reason
 from evaluate import count_macs, count_parameters
 from trace import CONVS, Unit
 from walk import Walk, as_weight, by_sample, channel, covariance, last_reads, matrix, penalty, rows
@@ -51,6 +51,7 @@ class Curve:
 class Cost:
     """Parameters and MACs of a network for every choice of widths: wᵀ Q w with w the widths and a 1, as layers have two sides.
 
+    Where a block is left out (width 0), at most these: BatchNorms that go with it are counted.
     biases: whether the compensation leaves a bias in every layer without a BatchNorm behind it (restoration does).
     """
 
@@ -216,16 +217,19 @@ def curves(
     work.requires_grad_(False)
     probe = probe.to(next(work.parameters()).dtype)
     held_out = round(len(probe) * HELD_OUT) if sensitivity else 0
+    if len(probe) - held_out < 2 or (sensitivity and not held_out):
+        raise NeuronMergingError(f"the choice of widths has to look at 3 inputs at least, not at {len(probe)}")
     walk = Walk(work)
     looks = _Looks(work, walk, units, criterion, decompose, ridge)
     try:
         with torch.no_grad():
             looks.run(probe[held_out:])
             changes = _sensitivity(walk, units, looks.thinned, probe[:held_out]) if sensitivity else None
-    except RuntimeError as error:
+    except NeuronMergingError:
+        raise
+    except Exception as error:  # the network's own code runs, on inputs that it may not have been written for
         raise NeuronMergingError(
-            f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}:"
-            f" {str(error).splitlines()[0]}"
+            f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}: {reason(error)}"
         ) from error
     if changes is None:
         return [replace(c, damage=_falling(c.error / max(v, 1e-12))) for c, v in zip(looks.curves, looks.variance)]
@@ -267,7 +271,7 @@ class _Looks:
     def run(self, probe: Tensor) -> None:
         """One pass over the probe."""
         consumer = {unit.next: i for i, unit in enumerate(self.units)}
-        sums: dict[Any, int] = {}
+        sums: dict[Any, list[int]] = {}
         nodes = list(self.walk.graph.nodes)
         expiring = last_reads(nodes, {node: node.all_input_nodes for node in nodes})
         values: dict[Any, Any] = {}
@@ -277,10 +281,9 @@ class _Looks:
                 i = consumer[node.target]
                 stream = self.walk.addition(node, self.units[i].next_bn)
                 if stream is not None:
-                    sums[stream[1]] = i
+                    sums.setdefault(stream[1], []).append(i)
                 self._look(i, values[node.all_input_nodes[0]], values[node])
-            if node in sums:
-                i = sums[node]
+            for i in sums.get(node, ()):
                 self.variance[i] = float(_each_variance(values[node], self.walk.modules[self.units[i].next]).sum())
             for source in expiring.get(node, ()):
                 del values[source]
@@ -299,10 +302,7 @@ class _Looks:
         columns = torch.arange(U.shape[1], device=x.device)
         columns = columns.view(-1, N).T if isinstance(layer, CONVS) else columns.view(N, -1)  # [N, taps]
         seen = _Seen(U, matrix(layer).double(), slope, columns, self.ridge)
-        if self.criterion == "auto":
-            order = seen.greedy()
-        else:
-            order = CRITERIA[self.criterion](neurons.W).argsort(descending=True, stable=True)
+        order = seen.greedy() if self.criterion == "auto" else ranked(CRITERIA[self.criterion](neurons.W))
         measured = sorted({round(share * N) for share in MEASURED})
         if self.decompose is None:
             error, thinned = seen.regressed(order, measured)
@@ -437,7 +437,7 @@ class _Seen:
             blocks = self.A[self.columns[:, :, None], self.columns[:, None, :]]  # [N, taps, taps]
         blocks = blocks + torch.diag_embed(self.penalty[self.columns])
         if self.few:
-            return _explained(G, blocks).argsort(descending=True, stable=True)
+            return ranked(_explained(G, blocks))
         G, order = G.clone(), []
         L = self.W.new_zeros(N * taps, N, taps)  # rows as they are made, over all columns
         free = torch.ones(N, dtype=torch.bool, device=self.W.device)

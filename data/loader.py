@@ -8,18 +8,20 @@ import contextlib
 import gzip
 import hashlib
 import os
+import pickle
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import NeuronMergingError
+from errors import NeuronMergingError, reason
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "test", "val", "fit")
@@ -41,10 +43,8 @@ class Dataset:
     augment: bool  # training crops (padding 4) and flips
 
 
-CIFAR_MEAN, CIFAR_STD = (
-    (0.4914, 0.4822, 0.4465),
-    (0.2023, 0.1994, 0.2010),
-)  # of CIFAR-10; the paper uses them on both sets
+# Of CIFAR-10; the paper uses them on both sets.
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 DATASETS = {
     "FashionMNIST": Dataset((1, 28, 28), 10, (0.5,), (0.5,), augment=False),
     "cifar10": Dataset((3, 32, 32), 10, CIFAR_MEAN, CIFAR_STD, augment=True),
@@ -232,18 +232,39 @@ def _cifar(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
         raise NeuronMergingError(
             f"{folder} is half there: {', '.join(missing)} missing; complete it, or delete the folder to download it again"
         )
+    of_split = source.train_list if split == "train" else source.test_list
+    official = all(check_integrity(folder / file, md5) for file, md5 in of_split)
     try:
+        _check_pickles(folder / file for file in (source.meta["filename"], *(f for f, _ in of_split if not official)))
         images = _without_checksums(source)(root, train=split == "train")
         pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor(images.targets, dtype=torch.int64)
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler and torchvision
         raise NeuronMergingError(
-            f"{folder} is cut short or damaged ({type(error).__name__}); delete the folder to download it again"
+            f"{folder} is cut short or damaged ({reason(error)}); delete the folder to download it again"
         ) from error
-    of_split = source.train_list if split == "train" else source.test_list
-    if not all(check_integrity(folder / file, md5) for file, md5 in of_split):
+    if not official:
         _warn_of_checksums(folder)
     return pixels, labels
+
+
+class _Plain(pickle.Unpickler):
+    """Reads what CIFAR's batches are made of, plain values and arrays, and refuses to call anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a pickle names. Raises UnpicklingError for anything but NumPy's own constructors."""
+        if (module, name) == ("_codecs", "encode") or (
+            module.partition(".")[0] == "numpy" and name in ("_reconstruct", "_frombuffer", "ndarray", "dtype")
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it would run {module}.{name}")
+
+
+def _check_pickles(files: Iterable[Path]) -> None:
+    """Raises where reading the files, as torchvision does it, could run code that they bring along."""
+    for file in files:
+        with open(file, "rb") as content:
+            _Plain(content, encoding="latin1").load()
 
 
 def _warn_of_checksums(folder: Path) -> None:
@@ -264,7 +285,7 @@ def _without_checksums(source: type) -> type:
 
 
 def _download(source: type, root: Path, folder: str) -> None:
-    """Let torchvision fetch a data set into a folder of its own, then move it into place: nobody sees half of it."""
+    """Let torchvision fetch a data set into a folder of its own, then move it into place, file by file only where some are."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (
@@ -285,6 +306,6 @@ def _download(source: type, root: Path, folder: str) -> None:
                     raise
     except (OSError, RuntimeError) as error:
         raise NeuronMergingError(
-            f"{source.__name__} is not in {root} and could not be downloaded ({str(error).splitlines()[0]});"
+            f"{source.__name__} is not in {root} and could not be downloaded ({reason(error)});"
             " say where it is with --data or NEURON_MERGING_DATA"
         ) from error

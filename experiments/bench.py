@@ -1,7 +1,8 @@
 """How long everything takes, each against its yardstick in one run: results/BENCH.md and bench.json.
 
 Merging against a literal loop over neurons and against the float64 matrix product it cannot do without, also as layers grow;
-restoration against the peak of this machine's matrix products; evaluation against the usual DataLoader loop; starting.
+restoration against the peak of this machine's matrix products; evaluation against the usual DataLoader loop; what a smaller
+network buys; starting.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import memory
 import probe
 import settings
 from data import DATASETS, Images
-from decompose import COMPENSATIONS, BatchNorm, choose, decompose, others, read, rebuild
+from decompose import COMPENSATIONS, BatchNorm, choose, compensate, decompose, others, read, rebuild
 from errors import NeuronMergingError
 from evaluate import accuracy, count_macs
 from experiment import Experiment, kept_widths, versions
@@ -33,6 +34,7 @@ from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
 from experiments.tables import FIGURES, markdown
 from files import write_atomically
+from latency import compare
 from models import build
 from restore import restore
 from tests import literal
@@ -40,6 +42,7 @@ from trace import Unit, units
 
 CPU = torch.device("cpu")
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+IMAGES = {"lenet": 10_000, "vgg": 1024, "resnet": 1024, "wideresnet": 256}  # that are evaluated
 ROOT = RESULTS.parent
 Measured = dict[str, Any]
 
@@ -143,15 +146,17 @@ def slope(measured: Sequence[Measured], key: str) -> float:
 # ---------------------------------------------------------------- restoration
 
 
-def restoration(grid: Grid) -> Measured:
-    """Seconds of the probe and of restoration, the operations of its matrix products and convolutions, and its peak memory.
+def kept(model: nn.Module, found: Sequence[Unit], grid: Grid) -> list[torch.Tensor]:
+    """Half of every unit's neurons, or the paper's widths where it fixes them, by l2-norm."""
+    experiment = Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, "restore")
+    return choose(model, found, kept_widths(model, found, experiment), "l2-norm")
 
-    Half of every unit, or the paper's widths where it fixes them.
-    """
+
+def restoration(grid: Grid) -> Measured:
+    """Seconds of the probe and of restoration, the operations of its matrix products and convolutions, and its peak memory."""
     model = random_network(grid)
     found = units(model)
-    experiment = Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, "restore")
-    keep = choose(model, found, kept_widths(model, found, experiment), "l2-norm")
+    keep = kept(model, found, grid)
     shape = settings.NETWORKS[grid.arch].shape
     probe.make(model, shape, 8)  # warms up
     memory.reset(CPU)
@@ -166,7 +171,15 @@ def restoration(grid: Grid) -> Measured:
     return {"probe": made - start, "restore": taken, "operations": counter.get_total_flops(), "peak_mb": held}
 
 
-# ---------------------------------------------------------------- evaluation and starting
+# ---------------------------------------------------------------- what it buys, evaluation, starting
+
+
+def bought(grid: Grid) -> dict[str, Measured]:
+    """latency.compare of a network and of what is left of it; with these, how it was made smaller makes no difference."""
+    model = random_network(grid)
+    found = units(model)
+    small = rebuild(model, found, compensate(model, found, kept(model, found, grid), "prune"))
+    return compare({"original": model, "smaller": small}, settings.NETWORKS[grid.arch].shape)
 
 
 def evaluation(grid: Grid, count: int, batch_size: int = 128) -> Measured:
@@ -232,9 +245,18 @@ def document(report: Measured) -> str:
          f"{100 * 2 * m['macs'] * m['ours'] / fastest:.0f} %", " / ".join(f"{a:.2f}" for a in m["accuracy"])]
         for m in report["evaluation"]
     ]  # fmt: skip
+    sizes = [
+        [m["network"], *(f"{m['smaller'][key] / m['original'][key]:.2f}" for key in ("parameters", "macs", "file_mb")),
+         *(f"{m[name]['latency_ms']:.2f}" for name in ("original", "smaller")),
+         f"{m['original']['latency_ms'] / m['smaller']['latency_ms']:.2f} ×",
+         *(f"{m[name]['images_per_second']:,.0f}" for name in ("original", "smaller")),
+         f"{m['smaller']['images_per_second'] / m['original']['images_per_second']:.2f} ×"]
+        for m in report["bought"]
+    ]  # fmt: skip
     both = "accuracy: usual / ours"
     of_loop, of_product = ["literal loop s", "ratio"], ["of the product", "memory of the weights"]
     slopes = {name: slope(report["growth"], name) for name in ("ours", "loop")}
+    wide = report["growth"][len(report["growth"]) // 2]["width"]
     return f"""# Benchmark
 
 Made by `make bench`; random weights of the published shapes. {report["threads"]} threads, PyTorch
@@ -254,8 +276,8 @@ A single layer with as many inputs as neurons, and a BatchNorm, merged:
 
 ![Seconds against width](figures/growth.png)
 
-Seconds grow with the power {slopes["ours"]:.2f} of the width, the loop's with {slopes["loop"]:.2f} (widths of
-{WIDTHS[len(WIDTHS) // 2]} and more); the work of the matrix product grows with the power 3, the layer itself with 2.
+Seconds grow with the power {slopes["ours"]:.2f} of the width, the loop's with {slopes["loop"]:.2f} (from width {wide} on);
+the work of the matrix product grows with the power 3, the layer itself with 2.
 
 ## Restoration (ours)
 
@@ -264,6 +286,14 @@ Operations: matrix products and convolutions, the Cholesky factors not counted. 
 product of side 2048, {fastest / 1e9:.0f} · 10⁹ operations a second in this run. Memory: the whole process.
 
 {markdown(["network", "probe s", "restore s", "10⁹ operations", "of the GEMM peak", "peak memory MB"], restored)}
+
+## What it buys
+
+The same widths. Left of parameters, MACs and file; latency of one image and throughput of batches of 64 (`--benchmark`:
+medians, both networks in turn), as the networks are, without fusing anything. Time falls less than MACs do where a layer is
+too small to keep the machine busy.
+
+{markdown(["network", "parameters", "MACs", "file", "latency ms", "smaller", "faster", "images/s", "smaller", "faster"], sizes)}
 
 ## Evaluation
 
@@ -277,30 +307,30 @@ Images a second in float32, against the usual loop: a DataLoader with two worker
 """
 
 
+def measured(grids: dict[str, Grid], widths: Sequence[int] = WIDTHS) -> Measured:
+    """Everything, for the networks `grids`; starting first, while the memory of this process is small."""
+    report: Measured = {"starting": {name: starting(*arguments) for name, arguments in STARTS.items()}}
+    report |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "versions": versions(), "gemm_peak": peak()}
+    named = {grid.title.split()[0]: grid for grid in grids.values()}
+    report["merging"] = [
+        {"network": name} | merging(random_network(grid), kind)
+        for name, grid in named.items()
+        for kind in COMPENSATIONS
+    ]
+    report["growth"] = [growth(width) for width in widths]
+    for what, measure in (("restoration", restoration), ("bought", bought)):
+        report[what] = [{"network": name} | measure(grid) for name, grid in named.items()]
+    report["evaluation"] = [{"network": g.title.split()[0]} | evaluation(g, IMAGES[key]) for key, g in grids.items()]
+    return report
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Time everything and write the tables."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     from experiments.figures import growth as draw
 
-    taken = {name: starting(*arguments) for name, arguments in STARTS.items()}
-    report: Measured = {
-        "starting": taken,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "gemm_peak": peak(),
-    }
-    report["versions"] = versions()
-    named = {grid.title.split()[0]: grid for grid in GRIDS.values()}
-    report["merging"] = [
-        {"network": name} | merging(random_network(grid), kind)
-        for name, grid in named.items()
-        for kind in COMPENSATIONS
-    ]
-    report["growth"] = [growth(width) for width in WIDTHS]
-    report["restoration"] = [{"network": name} | restoration(grid) for name, grid in named.items()]
-    counts = dict(zip(named, (10_000, 1024, 1024, 256)))
-    report["evaluation"] = [{"network": name} | evaluation(grid, counts[name]) for name, grid in named.items()]
+    report = measured(GRIDS)
     text = document(report)
     for path, content in ((RESULTS / "bench.json", json.dumps(report, indent=2) + "\n"), (RESULTS / "BENCH.md", text)):
         write_atomically(path, lambda file, content=content: file.write(content.encode()))

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from experiments.rows import RESULTS
 from experiments.tables import markdown
 from files import write_atomically
 from models import build
-from train import autocast_dtype, batches
+from train import autocast_dtype, batches, sgd
 
 TRAINED = ("VGG", "ResNet", "WideResNet")  # on images of CIFAR's shape
 
@@ -65,8 +66,11 @@ def images_per_second(
     dtype = autocast_dtype(device) if fast else None
     if fast:
         model.to(memory_format=torch.channels_last)
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    if fast:
+        optimizer = sgd(model, replace(settings.recipe(arch), lr=0.01))
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     count, start = 0, time.perf_counter()
     for number, (x, labels) in enumerate(feed(images, batch_size, device)):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):

@@ -1,7 +1,7 @@
 """What goes beyond the paper: restoration (ours) and its rivals, in the paper's cells; experiments and their table."""
 
 from collections.abc import Iterator, Sequence
-from statistics import mean
+from statistics import mean, median
 
 from decompose import CRITERIA
 from experiment import Experiment
@@ -47,12 +47,19 @@ def kind(row: Row) -> tuple[str, bool]:
     return row["type"], row.get("calibrate") is not None
 
 
-def cell(measured: Sequence[Row]) -> str:
-    """An accuracy, or the mean over seeds ± half the range."""
+def cell(measured: Sequence[Row], seeds: int = len(SEEDS)) -> str:
+    """An accuracy, or the mean over seeds ± half the range; nothing where seeds are still to be measured."""
     values = [row["accuracy"] for row in measured]
-    if len(values) < 2:
-        return "".join(f"{value:.2f}" for value in values)
-    return f"{mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"
+    seeded = measured and measured[0].get("seed") is not None and not measured[0].get("calibrate")
+    if not values or (seeded and len(values) < seeds):
+        return ""
+    return f"{mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def seconds(measured: Sequence[Row], key: str) -> str:
+    """The median over seeds."""
+    values = [row[key] for row in measured if row.get(key) is not None]
+    return f"{median(values):.1f}" if values else ""
 
 
 def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -66,6 +73,7 @@ def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str
             here = [r for r in of if (r["widths_rule"], r["ratio"]) == (rule, ratio)]
             if any(kind(row) == ("restore", False) for row in here):
                 cells = (cell([row for row in here if kind(row) == column]) for column in columns)
-                lines.append([criterion, ratio_label(here[0]), *cells])
+                taken = seconds([row for row in here if kind(row) == ("restore", False)], "seconds_decompose")
+                lines.append([criterion, ratio_label(here[0]), *cells, taken])
     header = ["criterion", "ratio", *DATA_FREE[:-1], "**restore (ours)**"]
-    return [*header, *(f"{name} ({IMAGES} images)" for name in LOOKS)], lines
+    return [*header, *(f"{name} ({IMAGES} images)" for name in LOOKS), "restore: s"], lines

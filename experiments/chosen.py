@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from experiment import Experiment
-from experiments.beyond import SEEDS, cell
+from experiments.beyond import SEEDS, cell, seconds
 from experiments.grid import Grid
 from experiments.rows import Row, ratio
 
@@ -57,6 +57,8 @@ def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str
         here = [row for row in measured if ratio(row) == label and rule(grid, row)]
         sizes = [f"{max(row[size] for row in here if rule(grid, row) == 'auto'):,}" for size in ("params", "macs")]
         cells = (cell([row for row in here if (row["type"], rule(grid, row)) == column]) for column in columns)
-        lines.append([label, *sizes, *cells])
+        restored = [row for row in here if (row["type"], rule(grid, row)) == ("restore", "auto")]
+        taken = (seconds(restored, key) for key in ("seconds_widths", "seconds_decompose"))
+        lines.append([label, *sizes, *cells, *taken])
     header = [f"{kind}, {name.replace('uniform', by_rule)}" for kind, name in columns]
-    return ["ratio", "parameters, at most", "MACs, at most", *header], lines
+    return ["ratio", "parameters, at most", "MACs, at most", *header, "choice: s", "with restore: s"], lines

@@ -86,10 +86,12 @@ def run(
     path: Path,
     pretrained: Path | None = None,
     experiments: Iterable[Experiment] | None = None,
+    root: Path | None = None,
 ) -> list[rows.Row]:
     """Measure the experiments (the grid's own) whose rows `path` does not hold yet; all rows of the grid's checkpoint.
 
     Interrupt it when you like: every row is on disk before the next begins. `pretrained`: another checkpoint than shipped.
+    root: folder of the data sets.
     """
     done = {rows.key(row) for row in rows.load(path)}
     checkpoint = sha256(pretrained or grid.checkpoint)
@@ -97,7 +99,7 @@ def run(
     known = {}  # what is found of the units serves all budgets
     for experiment in tqdm(wanted, grid.title, unit="row", leave=False, disable=None):
         if rows.key(experiment.settings() | {"checkpoint_sha256": checkpoint}) not in done:
-            rows.append(measure(experiment, images, device, known=known), path)
+            rows.append(measure(experiment, images, device, known=known, root=root), path)
     return [row for row in rows.load(path) if row["checkpoint_sha256"] == checkpoint]
 
 
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--paper", action="store_true", help="the paper's experiments only, without ours and its rivals"
     )
-    parser.add_argument("--data", type=Path, default=None)
+    parser.add_argument("--data", type=Path, help="folder of the data sets [$NEURON_MERGING_DATA, or data]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=Path, default=rows.ROWS, help="file the rows go to [%(default)s]")
     args = parser.parse_args(argv)
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = load(grid.dataset, "test", args.data or settings.data_folder())
         ours = () if args.paper else (*beyond.experiments(grid), *chosen.experiments(grid))
         wanted = [*grid.experiments(), *ours]
-        measured = run(grid, images, device, args.rows, args.pretrained, wanted)
+        measured = run(grid, images, device, args.rows, args.pretrained, wanted, args.data)
         print(f"{grid.title}: {len(measured)} rows in {args.rows}")
     return 0
 

@@ -1,14 +1,17 @@
 """Result rows, one JSON object a line: appended by runs (also by several at once), read by tables and figures."""
 
 import csv
+import errno
 import fcntl
 import functools
 import json
-from collections.abc import Callable, Hashable
+import os
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
 from errors import NeuronMergingError
+from files import cannot_write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROWS = RESULTS / "rows.jsonl"
@@ -26,6 +29,7 @@ _SETTINGS = (
     "lamda",
     "checkpoint_sha256",
 )
+# Of methods that came later.
 _OPTIONAL = (
     "probe",
     "probe_samples",
@@ -36,7 +40,7 @@ _OPTIONAL = (
     "multiple",
     "drop_blocks",
     "coupled",
-)  # of methods that came later
+)
 
 Row = dict[str, Any]
 
@@ -48,25 +52,53 @@ def key(row: Row) -> str:
 
 
 def load(path: Path = ROWS) -> list[Row]:
-    """All rows of a file, none where there is no file."""
-    if not path.exists():
-        return []
+    """All rows of a file, none where there is no file. Raises NeuronMergingError where a line is no JSON object."""
+    return _rows(path.read_bytes(), path) if path.exists() else []
+
+
+def keys(measured: Iterable[Row], path: Path, key: Callable[[Row], Hashable] = key) -> set[Hashable]:
+    """What tells the rows of a file apart. Raises NeuronMergingError where one is no row of that kind."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise NeuronMergingError(f"{path} has a line that is no JSON object: {error}") from error
+        return {key(row) for row in measured}
+    except KeyError as error:
+        raise NeuronMergingError(f"{path} has a line without {error}: it is no file of these rows") from error
 
 
 def append(row: Row, path: Path = ROWS, key: Callable[[Row], Hashable] = key) -> bool:
-    """Add a row unless the same measurement, by `key`, is there; whether it was added. The file is locked meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        if key(row) in {key(json.loads(line)) for line in file}:
-            return False
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        return True
+    """Add a row unless the same measurement, by `key`, is there; whether it was added. The file is locked meanwhile.
+
+    Raises NeuronMergingError where the file holds something else, or cannot be written: then it is left as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            before = file.read()
+            if key(row) in keys(_rows(before, path), path, key):
+                return False
+            line = f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+            if before and not before.endswith(b"\n"):
+                line = b"\n" + line
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(len(before))
+                raise
+            return True
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _rows(content: bytes, path: Path) -> list[Row]:
+    try:
+        found = [json.loads(line) for line in content.splitlines()]
+    except ValueError as error:
+        raise NeuronMergingError(f"{path} has a line that is no JSON object: {error}") from error
+    if not all(isinstance(row, dict) for row in found):
+        raise NeuronMergingError(f"{path} has a line that is no JSON object")
+    return found
 
 
 def ratio(row: Row) -> str:

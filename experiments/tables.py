@@ -135,13 +135,16 @@ people's; fold's clusters have no criterion) at the same kept widths; whatever l
 MACs (the columns have the largest of all compensations and seeds); *neurons too*: and those kept that explain most
 (`--criterion auto`); *blocks may go*: and whole residual blocks may be left out (`--drop-blocks`). Where there is a ±, it is
 half the range of three seeds. A cell is empty where nothing was measured: rivals have one criterion a network. Without
-BatchNorm (LeNet) `prune-bn`, `merge-bn` and `merge-derived` are the same as `prune` and `merge`.
+BatchNorm (LeNet) `prune-bn`, `merge-bn` and `merge-derived` are the same as `prune` and `merge`. Seconds are medians over
+the seeds, on the machine that measured: of restoration with its probe; of the choice of widths, which serves all budgets of a
+network, and of that and restoration together. The first row of a run includes what PyTorch needs to start.
 """
 
 
 def documents(everything: Sequence[Row]) -> dict[Path, str]:
     """What TABLES.md and README.md have to say."""
-    tables = [INTRODUCTION, *(f"- checkpoint *{name}*: {what}" for name, what in CHECKPOINTS.items()), ""]
+    tables = [INTRODUCTION, *(f"- checkpoint *{name}*: {what}" for name, what in CHECKPOINTS.items())]
+    tables += [f"- PyTorch {' and '.join(sorted({row['versions']['torch'] for row in everything}))}", ""]
     summary = []
     for grid in GRIDS.values():
         measured = of_grid(grid, everything)

@@ -163,7 +163,13 @@ def table(measured: Sequence[Row], variants: Sequence[str]) -> str:
     """Mean over seeds ± half the range; a column for every network and ratio."""
     columns = [(name, ratio) for name, bench in BENCHES.items() for ratio in bench.ratios]
     lines = [
-        [variant, *(cell([r for r in measured if key(r)[:3] == (name, variant, ratio)]) for name, ratio in columns)]
+        [
+            variant,
+            *(
+                cell([r for r in measured if key(r)[:3] == (name, variant, ratio)], len(SEEDS))
+                for name, ratio in columns
+            ),
+        ]
         for variant in variants
     ]
     return markdown(["", *(f"{name} {100 * ratio:.0f} %" for name, ratio in columns)], lines)

@@ -169,9 +169,9 @@ def _resize(module: nn.Module, shape: torch.Size) -> None:
 def stored(model: nn.Module, half_above: float | None = None) -> dict[str, Tensor]:
     """The weights as a checkpoint file holds them, on the CPU.
 
-    Of a model above `half_above` bytes (`HALF_ABOVE`) the weights of convolutions and linear layers are rounded to half
-    precision where every neuron stays what it was to a thousandth; BatchNorm, whose variances leave that range easily,
-    stays float32.
+    Of a model above `half_above` bytes (`HALF_ABOVE`) tensors of two dimensions and more, as the weights of convolutions and
+    linear layers are, are rounded to half precision where every neuron stays what it was to a thousandth; BatchNorm, whose
+    variances leave that range easily, stays float32.
     """
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
     if sum(w.nbytes for w in weights.values()) <= (HALF_ABOVE if half_above is None else half_above):

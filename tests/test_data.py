@@ -1,7 +1,10 @@
 """The loader: whole splits as uint8, folders of other checksums, folders half there, downloads that stop."""
 
 import gzip
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from data import DATASETS, load
 from data.loader import HERE
 from errors import NeuronMergingError
+from tests.conftest import ROOT
 
 
 def test_the_fashion_mnist_test_split_comes_with_the_repository():
@@ -115,6 +119,57 @@ def test_a_download_is_moved_into_place_whole(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="checksums"):
         assert len(load("cifar10", "test", tmp_path)) == 20
     assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.base_folder]
+
+
+TWO = """
+import pathlib, sys, time
+from torchvision.datasets import CIFAR10
+from tests.test_data import cifar
+import data
+
+here = pathlib.Path(sys.argv[1])
+
+def download(self):
+    cifar(pathlib.Path(self.root), CIFAR10)
+    (here / f"ready{sys.argv[2]}").touch()
+    while len(list(here.glob("ready*"))) < 2:
+        time.sleep(0.01)
+
+CIFAR10.download, CIFAR10._check_integrity, CIFAR10._load_meta = download, lambda self: True, lambda self: None
+sys.exit(len(data.load("cifar10", "test", here / "root")) != 20)
+"""
+
+
+def test_two_processes_that_download_at_once_both_have_it(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    both = [subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path), i], env=env) for i in "12"]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert [path.name for path in (tmp_path / "root").iterdir()] == [CIFAR10.base_folder]
+
+
+class Evil:
+    """What a pickle can do: run code when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("file", ["test_batch", "batches.meta"])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    path = cifar(tmp_path, CIFAR10) / file
+    path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()) | {"more": Evil()}))
+    with pytest.raises(NeuronMergingError, match=r"damaged \(it would run posix.mkdir\)"):
+        load("cifar10", "test", tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_data_set_without_images_is_refused(tmp_path):
+    cifar(tmp_path, CIFAR10, per_file=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(NeuronMergingError, match=r"damaged|not what it should be"):
+            load("cifar10", "test", tmp_path)
 
 
 def test_unknown_names_are_refused():

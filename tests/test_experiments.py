@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from decompose import decompose, rebuild
+from errors import NeuronMergingError
 from experiments import beyond, chosen, demo, features, figures, grid, manifest, rows, tables, tuning
 from experiments.grid import GRIDS
 from trace import units
@@ -26,6 +28,42 @@ def test_a_measurement_is_recorded_once(tmp_path):
     assert rows.append(a_row(ratio=0.9), path)
     assert rows.append(a_row(checkpoint_sha256="another"), path)
     assert [row["seconds_decompose"] for row in rows.load(path)] == [0.0] * 3
+
+
+ODD = {
+    "no JSON": (b'{"arch": "LeNet', "has a line that is no JSON object"),
+    "no text": (b"\xff\xfe\n", "has a line that is no JSON object"),
+    "no object": (b"3\n", "has a line that is no JSON object"),
+    "other rows": (b'{"network": "resnet18"}\n', "has a line without 'arch': it is no file of these rows"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_file_of_something_else_is_left_alone(cli, pretrained, tmp_path, name):
+    content, message = ODD[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    said = cli("--pretrained", pretrained, "--evaluate", "--append", path)
+    assert said.code == 2 and said.out == "" and message in said.err.splitlines()[-1]  # before anything is measured
+    with pytest.raises(NeuronMergingError, match=message):
+        rows.append(a_row(), path)
+    assert path.read_bytes() == content
+
+
+def test_a_row_goes_on_a_line_of_its_own_or_nowhere(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(a_row()))  # without an end of line
+    assert rows.append(a_row(ratio=0.9), path)
+    assert [row["ratio"] for row in rows.load(path)] == [None, 0.9]
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))  # a disk that takes part of a line
+        with pytest.raises(NeuronMergingError, match=r"cannot write .*rows\.jsonl"):
+            rows.append(a_row(ratio=0.8), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
 
 
 def write_rows(path: Path, worker: int) -> None:
@@ -47,7 +85,7 @@ def test_what_is_measured_already_is_not_measured_again(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     measured = []
 
-    def measure(experiment, images, device, known):
+    def measure(experiment, images, device, known, root):
         measured.append(experiment)
         if len(measured) == 4:
             raise KeyboardInterrupt
@@ -172,13 +210,16 @@ def test_choices_of_widths_are_listed_once_and_find_their_column(name):
 
 def test_a_table_beyond_the_paper_shows_means_and_says_what_looked_at_images():
     base = {"criterion": "l1-norm", "ratio": 0.5, "widths_rule": "published", "calibrate": None}
-    measured = [base | {"type": "restore", "seed": seed, "accuracy": 80.0 + seed} for seed in (1, 2, 3)]
+    measured = [
+        base | {"type": "restore", "seed": seed, "accuracy": 80.0 + seed, "seconds_decompose": float(seed)}
+        for seed in (1, 2, 3)
+    ]
     measured += [base | {"type": "lbyl", "accuracy": 70.0}]
     measured += [base | {"type": "fold", "criterion": None, "seed": 1, "accuracy": 60.0}]
     measured += [base | {"type": "restore", "calibrate": "cifar10:512", "seed": 1, "accuracy": 90.0}]
     header, lines = beyond.table(GRIDS["lenet"], measured)
-    assert lines == [["l1-norm", "50 %", "", "", "70.00", "60.00", "82.00 ± 1.00", "", "", "90.00"]]
-    assert header[-1] == "restore (512 images)"
+    assert lines == [["l1-norm", "50 %", "", "", "70.00", "", "82.00 ± 1.00", "", "", "90.00", "2.0"]]
+    assert header[-2:] == ["restore (512 images)", "restore: s"]  # and two seeds of fold are still to be measured
 
 
 def test_tuning_measures_what_is_missing_and_rebuilds_the_tables(tmp_path, monkeypatch, data_folder, capsys):

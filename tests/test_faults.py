@@ -10,8 +10,10 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from errors import NeuronMergingError
+from files import remove_partials
 from models import build, load_checkpoint, load_weights, save_checkpoint
 from tests.conftest import ROOT
 
@@ -20,15 +22,17 @@ import sys, torch, data, main, train
 from tests.test_train import images
 data.load = lambda name, split, root: images(name, 600 if split == "train" else 40)
 train.SAVE_SECONDS = 0  # the state is written after every step
-sys.exit(main.main(["--epochs", "10", "--schedule", "5", "--gammas", "0.1", "--save", *sys.argv[1:]]))
+sys.exit(main.main(["--epochs", "20", "--schedule", "5", "--gammas", "0.1", "--save", *sys.argv[1:]]))
 """
 
 
-def training(*arguments):
+def training(*arguments, limit=None):
+    """A process that trains. limit: bytes that a file can have."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        [sys.executable, "-c", TRAIN, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
+    )  # fmt: skip
 
 
 def test_a_run_killed_between_and_inside_writes_goes_on_to_the_same_network(tmp_path):
@@ -52,17 +56,38 @@ def test_a_run_killed_between_and_inside_writes_goes_on_to_the_same_network(tmp_
     if not target.exists():
         last = training(target, "--resume")
         assert last.wait(120) == 0, last.stdout.read()
+    assert not list(tmp_path.glob(".*"))  # a write that was killed leaves something, which the next run removes
     networks = [load_weights(build("LeNet_300_100"), load_checkpoint(tmp_path / name)) for name in ("whole", "killed")]
     assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in networks)))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A file with a small network, and its content."""
-    path = tmp_path_factory.mktemp("faults") / "net.pth.tar"
-    torch.manual_seed(0)
-    save_checkpoint(path, build("ResNet", (8,)), acc=90.0)
-    return path.read_bytes()
+def test_a_write_that_is_killed_leaves_the_old_file(tmp_path):
+    path = tmp_path / "net.state"
+    path.write_bytes(b"old")
+    code = """
+import os, pathlib, signal, sys
+from files import write_atomically
+def write(file):
+    file.write(b"new" * 100_000)
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+write_atomically(pathlib.Path(sys.argv[1]), write)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / ".net.state.csv.x.partial").touch()  # somebody else's
+    remove_partials(path)
+    assert {p.name for p in tmp_path.iterdir()} == {"net.state", ".net.state.csv.x.partial"}
+
+
+def test_a_disk_that_fills_up_while_training_is_one_line(tmp_path):
+    run = training(tmp_path / "net", limit=50_000)
+    said = run.communicate(timeout=120)[0].decode().splitlines()
+    assert run.returncode == 2 and said[-1].startswith(
+        f"main.py: cannot write {tmp_path / 'net.state'}: File too large"
+    )
+    assert not any("Traceback" in line for line in said) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("ending", [".pth.tar", ".safetensors"])
@@ -76,14 +101,18 @@ def test_a_checkpoint_cut_anywhere_is_refused(tmp_path, ending):
             load_checkpoint(path)
 
 
-def test_flipped_bytes_are_refused_or_harmless(tmp_path, checkpoint):
+@pytest.mark.parametrize("ending", [".pth.tar", ".safetensors"])
+def test_flipped_bytes_are_refused_or_harmless(tmp_path, ending):
     """What cannot be read is said; what can be read has every weight in place and finite, or is said not to fit."""
-    path, rng = tmp_path / "net.pth.tar", random.Random(1)
-    refused = 0
-    for _ in range(200):
-        content = bytearray(checkpoint)
+    path, rng = tmp_path / f"net{ending}", random.Random(1)
+    torch.manual_seed(0)
+    save_checkpoint(path, build("ResNet", (8,)), acc=90.0)
+    sound, refused = path.read_bytes(), 0
+    header = 2000 if ending == ".safetensors" else len(sound)  # what comes behind it are numbers, and any will do
+    for i in range(200):
+        content = bytearray(sound)
         for _ in range(rng.randint(1, 8)):
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            content[rng.randrange(header if i % 2 else len(sound))] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
         try:
             model = load_weights(build("ResNet", (8,)), load_checkpoint(path))
@@ -92,6 +121,21 @@ def test_flipped_bytes_are_refused_or_harmless(tmp_path, checkpoint):
             assert "\n" not in str(error)
             refused += 1
     assert refused
+
+
+@pytest.mark.parametrize("ending", [".pth.tar", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_files_in_any_precision_are_read(tmp_path, dtype, ending):
+    torch.manual_seed(0)
+    model, path = build("ResNet", (8,)), tmp_path / f"net{ending}"
+    weights = {name: w.to(dtype).contiguous() if w.is_floating_point() else w for name, w in model.state_dict().items()}
+    if ending == ".safetensors":
+        save_file(weights, path)
+    else:
+        torch.save({"state_dict": weights}, path)
+    again = load_weights(build("ResNet", (8,)), load_checkpoint(path)).state_dict()
+    assert all(w.dtype in (torch.float32, torch.int64) for w in again.values())
+    assert all(torch.equal(w, weights[name].to(w)) for name, w in again.items())
 
 
 NETWORK = ("--model", "models.resnet:ResNet", "--model-args", '{"depth": 8}', "--input-size", "3,32,32")

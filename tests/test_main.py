@@ -89,7 +89,7 @@ def test_the_defaults_are_those_of_the_published_scripts():
         ("ResNet", "cifar10"): (0.1, 0.85), ("WideResNet", "cifar10"): (0.1, 0.8),
     }  # fmt: skip
     for which, (threshold, lamda) in published.items():
-        method = settings.METHODS[which]
+        method = settings.MERGING[which]
         assert method.threshold == threshold
         assert lamda is None or method.lamda == lamda
 

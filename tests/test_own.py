@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import latency
+import own
 from decompose import decompose, rebuild
 from errors import NeuronMergingError
 from experiment import Experiment
@@ -55,9 +57,7 @@ def mine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     sys.modules.pop("mine", None)
-    namespace: dict = {}
-    exec(CODE, namespace)
-    torch.save({"state_dict": namespace["small"]().state_dict()}, tmp_path / "mine.pth.tar")
+    torch.save({"state_dict": mine_small().state_dict()}, tmp_path / "mine.pth.tar")
     return tmp_path
 
 
@@ -75,6 +75,13 @@ def pictures(mine):
             )
             to_pil_image(noise).save(folder / f"{i}.png")
     return mine / "pictures"
+
+
+def mine_small(**arguments):
+    """A network of the user's module."""
+    namespace: dict = {}
+    exec(CODE, namespace)
+    return namespace["small"](**arguments)
 
 
 OWN = ("--model", "mine:small", "--weights", "mine.pth.tar", "--input-size", "3,16,16")
@@ -174,8 +181,13 @@ def test_the_command_has_ratios_budgets_and_real_images(cli, mine, pictures):
     assert row["macs"] <= 0.5 * row["macs_original"]
     row = json.loads(cli(*common, "--widths", "5,6", "--calibrate", f"{pictures}:20").out)
     assert row["widths"] == {"0": 5, "3": 6} and row["calibrate"].endswith("pictures:20")
-    row = json.loads(cli(*common, "--model-args", '{"width": 8}', "--ignore", "0", "--weights", "none.pth").out or "{}")
-    assert row == {}
+    assert row["ratio"] is None and row["widths_rule"] == "given" and row["ridge"] == 0.03
+    torch.save(torch.nn.Module.state_dict(mine_small(width=8)), "narrow.pth")
+    common = ("--model", "mine:small", "--input-size", "3,16,16", "--json", "-", "--model-type", "prune")
+    made = cli(*common, "--model-args", '{"width": 8}', "--weights", "narrow.pth", "--ignore", "3")
+    assert json.loads(made.out)["widths"] == {"0": 4} and "warning" not in made.err
+    made = cli(*common, "--weights", "narrow.pth")
+    assert "warning: narrow.pth has other widths than mine:small: the network was cut to them" in made.err
 
 
 def test_a_summary_touches_nothing(cli, mine):
@@ -203,9 +215,22 @@ BAD_COMMANDS = {
     "an input that does not run": ([*OWN[:4], "--input-size", "1,8,8", "--model-type", "merge", "--json", "-"], "does not run"),
     "an output of no format": ([*OWN, "--export", "small.bin"], "name a file that ends in .onnx, .pt2, .pt"),
     "no images": ([*OWN, "--evaluate", "--dataset", "imagefolder:gone"], "is no folder"),
+    "a folder of too few classes": (
+        [*OWN, "--model-args", '{"classes": 11}', "--weights", "eleven.pth", "--evaluate", "--dataset", "imagefolder:pictures"],
+        "imagefolder:pictures has 10 folders, the network 11 outputs",
+    ),
+    "a folder without images": ([*OWN, "--evaluate", "--dataset", "imagefolder:hollow"], "FileNotFoundError"),
+    "a network without parameters": (
+        ["--model", "torch.nn:Identity", "--input-size", "3", "--model-type", "prune", "--json", "-"], "without parameters"
+    ),
+    "a speed on an input that does not run": ([*OWN[:4], "--input-size", "1,8,8", "--benchmark"], "does not run"),
+    "a ratio that leaves no neuron": (
+        [*OWN, "--model-type", "merge", "--pruning-ratio", "0.99", "--json", "-"], "leaves no neuron of 16 in 0"
+    ),
+    "ratios of nothing": ([*OWN, "--ratios", "0=0.5", "--json", "-"], "give --model-type too"),
     "no data set": ([*OWN, "--evaluate"], "give imagefolder:DIR"),
     "ratios": ([*OWN, "--ratios", "0", "--json", "-"], "give a share for every layer"),
-    "too few images": ([*OWN, "--model-type", "restore", "--calibrate", ".:9", "--json", "-"], "0 images are there"),
+    "too few images": ([*OWN, "--model-type", "restore", "--calibrate", "gone:9", "--json", "-"], "0 images are there"),
     "ratios and widths": ([*OWN, "--ratios", "0=0.5", "--widths", "3,4", "--json", "-"], "give one of them"),
     "rows of its own": ([*OWN, "--json", "-", "--append", "rows.jsonl"], "--append is for the rows of --arch"),
     "budget of uniform widths": (
@@ -216,7 +241,8 @@ BAD_COMMANDS = {
         "mine:small does not fit --dataset FashionMNIST: RuntimeError",
     ),
     "vectors from images": (
-        ["--model", "mine:small", "--input-size", "9", "--model-type", "restore", "--calibrate", ".:2", "--json", "-"],
+        ["--model", "torch.nn:Linear", "--model-args", '{"in_features": 9, "out_features": 3}', "--input-size", "9",
+         "--model-type", "restore", "--calibrate", "pictures:2", "--json", "-"],
         "images are channels, height, width",
     ),
     "published flags": ([*OWN, "--pretrained", "x", "--json", "-"], "with --model give --weights"),
@@ -226,8 +252,10 @@ BAD_COMMANDS = {
 
 
 @pytest.mark.parametrize("name", BAD_COMMANDS)
-def test_a_command_that_cannot_be_is_one_line(cli, mine, name):
+def test_a_command_that_cannot_be_is_one_line(cli, mine, pictures, name):
     options, message = BAD_COMMANDS[name]
+    torch.save(mine_small(classes=11).state_dict(), "eleven.pth")
+    (mine / "hollow" / "class").mkdir(parents=True)
     before = {path.name for path in mine.iterdir()}
     said = cli(*options)
     assert said.code == 2 and said.out == ""
@@ -236,19 +264,62 @@ def test_a_command_that_cannot_be_is_one_line(cli, mine, name):
     assert {path.name for path in mine.iterdir()} - {"__pycache__"} == before - {"__pycache__"}
 
 
+def test_images_become_inputs_as_the_weights_say():
+    weights = torchvision.models.get_model_weights
+    for name, side, resized in (
+        ("resnet50", 224, {"IMAGENET1K_V1": 256, "IMAGENET1K_V2": 232}),
+        ("inception_v3", 299, {}),
+    ):
+        spec, known = f"torchvision.models:{name}", weights(name)
+        for entry, size in resized.items():
+            assert own.transforms(spec, entry, (3, side, side)).resize_size == [size]
+        assert str(own.transforms(spec, None, (3, side, side))) == str(known.DEFAULT.transforms())
+        assert "Resize(size=64" in str(own.transforms(spec, None, (3, 64, 64)))
+
+
+def test_a_smaller_file_remembers_the_weights_it_began_with(cli, mine, monkeypatch):
+    """torchvision's weights, without a download; what is saved is measured with the same transforms."""
+    entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(type(entry), "get_state_dict", lambda self, **_: torchvision.models.resnet18().state_dict())
+    seen, original = [], own.transforms
+    monkeypatch.setattr(own, "transforms", lambda *a: seen.append(a[1]) or original(*a))
+    common = ("--model", "torchvision.models:resnet18", "--input-size", "3,224,224", "--json", "-")
+    made = cli(*common, "--weights", entry.name, "--model-type", "prune", "--save", "small.safetensors")
+    assert made.code == 0, made.err
+    cli(*common, "--weights", "small.safetensors", "--evaluate", "--dataset", "imagefolder:gone")
+    assert seen == [entry.name]
+
+
 # ---------------------------------------------------------------- out of here
 
 
+class Heads(nn.Module):
+    """Two outputs, and an activation that is no ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = nn.functional.silu(self.body(x))
+        return self.a(x), self.b(x)
+
+
 @pytest.mark.parametrize("ending", [".onnx", ".pt2", ".pt"])
-def test_exports_give_the_same_outputs(tmp_path, ending):
+@pytest.mark.parametrize("kind", ["coupled", "without a block", "two outputs"])
+def test_exports_give_the_same_outputs(tmp_path, ending, kind):
+    """For batches of one and of several (export.CHECKED)."""
     if ending == ".onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     torch.manual_seed(0)
-    model = build("ResNet", (8,)).eval()
-    small, _ = shrink(model, 0.5, example_input=(3, 32, 32), compensation="merge", coupled=True)
+    model, shape = (Heads(), (6,)) if kind == "two outputs" else (build("ResNet", (8,)), (3, 32, 32))
+    small = model.eval()
+    if kind != "two outputs":
+        ratio = 0.5 if kind == "coupled" else [8, 0, 32]
+        small, _ = shrink(model, ratio, example_input=shape, compensation="merge", coupled=kind == "coupled")
     path = tmp_path / f"small{ending}"
-    assert export(small, path, (3, 32, 32)) <= 1e-4
+    assert export(small, path, shape) <= 1e-4
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -272,7 +343,9 @@ def test_speeds_are_compared_in_one_run(monkeypatch):
     assert found["smaller"]["file_mb"] < 0.4 * found["original"]["file_mb"]
     assert all(found[name][key] > 0 for name in found for key in ("latency_ms", "images_per_second"))
     lines = latency.table(found).splitlines()
-    assert len(lines) == 8 and "threads" in lines[-1]
+    assert len(lines) == 8 and "float32" in lines[-1] and "threads" in lines[-1]
+    halves = {"original": model.bfloat16(), "smaller": small.bfloat16()}
+    assert latency.compare(halves, (3, 32, 32), batch=2)["smaller"]["dtype"] == "bfloat16"
 
 
 def test_a_smaller_file_is_compared_with_what_it_was_made_from(cli, mine, monkeypatch):

@@ -8,6 +8,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from errors import NeuronMergingError
 from models import build
+from shrink import shrink
+from streams import streams
 from trace import Unit, survey, units
 
 
@@ -152,19 +154,37 @@ def test_what_mixes_neurons_or_depends_on_their_number_is_left_out(name):
     assert units(Net(between, **modules)) == []
 
 
-def test_a_batch_size_of_another_tensor_is_not_taken_for_a_flatten():
+class Video(nn.Module):
     """[B·T, N, 1, 1] viewed as [B, T·N]: the neurons are not in front."""
 
-    class Video(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(5 * 8, 4)
+
+    def forward(self, x):
+        frames = F.adaptive_avg_pool2d(self.conv(x.flatten(0, 1)).relu(), 1)
+        return self.fc(frames.view(x.size(0), -1))
+
+
+def test_a_batch_size_of_another_tensor_is_not_taken_for_a_flatten():
+    assert units(Video()) == [] and streams(Video())[0] == []
+
+
+def test_tracing_leaves_nothing_in_the_network():
+    class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(5 * 8, 4)
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
 
         def forward(self, x):
-            frames = F.adaptive_avg_pool2d(self.conv(x.flatten(0, 1)).relu(), 1)
-            return self.fc(frames.view(x.size(0), -1))
+            return self.b(self.a(x - torch.tensor([1.0, 2.0, 3.0, 4.0])).relu())
 
-    assert units(Video()) == []
+    model, x = Scaled().eval(), torch.randn(3, 4)
+    before = set(vars(model))
+    for kind in ("prune", "restore"):
+        small, _ = shrink(model, 0.0, example_input=x, compensation=kind)
+        assert set(vars(model)) == set(vars(small)) == before
+        assert torch.allclose(small(x), model(x), atol=1e-5)
 
 
 def test_a_layer_used_twice_or_sharing_its_weights_is_left_out():

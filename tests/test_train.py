@@ -190,10 +190,10 @@ def test_learning_rates():
 
 def test_the_fast_recipe_spares_batchnorm_and_biases_from_decay():
     model = build("ResNet", (20,))
-    groups = train._optimizer(model, settings.recipe("ResNet", "fast")).param_groups
+    groups = train.sgd(model, settings.recipe("ResNet", "fast")).param_groups
     assert [group["weight_decay"] for group in groups] == [5e-4, 0]
     assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
-    assert len(train._optimizer(model, settings.recipe("ResNet")).param_groups) == 1
+    assert len(train.sgd(model, settings.recipe("ResNet")).param_groups) == 1
 
 
 DDP = """

@@ -20,6 +20,7 @@ from experiment import Experiment, shrink
 from methods import METHODS, Settings, layerwise
 from models import build, load_checkpoint, load_weights, save_checkpoint
 from restore import restore
+from shrink import shrink as of_network
 from tests.test_restore import network, shape_of, widths_of  # noqa: F401 (network: a fixture)
 from trace import units
 from walk import Walk
@@ -366,6 +367,50 @@ def test_the_neurons_that_explain_most(cli):
     greedy, norm = (row_of(cli(*common, "--criterion", c)) for c in ("auto", "l1-norm"))
     assert greedy["widths"] == norm["widths"] and greedy["criterion"] == "auto"
     assert greedy["accuracy"] > norm["accuracy"] + 2
+
+
+def test_widths_that_cannot_be_are_refused_whatever_the_order(cli):
+    for widths in ("0,5", "-5,10", "400,100"):
+        for criterion in ("auto", "l1-norm"):
+            done = cli(*LENET[:2], *LENET[4:], "--model-type", "merge", "--criterion", criterion, f"--widths={widths}")
+            assert done.code == 2 and "of 300 neurons cannot be kept in ip1: give 1 to 300" in done.err
+
+
+def test_what_cannot_work_is_said_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr("shrink.curves", None)
+    bent = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).eval()
+    for kind in ("merge", "merge-bn"):
+        with pytest.raises(NeuronMergingError, match="0 goes through GELU: merge needs an activation"):
+            of_network(bent, compensation=kind, widths="auto", example_input=(6,), images=torch.randn(9, 6))
+    with pytest.raises(NeuronMergingError, match="prune-bn measures BatchNorm on real images: give images"):
+        of_network(bent, compensation="prune-bn", widths="auto", example_input=(6,))
+
+
+def test_too_few_images_for_a_choice_are_refused():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    with pytest.raises(NeuronMergingError, match="has to look at 3 inputs at least, not at 2"):
+        of_network(model, widths="auto", images=torch.randn(2, 6))
+    assert of_network(model, widths="auto", images=torch.randn(3, 6))[1].params[1] < 60
+
+
+def test_two_branches_added_to_each_other_are_measured_by_their_sum():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.up, self.side = (nn.Linear(6, 6) for _ in range(4))
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.fc(self.up(self.a(x).relu()) + self.side(self.b(x).relu()))
+
+    torch.manual_seed(0)
+    model, x = Two().eval(), torch.randn(64, 6)
+    found = units(model)
+    made = W.curves(model, found, x, "l2-norm", None, 0.03, sensitivity=False)
+    with torch.no_grad():
+        total = (model.up(model.a(x).relu()) + model.side(model.b(x).relu())).var(0, correction=0).sum()
+    for one in made:
+        assert one.damage[0] == pytest.approx(float(one.error[0] / total), rel=1e-4)
 
 
 def test_what_was_found_serves_all_budgets(pretrained, monkeypatch):
