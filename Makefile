@@ -51,8 +51,9 @@ bench: .venv/runtime ## time the method against a literal loop (results/BENCH.md
 bench-train: .venv/runtime ## images a second of the trainer against the usual loop (results/BENCH_TRAIN.md)
 	@$(RUN) -m experiments.bench_train
 
-clean: ## remove the environment and everything a run leaves behind
+clean: ## remove the environment, what demo and tests leave behind, and halves of files that a killed run left
 	rm -rf .venv results/demo .pytest_cache .hypothesis .ruff_cache
+	find pretrained saves results -name '.*.partial' -delete 2>/dev/null || true
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -303,10 +303,11 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--export and --benchmark need --evaluate: without it, --arch trains")
     if args.evaluate and (args.retrain or args.resume or args.compile):
         raise NeuronMergingError("--evaluate trains nothing: leave it out, or --retrain, --resume and --compile")
-    if args.model_type == "original" and (args.ratios or args.budget or args.calibrate or args.drop_blocks):
-        raise NeuronMergingError(
-            "--ratios, --budget, --calibrate and --drop-blocks say how to make a network smaller: give --model-type too"
-        )
+    if args.model_type == "original" and not args.summary:
+        told = ("ratios", "ignore", "budget", "calibrate", "drop_blocks", "coupled")
+        useless = next((name.replace("_", "-") for name in told if getattr(args, name)), None)
+        if useless:
+            raise NeuronMergingError(f"--{useless} says how to make a network smaller: give --model-type too")
     if args.model and args.input_size is None and not args.summary:
         raise NeuronMergingError("--model needs --input-size, the shape of one input, such as 3,224,224")
     if not args.model and (args.model_args or args.weights or args.input_size or args.ratios or args.ignore):

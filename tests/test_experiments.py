@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import resource
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from data import load
 from decompose import decompose, rebuild
 from errors import NeuronMergingError
+from experiment import measure
 from experiments import beyond, chosen, demo, features, figures, grid, manifest, rows, tables, tuning
 from experiments.grid import GRIDS
 from trace import units
@@ -150,6 +153,18 @@ def test_the_shipped_lenet_is_as_good_as_the_manifest_says(cli, pretrained):
     row = json.loads(cli("--pretrained", pretrained, "--evaluate", "--json", "-").out)
     assert abs(row["correct"] - entry["correct"]) <= 2  # another machine may round another way
     assert entry["accuracy"] >= 89.3
+
+
+@pytest.mark.parametrize("name", [name for name in GRIDS if name != "lenet" and GRIDS[name].checkpoint.exists()])
+def test_the_shipped_networks_are_as_good_as_the_manifest_says(data_folder, name):
+    """On the first 500 test images: within four standard errors of the accuracy on all."""
+    experiment = next(GRIDS[name].experiments())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        images = load(experiment.dataset, "test", data_folder)[:500]
+    row = measure(experiment, images, torch.device("cpu"))
+    share = manifest.read()[experiment.pretrained.name]["accuracy"] / 100
+    assert abs(row["correct"] / 500 - share) < 4 * (share * (1 - share) / 500) ** 0.5
 
 
 def test_the_demo_prints_published_beside_measured_and_draws(tmp_path, monkeypatch, capsys):

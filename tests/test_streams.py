@@ -248,5 +248,13 @@ def test_torchvisions_networks(name):
     assert all("is a grouped convolution" in why for why in whole) and (not whole or name == "regnet_y_400mf")
 
 
+def test_every_row_of_the_zoo_is_as_it_should_be():
+    measured = [row for row in zoo.rows.load(zoo.FOLDER / "rows.jsonl") if "prune" in row]
+    assert len(measured) > 40
+    for row in measured:
+        assert row["untouched"] and row["error_at_0"] < 1e-4 and row["error_of_twins"] < 2e-3, row["network"]
+        assert all(row[kind].get("ok", kind == "merge") for kind in zoo.KINDS), row["network"]
+
+
 def test_the_table_of_the_zoo_matches_its_rows():
     assert zoo.TABLE.read_text() == zoo.table(zoo.rows.load(zoo.FOLDER / "rows.jsonl"))
