@@ -52,12 +52,6 @@ def networks() -> list[str]:
     return sorted(list_models(module=torchvision.models))
 
 
-def size(name: str) -> int:
-    """How many parameters a network has, without making it."""
-    with torch.device("meta"):
-        return count_parameters(get_model_builder(name)(weights=None))
-
-
 def made(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     """A network with random weights and made-up BatchNorm statistics, and the shape of an input."""
     torch.manual_seed(0)
@@ -103,11 +97,10 @@ def plant(model: nn.Module, found: Sequence[Unit | Stream], share: float = 0.5) 
 @torch.no_grad()
 def tried(name: str, largest: float = LARGEST) -> Row:
     """All that is asked of one network of at most `largest` parameters."""
-    row: dict[str, Any] = {"network": name, "parameters": size(name)}
+    model, shape = made(name)
+    row: dict[str, Any] = {"network": name, "parameters": count_parameters(model), "input": list(shape)}
     if row["parameters"] > largest:
         return row | {"not_tried": f"more than {largest / 1e6:.0f} M parameters (`--largest`)"}
-    model, shape = made(name)
-    row["input"] = list(shape)
     try:
         found, left_out = prunable(model, coupled=True)
     except NeuronMergingError as error:
