@@ -37,7 +37,7 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
         warnings.simplefilter("ignore")  # of interest to PyTorch's developers
         try:
             content, again = write(model, example)
-            off = max(_off(again(x), model(x)) for x in batches)
+            off = torch.stack([_off(again(x), model(x)) for x in batches]).max().item()  # NaN, if any is
         except ModuleNotFoundError as error:
             raise NeuronMergingError(
                 f"{EXPORTS[path.suffix]} needs the package {error.name}: pip install onnx onnxscript onnxruntime"
@@ -52,10 +52,10 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
     return off
 
 
-def _off(found: Any, wanted: Any) -> float:
-    """The largest error of any output, relative to the largest value of that one."""
-    pairs = list(zip(tree_leaves(found), tree_leaves(wanted), strict=True))
-    return max(float((f - w).abs().max() / w.abs().max().clamp(min=1e-12)) for f, w in pairs)
+def _off(found: Any, wanted: Any) -> Tensor:
+    """The largest error of any output, relative to the largest value of that one; NaN where an output is."""
+    pairs = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
+    return torch.stack([(f - w).abs().max() / w.abs().max().clamp(min=1e-12) for f, w in pairs]).max()
 
 
 # Each writes to memory (torch.jit.save ends the process where a disk is full); the bytes, and what runs them once read again.

@@ -328,8 +328,13 @@ def test_an_export_that_would_be_wrong_is_not_written(tmp_path):
         def forward(self, x):
             return x + torch.rand(())
 
-    with pytest.raises(NeuronMergingError, match="was not written: its outputs would be off"):
-        export(nn.Sequential(nn.Linear(3, 3), Odd()), tmp_path / "odd.pt", (3,))
+    class Hollow(nn.Module):
+        def forward(self, x):
+            return x, x / torch.zeros(()) * 0  # NaN, behind an output that is right
+
+    for last in (Odd(), Hollow()):
+        with pytest.raises(NeuronMergingError, match="was not written: its outputs would be off"):
+            export(nn.Sequential(nn.Linear(3, 3), last), tmp_path / "odd.pt", (3,))
     assert not list(tmp_path.iterdir())
 
 
