@@ -204,11 +204,10 @@ def shrink(
     known = {} if known is None else known
     curves, seconds_widths = known.get(about, (None, None))
     shape, named = settings.NETWORKS[experiment.arch].shape, isinstance(experiment.widths, str)
-    rule = experiment.widths if experiment.widths in settings.CHOSEN_WIDTHS else "uniform"
     found, _ = prunable(model, experiment.coupled)
     small, report = shrink_network(
         model, kept_widths(model, found, experiment), example_input=shape, criterion=experiment.criterion,
-        compensation=experiment.model_type, widths=rule, budget=experiment.shares,
+        compensation=experiment.model_type, widths=settings.width_rule(experiment.widths), budget=experiment.shares,
         multiple=experiment.multiple if named else 1, drop_blocks=experiment.drop_blocks, coupled=experiment.coupled,
         threshold=experiment.threshold, lamda=experiment.lamda, probe=experiment.probe,
         probe_samples=experiment.probe_samples, ridge=experiment.ridge, seed=experiment.seed,

@@ -45,6 +45,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def remove_partials(path: Path) -> None:
     """Remove what killed writers of `path` have left behind. For a process that is alone in writing it."""
+    path = path.resolve()
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         if partial.name.count(".") == path.name.count(".") + 3:  # else it is that of a longer name
             partial.unlink(missing_ok=True)

@@ -1,14 +1,13 @@
 """A network of the user's own on the command line: imported, loaded, made smaller, measured on a folder of images."""
 
 import argparse
-import contextlib
 import importlib
 import json
 import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,12 @@ from tqdm import tqdm
 
 import data
 import settings
-from errors import NeuronMergingError, reason
+from errors import NeuronMergingError, said
 from evaluate import CPU_BATCH, count_parameters, fused
 from evaluate import accuracy as on_images
 from experiment import placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
 from shrink import network_macs, parse_budget, shrink, summary
-
-
-@contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Turn whatever the user's code raises into one line."""
-    try:
-        yield
-    except NeuronMergingError:
-        raise
-    except Exception as error:  # it can be anything
-        raise NeuronMergingError(f"{what}: {type(error).__name__}: {reason(error)}") from error
 
 
 def build(spec: str, arguments: str | None = None) -> nn.Module:
@@ -53,7 +41,7 @@ def build(spec: str, arguments: str | None = None) -> nn.Module:
         raise NeuronMergingError(f"--model-args {arguments}: give a JSON object, such as '{{\"num_classes\": 10}}'")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    with _said(f"--model {spec} cannot be made"):
+    with said(f"--model {spec} cannot be made", typed=True):
         made = getattr(importlib.import_module(module), name)(**keywords)
     if not isinstance(made, nn.Module):
         raise NeuronMergingError(f"--model {spec} gives {type(made).__name__}, no torch.nn.Module")
@@ -75,7 +63,7 @@ def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint
         if weights not in known:
             names = f", nor one of {', '.join(known)}" if known else ""
             raise NeuronMergingError(f"--weights {weights} is no file that is there{names}")
-        with _said(f"--weights {weights}"):
+        with said(f"--weights {weights}", typed=True):
             model.load_state_dict(known[weights].get_state_dict(progress=sys.stderr.isatty()))
         return None
     checkpoint = load_checkpoint(path)
@@ -130,7 +118,7 @@ def accuracy(
 
     if not folder.is_dir():
         raise NeuronMergingError(f"--dataset imagefolder:{folder} is no folder")
-    with _said(f"--dataset imagefolder:{folder}"):
+    with said(f"--dataset imagefolder:{folder}", typed=True):
         images = ImageFolder(str(folder), transform)
         model = fused(model.eval())
         correct = 0
@@ -169,7 +157,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
     if args.model_type != "original":
         given = not isinstance(args.widths, str)
-        rule = args.widths if args.widths in settings.CHOSEN_WIDTHS else "uniform"
+        rule = settings.width_rule(args.widths)
         ratio = args.ratios or args.pruning_ratio
         small, report = shrink(
             model, args.widths if given else ratio, example_input=shape, criterion=args.criterion,
@@ -219,7 +207,7 @@ def _measured(
         counts = {n: accuracy(m, Path(folder), transform, device, args.test_batch_size) for n, m in networks.items()}
     elif name in data.DATASETS:
         images = data.load(name, args.split, args.data).to(device)
-        with _said(f"{args.model} does not fit --dataset {name}"):
+        with said(f"{args.model} does not fit --dataset {name}", typed=True):
             counts = {n: on_images(m, images, args.test_batch_size) for n, m in networks.items()}
     else:
         raise NeuronMergingError(
@@ -242,7 +230,7 @@ def _looked_at(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tens
     if len(files) < needed:
         raise NeuronMergingError(f"--calibrate {text}: {len(files)} images are there, at least {needed} are needed")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:number]
-    with _said(f"--calibrate {text}"):
+    with said(f"--calibrate {text}", typed=True):
         return torch.stack([transform(default_loader(files[i])) for i in order])
 
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from errors import NeuronMergingError, reason
+from errors import NeuronMergingError, said
 from trace import CONVS, NORMS
 from walk import by_sample
 
@@ -100,15 +100,10 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
     gradients = []
     for part in x.float().chunk(math.ceil(len(x) / CHUNK)):
         part = part.clone().requires_grad_()
-        with torch.enable_grad():
-            try:
-                logits = by_sample(model(part))
-                chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
-                gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
-            except Exception as error:  # the network's own code runs, on inputs that it may not have been written for
-                raise NeuronMergingError(
-                    f"{type(model).__name__} does not take inputs of shape {list(x.shape)}: {reason(error)}"
-                ) from error
+        with said(f"{type(model).__name__} does not take inputs of shape {list(x.shape)}"), torch.enable_grad():
+            logits = by_sample(model(part))
+            chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
+            gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
     g = torch.cat(gradients)
     sides = list(g.shape[2:])
     if sides and min(sides) > 1:

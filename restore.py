@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from blocks import Constant, Silence
 from decompose import Decomposition, Neurons, effective, merge, merge_derived, only_twins, prune, read, rebuild
-from errors import NeuronMergingError, reason
+from errors import said
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
@@ -58,15 +58,8 @@ def restore(
     (alone, kept), coupled = apart(units, keep)
     student = rebuild(teacher, alone, [_start(teacher, *pair) for pair in zip(alone, kept)])
     cut_streams(teacher, student, coupled, t=0.999, strict=False)
-    try:
-        with torch.no_grad():
-            _Lockstep(teacher, student, list(zip(alone, kept)), coupled, options).run(probe.to(work))
-    except NeuronMergingError:
-        raise
-    except Exception as error:  # the network's own code runs, on inputs that it may not have been written for
-        raise NeuronMergingError(
-            f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}: {reason(error)}"
-        ) from error
+    with said(f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}"), torch.no_grad():
+        _Lockstep(teacher, student, list(zip(alone, kept)), coupled, options).run(probe.to(work))
     for before, after in zip(model.modules(), student.modules(), strict=True):
         after.training = before.training
         if hasattr(before, "inplace"):

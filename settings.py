@@ -113,6 +113,11 @@ def recipe(arch: str, name: str = "published") -> Recipe:
     raise NeuronMergingError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")
 
 
+def width_rule(widths: str | Sequence[int]) -> str:
+    """How `shrink` is to find widths: by choosing them, or "uniform", which also stands for those that are given."""
+    return widths if widths in CHOSEN_WIDTHS else "uniform"
+
+
 def checkpoint_name(arch: str, depth_wide: Sequence[int], dataset: str) -> str:
     """The published file name of an original network's checkpoint."""
     if arch == "LeNet_300_100":

@@ -24,7 +24,7 @@ from decompose import (
     read,
     similarity,
 )
-from errors import NeuronMergingError, reason
+from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
 from methods import LOOKING, METHODS, Settings, layerwise
 from restore import Options
@@ -151,8 +151,9 @@ def shrink(
     found, left_out = _without(found, left_out, ignore)
     if not found:
         raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}")
-    if compensation.removesuffix("-bn") in COMPENSATIONS:
-        check_compensation([unit for unit in found if isinstance(unit, Unit)], compensation.removesuffix("-bn"))
+    plain = compensation.removesuffix("-bn")
+    if plain in COMPENSATIONS:
+        check_compensation([unit for unit in found if isinstance(unit, Unit)], plain)
     full = [width(model, unit) for unit in found]
     told = Settings(shape or (), threshold, lamda, probe, probe_samples, ridge, seed, images)
     kept = full if budget is not None and widths != "uniform" else _kept(ratio, found, full, left_out)
@@ -209,12 +210,8 @@ def summary(model: nn.Module, coupled: bool = False, ignore: Sequence[str] = ())
 
 def network_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Multiply-accumulates for one input. Raises NeuronMergingError where the network does not run on such a one."""
-    try:
+    with said(f"{type(model).__name__} does not run on an input of shape {list(shape)}"):
         return count_macs(model, shape)
-    except Exception as error:  # the network's own code runs, and can raise anything
-        raise NeuronMergingError(
-            f"{type(model).__name__} does not run on an input of shape {list(shape)}: {reason(error)}"
-        ) from error
 
 
 def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Stream], dict[str, str]]:

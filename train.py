@@ -160,9 +160,6 @@ def train(
         while epoch < recipe.epochs:
             started = time.monotonic()
             forward.train()
-            lr = learning_rate(
-                recipe, epoch, (epoch + max(0, step - 1) / steps) / recipe.epochs
-            )  # of the last batch so far
             share = image_share(recipe, epoch / recipe.epochs)
             bar = tqdm(
                 batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world), share, first=step),
@@ -170,9 +167,8 @@ def train(
                 disable=None if rank == 0 else True,
             )  # fmt: skip
             for number, (x, labels, size) in enumerate(bar, step):
-                lr = learning_rate(recipe, epoch, (epoch + number / steps) / recipe.epochs)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = learning_rate(recipe, epoch, (epoch + number / steps) / recipe.epochs)
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     logits = forward(x)
                 losses = F.cross_entropy(
@@ -205,7 +201,8 @@ def train(
             epoch, step, seen = epoch + 1, 0, torch.zeros_like(seen)
             rows.append(
                 {
-                    "epoch": epoch, "lr": round(lr, 6), "image_share": share, "loss": round(loss / shown, 4),
+                    "epoch": epoch, "lr": round(optimizer.param_groups[0]["lr"], 6), "image_share": share,
+                    "loss": round(loss / shown, 4),
                     "train_accuracy": round(100 * hits / shown, 2), "test_accuracy": round(100 * correct / total, 2),
                     "seconds": round(time.monotonic() - started, 1),
                 }

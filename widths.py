@@ -23,7 +23,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from decompose import CRITERIA, Decomposition, Neurons, ranked, read
-from errors import NeuronMergingError, reason
+from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
 from trace import CONVS, Unit
 from walk import Walk, as_weight, by_sample, channel, covariance, last_reads, matrix, penalty, rows
@@ -221,16 +221,10 @@ def curves(
         raise NeuronMergingError(f"the choice of widths has to look at 3 inputs at least, not at {len(probe)}")
     walk = Walk(work)
     looks = _Looks(work, walk, units, criterion, decompose, ridge)
-    try:
-        with torch.no_grad():
-            looks.run(probe[held_out:])
-            changes = _sensitivity(walk, units, looks.thinned, probe[:held_out]) if sensitivity else None
-    except NeuronMergingError:
-        raise
-    except Exception as error:  # the network's own code runs, on inputs that it may not have been written for
-        raise NeuronMergingError(
-            f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}: {reason(error)}"
-        ) from error
+    what = f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}"
+    with said(what), torch.no_grad():
+        looks.run(probe[held_out:])
+        changes = _sensitivity(walk, units, looks.thinned, probe[:held_out]) if sensitivity else None
     if changes is None:
         return [replace(c, damage=_falling(c.error / max(v, 1e-12))) for c, v in zip(looks.curves, looks.variance)]
     return [_with_damage(curve, change) for curve, change in zip(looks.curves, changes)]

@@ -162,16 +162,8 @@ def run(path: Path) -> list[Row]:
 def table(measured: Sequence[Row], variants: Sequence[str]) -> str:
     """Mean over seeds ± half the range; a column for every network and ratio."""
     columns = [(name, ratio) for name, bench in BENCHES.items() for ratio in bench.ratios]
-    lines = [
-        [
-            variant,
-            *(
-                cell([r for r in measured if key(r)[:3] == (name, variant, ratio)], len(SEEDS))
-                for name, ratio in columns
-            ),
-        ]
-        for variant in variants
-    ]
+    found = {(n, v, r): [row for row in measured if key(row)[:3] == (n, v, r)] for v in variants for n, r in columns}
+    lines = [[v, *(cell(found[n, v, r], len(SEEDS)) for n, r in columns)] for v in variants]
     return markdown(["", *(f"{name} {100 * ratio:.0f} %" for name, ratio in columns)], lines)
 
 

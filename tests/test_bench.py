@@ -13,9 +13,8 @@ def test_the_benchmark_of_a_small_network(monkeypatch):
     monkeypatch.setattr("latency.SECONDS", 0.02)
     report = bench.measured(SMALL, widths=(8, 16, 32))
     assert [m["kind"] for m in report["merging"]] == ["prune", "merge", "merge-derived"]
-    assert all(
-        m["units"] == 3 and m["loop"] > 0 and m["ours"] > 0 for m in report["merging"]
-    )  # and gave the same, or raised
+    # The loop gave the same, or `merging` had raised.
+    assert all(m["units"] == 3 and m["loop"] > 0 and m["ours"] > 0 for m in report["merging"])
     (shown,), (made,) = report["evaluation"], report["bought"]
     assert shown["accuracy"][0] == shown["accuracy"][1]
     assert made["smaller"]["macs"] < 0.6 * made["original"]["macs"]
