@@ -82,7 +82,10 @@ def _start(model: nn.Module, unit: Unit, keep: Tensor) -> Decomposition:
     if not len(keep):
         return prune(neurons, keep, t=1.0, lam=1.0)
     if unit.activation is None:
-        return replace(merge_derived(neurons, keep, t=0.999, lam=1.0), shift=None)
+        of_parallel = (
+            1 - 1e-6
+        )  # λ: the cosine decides; of filters that are equally parallel, how well the constant fits
+        return replace(merge_derived(neurons, keep, t=0.999, lam=of_parallel), shift=None)
     return Decomposition(keep, only_twins(merge(Neurons(effective(neurons), None, False), keep, t=0.999, lam=1.0).Z))
 
 

@@ -123,7 +123,7 @@ def checkpoint_name(arch: str, depth_wide: Sequence[int], dataset: str) -> str:
     if arch == "LeNet_300_100":
         return "LeNet_300_100.original.300_100.bias.pth.tar"
     if arch == "VGG":
-        depth = "" if tuple(depth_wide) == NETWORKS["VGG"].depth_wide else f".{depth_wide[0]}"
+        depth = "" if tuple(depth_wide) == NETWORKS["VGG"].depth_wide else f".{'_'.join(map(str, depth_wide))}"
         return f"VGG.{dataset}.original{depth}.pth.tar"
     return f"{arch}.{dataset}.original.{'_'.join(map(str, depth_wide))}.pth.tar"
 

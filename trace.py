@@ -144,6 +144,8 @@ class Graph:
             raise NotAUnit(f"{node.target} is used {self.calls[module]} times")
         if module in self.tied:
             raise NotAUnit(f"{node.target} shares its weights")
+        if any(parameter.numel() == 0 for parameter in module.parameters(recurse=False)):
+            raise NotAUnit(f"{node.target} has no weights")
         self.check_hooks(node)
         return module
 

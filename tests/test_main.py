@@ -474,6 +474,12 @@ def test_output_that_nobody_takes():
     assert shell("--help", PYTHONIOENCODING="ascii").returncode == 0
 
 
+def test_no_depth_at_all_is_one_line(cli):
+    for arch in ("VGG", "ResNet", "WideResNet"):
+        done = cli("--arch", arch, "--depth-wide", "", "--evaluate")
+        assert (done.code, done.err.count("\n")) == (2, 1) and f"does not fit {arch}" in done.err
+
+
 def test_a_missing_package_is_one_line(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     done = shell("--evaluate", PYTHONPATH=str(tmp_path))

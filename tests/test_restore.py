@@ -263,6 +263,22 @@ def test_other_precisions_come_back_as_they_were(dtype):
     assert {w.dtype for w in small.state_dict().values() if w.is_floating_point()} == {dtype}
 
 
+@torch.no_grad()
+def test_of_parallel_filters_the_one_with_the_same_batchnorm_stands_in():
+    """1 × 1 filters of one channel are all parallel: the twin is told by what its BatchNorm does."""
+    torch.manual_seed(0)
+    model = with_statistics(nn.Sequential(nn.Conv2d(3, 1, 1), nn.ReLU(), nn.Conv2d(1, 3, 1, bias=False),
+                                          nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1)))  # fmt: skip
+    for tensor in (model[2].weight, *model[3].parameters(), *model[3].buffers()):
+        if tensor.ndim:
+            tensor[:2] = tensor[:2].abs()
+            tensor[2] = tensor[0].abs()
+    x = torch.randn(8, 3, 6, 6)
+    for keep in ([0, 1], [1, 2]):
+        small = restore(model, units(model), [torch.arange(1), torch.tensor(keep)], torch.randn(32, 3, 6, 6))
+        assert torch.allclose(small(x), model(x), atol=1e-4)
+
+
 class Context(nn.Module):
     """A branch that looks at the whole image, or at all tokens, is added at every place."""
 

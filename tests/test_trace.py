@@ -1,5 +1,7 @@
 """Units: those of the published networks, every operation that passes, and what is left out with its reason."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +207,16 @@ def test_a_layer_used_twice_or_sharing_its_weights_is_left_out():
     found, left_out = survey(tied)
     assert found == []
     assert "shares its weights" in left_out["0"]
+
+
+def test_layers_without_neurons_or_inputs_are_left_out():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for layer in (lambda n, m: nn.Conv2d(n, m, 1), nn.Linear):
+            empty = nn.Sequential(layer(3, 0), nn.ReLU(), layer(0, 4), nn.ReLU(), layer(4, 2))
+            found, left_out = survey(empty)
+            assert found == [] and {"0 has no weights", "2 has no weights"} <= {*left_out.values()}
+            assert streams(empty)[0] == []
 
 
 def test_a_network_that_cannot_be_traced_is_named():
