@@ -25,7 +25,9 @@ from errors import said
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
-from walk import POSITIONS, Walk, as_weight, channel, covariance, last_reads, matrix, penalty, rows
+from walk import POSITIONS, Walk, as_weight, centre, channel, covariance, last_reads, matrix, penalty, rows
+
+ROUNDING = 1e-6  # of a neuron's largest output: what is left over below it is not fitted
 
 
 @dataclass(frozen=True)
@@ -82,22 +84,23 @@ def _start(model: nn.Module, unit: Unit, keep: Tensor) -> Decomposition:
     if not len(keep):
         return prune(neurons, keep, t=1.0, lam=1.0)
     if unit.activation is None:
-        of_parallel = (
-            1 - 1e-6
-        )  # λ: the cosine decides; of filters that are equally parallel, how well the constant fits
-        return replace(merge_derived(neurons, keep, t=0.999, lam=of_parallel), shift=None)
+        lam = 1 - 1e-6  # the cosine decides; of filters that are equally parallel, how well the constant fits
+        return replace(merge_derived(neurons, keep, t=0.999, lam=lam), shift=None)
     return Decomposition(keep, only_twins(merge(Neurons(effective(neurons), None, False), keep, t=0.999, lam=1.0).Z))
 
 
 class Ridge:
-    """Ridge regression on the rows of U [n, F], in float64 but for the products over n; any number of targets."""
+    """Ridge regression on the rows of U [n, F], in float64 but for the products over n; any number of targets.
+
+    Takes the mean [F] off U itself: of neurons that hardly vary, the products would lose what they have to tell.
+    """
 
     def __init__(self, U: Tensor, ridge: float) -> None:
         n, features = U.shape
-        self.U, self.mean = U, U.mean(0)  # [n, F], [F]
+        self.mean, self.U = centre(U), U
         self.dual = n < features
-        if self.dual:  # (A + Λ)⁻¹ Uᵀ = Λ⁻¹ Uᵀ (U Λ⁻¹ Uᵀ / n + I)⁻¹ for a centred U, with n unknowns instead of F
-            self.U = (U - self.mean).double()
+        if self.dual:  # (A + Λ)⁻¹ Uᵀ = Λ⁻¹ Uᵀ (U Λ⁻¹ Uᵀ / n + I)⁻¹, with n unknowns instead of F
+            self.U = U.double()
             self.penalty = penalty(self.U.pow(2).mean(0), ridge)
             scaled = self.U / (n * self.penalty).sqrt()
             kernel = scaled @ scaled.T + torch.eye(n, dtype=torch.float64, device=U.device)
@@ -107,8 +110,7 @@ class Ridge:
         self.factor = torch.linalg.cholesky(kernel)
 
     def __call__(self, R: Tensor) -> Tensor:
-        """The coefficients [M, F] for the targets R [n, M]: what is to be added to the weights that left them over."""
-        R = R - R.mean(0)
+        """The coefficients [M, F] for the centred targets R [n, M]: to be added to the weights that left them over."""
         if self.dual:
             return (self.U.T @ torch.cholesky_solve(R.double(), self.factor) / (len(R) * self.penalty[:, None])).T
         return torch.cholesky_solve((self.U.T @ R).double() / len(R), self.factor).T
@@ -197,13 +199,16 @@ class _Lockstep:
             before = U @ W0.T
 
             def fit(aim: Tensor) -> tuple[Tensor, Tensor]:
-                W = W0 + solve(aim - before).to(W0)  # [M, F]
-                return W, aim.mean(0) - W @ solve.mean
+                mean = aim.mean(0)
+                R = aim - mean - before
+                rounding = R.abs().amax(0) <= ROUNDING * aim.abs().amax(0)
+                return W0 + solve(R.masked_fill(rounding, 0)).to(W0), mean  # [M, F], [M]
 
-            W, c = fit(T)
+            W, mean = fit(T)
             if kept is not None and self._rectified(node, bn):
                 for _ in range(self.options.relu_steps):
-                    W, c = fit(self._relu_aware(U @ W.T + c, T, bn, kept))
+                    W, mean = fit(self._relu_aware(U @ W.T + mean, T, bn, kept))
+            c = mean - W @ solve.mean
         layer.weight = nn.Parameter(as_weight(W, layer).contiguous(), requires_grad=False)
         layer.bias = nn.Parameter(c, requires_grad=False)
         self.fitted.append(name)
@@ -244,7 +249,7 @@ class _Lockstep:
         else:
             inputs = x_s.shape[-1] // len(self.keep[self.producer[name]])
             U, T = (x.unflatten(-1, (-1, inputs)).transpose(-1, -2).flatten(0, -2) for x in (x_s, x_t))
-        mixing = Ridge(U, self.options.ridge)(T).to(U)  # [N, P]
+        mixing = Ridge(U.clone(), self.options.ridge)(T - T.mean(0)).to(U)  # [N, P]
         M, N = whole.weight.shape[0], len(mixing)
         W = torch.einsum("mnk,np->mpk", whole.weight.reshape(M, N, -1), mixing)
         return W.transpose(1, 2).flatten(1) if isinstance(layer, CONVS) else W.flatten(1)

@@ -130,9 +130,9 @@ def last_reads(order: Iterable[fx.Node], sources: dict[fx.Node, list[fx.Node]]) 
 
 
 def rows(layer: nn.Module, x: Tensor, y: Tensor, positions: int = POSITIONS) -> tuple[Tensor, Tensor]:
-    """What `layer` sees, [n, F], and the outputs y that belong to it, [n, M], at as many positions as a fit looks at."""
+    """What `layer` sees, a copy [n, F], and the outputs y that belong to it, [n, M], at as many positions as a fit looks at."""
     if not isinstance(layer, CONVS):
-        return x.flatten(0, -2), y.flatten(0, -2)
+        return x.flatten(0, -2).clone(), y.flatten(0, -2)
     count, features = y.numel() // y.shape[1], layer.weight[0].numel()
     most = min(positions * features, ENTRIES // features)
     chosen = torch.arange(count)
@@ -178,16 +178,16 @@ def gram(U: Tensor, blocks: int = 8) -> Tensor:
     return A
 
 
+def centre(U: Tensor) -> Tensor:
+    """Take the mean [F] off the columns of U [n, F], in place, and return it."""
+    mean = U.mean(0)
+    U -= mean
+    return mean
+
+
 def covariance(U: Tensor) -> Tensor:
-    """Of the columns of U [n, F]: [F, F], in float64 but for the products. A column that hardly varies counts as constant."""
-    mean = U.mean(0).double()
-    A = gram(U).double() / len(U)
-    A -= torch.outer(mean, mean)
-    floor = 1e-5 * mean**2  # below it the variance is what rounding leaves
-    constant = A.diagonal() < floor
-    A[constant], A[:, constant] = 0, 0
-    A.diagonal()[constant] = floor[constant]
-    return A
+    """Of centred columns U [n, F]: [F, F], in float64 but for the products."""
+    return gram(U).double() / len(U)
 
 
 def penalty(energy: Tensor, ridge: float) -> Tensor:

@@ -26,7 +26,7 @@ from decompose import CRITERIA, Decomposition, Neurons, ranked, read
 from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
 from trace import CONVS, Unit
-from walk import Walk, as_weight, by_sample, channel, covariance, last_reads, matrix, penalty, rows
+from walk import Walk, as_weight, by_sample, centre, channel, covariance, last_reads, matrix, penalty, rows
 
 MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept neurons at which sensitivity is measured
 STEPS = 16  # shares at which an error without a curve in closed form is computed
@@ -334,10 +334,10 @@ class _Seen:
     def __init__(self, U: Tensor, W: Tensor, slope: Tensor, columns: Tensor, ridge: float) -> None:
         n, features = U.shape
         self.W, self.slope, self.columns = W, slope, columns
-        self.mean = U.double().mean(0)
+        self.mean = centre(U).double()
         self.few = n < features
         if self.few:
-            self.U = (U.double() - self.mean) / n**0.5  # A = UᵀU
+            self.U = U.double() / n**0.5  # A = UᵀU
             energy = self.U.pow(2).sum(0)
         else:
             self.A = covariance(U)

@@ -62,7 +62,7 @@ def seen(n=400, neurons=6, taps=3, outputs=5, ridge=0.03):
     weights = torch.randn(outputs, neurons * taps, generator=random, dtype=torch.float64)
     slope = torch.rand(outputs, generator=random, dtype=torch.float64) + 0.5
     columns = torch.arange(neurons * taps).view(taps, neurons).T
-    return W._Seen(U, weights, slope, columns, ridge), U, weights, slope, columns
+    return W._Seen(U.clone(), weights, slope, columns, ridge), U, weights, slope, columns
 
 
 def brute_force(U, weights, slope, columns, penalty, keep):
