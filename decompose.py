@@ -176,7 +176,7 @@ def similarity(W: Tensor, keep: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
     kept, dropped = norm[keep][:, None], norm[drop]
     s = dropped / kept.where(kept > 0, torch.inf)
     both = kept * dropped
-    return (W[keep] @ W[drop].T) / both.where(both > 0, 1), s
+    return (W.index_select(0, keep) @ W.index_select(0, drop).T) / both.where(both > 0, 1), s
 
 
 def _minmax(B: Tensor, usable: Tensor) -> Tensor:
@@ -227,11 +227,12 @@ def decompose(
     positive scale pass.
     """
     _check(units, widths, compensation, criterion)
-    parts = []
-    for unit, P in zip(units, widths):
+
+    def one(unit: Unit, P: int) -> Decomposition:
         seen = read(model, unit)
-        parts.append(_part(seen, _pick(unit, seen, P, criterion), compensation, t, lam))
-    return parts
+        return _part(seen, _pick(unit, seen, P, criterion), compensation, t, lam)
+
+    return [one(unit, P) for unit, P in zip(units, widths)]
 
 
 def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str) -> list[Tensor]:
@@ -369,25 +370,27 @@ def absorb(layer: nn.Module, Z: Tensor, channels: int | None = None, offset: int
     """
     N = Z.shape[1]
     M, rest = layer.weight.shape[0], layer.weight.shape[2:]
-    W = layer.weight.detach().double().reshape(M, channels or N, -1)  # [M, C, k]: k places of a kernel, or inputs
-    if W.shape[1] == N:
-        W = _times(W, Z)
-    else:
-        W = torch.cat([W[:, :offset], _times(W[:, offset : offset + N], Z), W[:, offset + N :]], 1)
-    _set(layer, "weight", W.reshape(M, -1, *rest))
+    W = _swapped(layer.weight.detach().reshape(M, channels or N, -1), torch.float64)  # [C, M, k]: k places, or inputs
+    before, read, behind = W[:offset], W[offset : offset + N], W[offset + N :]
+    W = torch.cat([before, _times(read, Z), behind]) if len(W) > N else _times(W, Z)
+    _set(layer, "weight", _swapped(W, layer.weight.dtype).reshape(M, -1, *rest))
     if isinstance(layer, nn.Linear):
         layer.in_features = layer.weight.shape[1]
     else:
         layer.in_channels = layer.weight.shape[1]
 
 
+def _swapped(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of [M, N, k] as [N, M, k], in one pass over memory: inputs are added up and left out by whole rows."""
+    return W.transpose(0, 1).to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def _times(W: Tensor, Z: Tensor) -> Tensor:
-    """W ×₂ Z: [M, N, k] and [P, N] → [M, P, k]; with at most one entry a column, as in the paper, no zeros are multiplied."""
-    if (Z != 0).sum(0).max() > 1:
-        return torch.einsum("mnk,pn->mpk", W, Z)
-    n = Z.any(0).nonzero().squeeze(1)  # those that are kept or have a partner
-    scale, partner = Z.sum(0)[n, None], Z.abs().argmax(0)[n]
-    return W.new_zeros(len(W), len(Z), W.shape[2]).index_add_(1, partner, W[:, n] * scale)
+    """W ×₂ Z: [N, M, k] and [P, N] → [P, M, k]; overwrites W."""
+    if Z.count_nonzero(0).max() > 1:
+        return torch.einsum("nmk,pn->pmk", W, Z)
+    W *= Z.sum(0)[:, None, None]  # at most one entry a column, as in the paper: zeros need not be multiplied
+    return torch.zeros_like(W[: len(Z)]).index_add_(0, Z.abs().argmax(0), W)
 
 
 def cut(module: nn.Module, keep: Tensor) -> None:

@@ -194,6 +194,16 @@ def test_a_gpu_gives_the_same_network(network):
     assert all(torch.allclose(here[name], value.cpu(), atol=1e-5) for name, value in there.items())
 
 
+@pytest.mark.parametrize("form", COMPENSATIONS)
+def test_a_network_in_float64_with_one_output_is_left_untouched(form):
+    """Whose next layer is all in one row and needs no cast: nothing has to be copied to be read."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 1)).double()
+    before = copy.deepcopy(model.state_dict())
+    rebuild(model, units(model), decompose(model, units(model), [3], "l1-norm", form))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_what_cannot_be_decomposed_is_named():
     model = Flattened()
     (unit,) = units(model)
