@@ -1,5 +1,7 @@
 """The benchmark on a small network: it compares what is the same, and its document says what was measured."""
 
+import json
+
 from experiments import bench, bench_train
 from experiments.grid import Grid
 
@@ -20,6 +22,11 @@ def test_the_benchmark_of_a_small_network(monkeypatch):
     assert made["smaller"]["macs"] < 0.6 * made["original"]["macs"]
     text = bench.document(report)
     assert text.count("| ResNet-8 |") == 3 + 1 + 1 + 1 and "| 32 |" in text and "from width 16 on" in text
+
+
+def test_the_document_is_what_was_measured():
+    measured = json.loads((bench.RESULTS / "bench.json").read_text())
+    assert (bench.RESULTS / "BENCH.md").read_text() == bench.document(measured)
 
 
 def test_slopes_are_those_of_the_wide_half():
