@@ -105,16 +105,17 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
             curve=curve, experiment=identity, compiled=args.compile,
             log_interval=args.log_interval, say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
+        if rank == 0:  # the others wait: where one of them ends badly, torchrun ends them all
+            shrunk.model.load_state_dict(stored(shrunk.model))  # what is measured is what is saved
+            row = xp.row(experiment, start, shrunk, test, device, args.test_batch_size)
+            before = start.about if start else {}
+            earlier = before.get("epochs")
+            epochs = last["epoch"] + (earlier if isinstance(earlier, int) else 0)  # a file of others' may say anything
+            save(target, shrunk.model, row | {"epochs": epochs}, before.get("command"))
+            print(f"saved {target}", file=sys.stderr)
+            state.unlink(missing_ok=True)
     if rank > 0:
         sys.exit(0)
-    shrunk.model.load_state_dict(stored(shrunk.model))  # what is measured is what is saved
-    row = xp.row(experiment, start, shrunk, test, device, args.test_batch_size)
-    before = start.about if start else {}
-    earlier = before.get("epochs")
-    epochs = last["epoch"] + (earlier if isinstance(earlier, int) else 0)  # a file of others' may say anything
-    save(target, shrunk.model, row | {"epochs": epochs}, before.get("command"))
-    print(f"saved {target}", file=sys.stderr)
-    state.unlink(missing_ok=True)
     return row | {"checkpoint": target.name, "checkpoint_sha256": sha256(target)}
 
 

@@ -307,6 +307,6 @@ def process_group(device: torch.device) -> Iterator[tuple[torch.device, int]]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device, dist.get_rank()
-        dist.barrier()  # nobody leaves while another may still be talking to it
+        dist.barrier()  # nobody leaves before all are done
     finally:
         dist.destroy_process_group()

@@ -206,8 +206,9 @@ torch.manual_seed(0)
 model = build("LeNet_300_100")
 with train.process_group(torch.device("cpu")) as (device, rank):
     last = train.train(model, images(count=150), images(count=51, seed=1), RECIPE, device=device, say=lambda line: None)
-if rank == 0:
-    torch.save({"state_dict": model.state_dict(), "last": {k: v for k, v in last.items() if k != "seconds"}}, sys.argv[1])
+    if rank == 0:
+        last.pop("seconds")
+        torch.save({"state_dict": model.state_dict(), "last": last}, sys.argv[1])
 """
 
 
