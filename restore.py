@@ -25,7 +25,7 @@ from errors import said
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
-from walk import POSITIONS, Walk, as_weight, centre, channel, covariance, last_reads, matrix, penalty, rows
+from walk import POSITIONS, Walk, as_weight, centre, channel, covariance, matrix, penalty, rows, steps
 
 ROUNDING = 1e-6  # of a neuron's largest output: what is left over below it is not fitted
 
@@ -149,8 +149,7 @@ class _Lockstep:
             found = consumes and self.teacher.addition(node, self.norm[node.target])
             summands[node] = found[0] if found else None
         order = _order(graph, summands)
-        expiring = last_reads(order, {node: _sources(node, summands) for node in order})
-        for node in order:
+        for node in steps(order, self.t, self.s, sources=lambda node: _sources(node, summands)):
             if node.op == "output":
                 continue
             self.t[node] = self.teacher.run(node, self.t, probe)
@@ -160,8 +159,6 @@ class _Lockstep:
             touched = node.op == "call_module" and (node.target in self.keep or node.target in self.norm)
             unchanged = same and not touched
             self.s[node] = self.t[node] if unchanged else self.student.run(node, self.s)
-            for source in expiring.get(node, ()):
-                del self.t[source], self.s[source]
         self._settle()
 
     # ------------------------------------------------------------ the fit of one layer

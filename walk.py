@@ -7,7 +7,7 @@ that it was trained to have, however little the probe looks like data.
 import copy
 import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,13 +120,23 @@ def by_sample(output: Any) -> Tensor:
     return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
 
 
-def last_reads(order: Iterable[fx.Node], sources: dict[fx.Node, list[fx.Node]]) -> dict[fx.Node, list[fx.Node]]:
-    """For every node those whose value nobody reads after it, when the nodes run in this order."""
-    last = {source: node for node in order for source in sources[node]}
+def steps(
+    order: Sequence[fx.Node], *stores: dict[fx.Node, Any], sources: Callable[[fx.Node], list[fx.Node]] | None = None
+) -> Iterator[fx.Node]:
+    """The nodes in this order; after each, the values that none of the later ones reads leave the stores.
+
+    sources: which nodes a node reads, where it is not what the graph says.
+    """
+    read = sources or (lambda node: node.all_input_nodes)
+    last = {source: node for node in order for source in read(node)}
     expiring: dict[fx.Node, list[fx.Node]] = {}
     for source, node in last.items():
         expiring.setdefault(node, []).append(source)
-    return expiring
+    for node in order:
+        yield node
+        for source in expiring.get(node, ()):
+            for store in stores:
+                del store[source]
 
 
 def rows(layer: nn.Module, x: Tensor, y: Tensor, positions: int = POSITIONS) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from decompose import CRITERIA, Decomposition, Neurons, ranked, read
 from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
 from trace import CONVS, Unit
-from walk import Walk, as_weight, by_sample, centre, channel, covariance, last_reads, matrix, penalty, rows
+from walk import Walk, as_weight, by_sample, centre, channel, covariance, matrix, penalty, rows, steps
 
 MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept neurons at which sensitivity is measured
 STEPS = 16  # shares at which an error without a curve in closed form is computed
@@ -267,9 +267,8 @@ class _Looks:
         consumer = {unit.next: i for i, unit in enumerate(self.units)}
         sums: dict[Any, list[int]] = {}
         nodes = list(self.walk.graph.nodes)
-        expiring = last_reads(nodes, {node: node.all_input_nodes for node in nodes})
         values: dict[Any, Any] = {}
-        for node in tqdm(nodes, "errors", leave=False, disable=None):
+        for node in tqdm(steps(nodes, values), "errors", len(nodes), leave=False, disable=None):
             values[node] = self.walk.run(node, values, probe)
             if node.op == "call_module" and node.target in consumer:
                 i = consumer[node.target]
@@ -279,8 +278,6 @@ class _Looks:
                 self._look(i, values[node.all_input_nodes[0]], values[node])
             for i in sums.get(node, ()):
                 self.variance[i] = float(_each_variance(values[node], self.walk.modules[self.units[i].next]).sum())
-            for source in expiring.get(node, ()):
-                del values[source]
 
     def _look(self, i: int, x: Tensor, y: Tensor) -> None:
         """Order, error curve and thinned consumers of unit i, whose consumer makes y of x."""
@@ -468,32 +465,25 @@ def _sensitivity(
     """By k the mean squared change of the network's output when one unit alone is thinned to k neurons."""
     consumer = {unit.next: i for i, unit in enumerate(units)}
     nodes = list(walk.graph.nodes)
-    expiring = last_reads(nodes, {node: node.all_input_nodes for node in nodes})
     changes: list[dict[int, float]] = [{} for _ in units]
     outputs: list[tuple[int, int, Tensor]] = []
 
     def finish(place: int, values: dict[Any, Any]) -> Tensor:
         """The network's output from the values at nodes[: place + 1] on."""
-        for node in nodes[place + 1 :]:
+        for node in steps(nodes[place + 1 :], values):
             values[node] = walk.run(node, values, probe)
-            for source in expiring.get(node, ()):
-                del values[source]
         return _centred(values[nodes[-1]])
 
     values: dict[Any, Any] = {}
-    for place, node in enumerate(tqdm(nodes, "sensitivities", leave=False, disable=None)):
+    walked = tqdm(steps(nodes, values), "sensitivities", len(nodes), leave=False, disable=None)
+    for place, node in enumerate(walked):
         values[node] = walk.run(node, values, probe)
         if node.op == "call_module" and node.target in consumer:
             i, (source,), layer = consumer[node.target], node.all_input_nodes, walk.modules[node.target]
             for form in thinned[i]:
                 y = functional_call(layer, {"weight": as_weight(form.W.to(layer.weight), layer)}, (values[source],))
                 y = y + form.c.to(y).view(-1, *[1] * (y.ndim - 1 - channel(layer, y)))
-                later = {**values, node: y}
-                for source_ in expiring.get(node, ()):
-                    del later[source_]
-                outputs.append((i, form.k, finish(place, later)))
-        for source in expiring.get(node, ()):
-            del values[source]
+                outputs.append((i, form.k, finish(place, {**values, node: y})))
     original = _centred(values[nodes[-1]])
     for i, k, output in outputs:
         changes[i][k] = float((output - original).pow(2).sum(1).mean())
