@@ -5,9 +5,11 @@ shipped LeNet-300-100. `make tuning` measures what rows.jsonl does not hold yet 
 """
 
 import argparse
+import inspect
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from experiments.grid import PRETRAINED
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown, replaced
 from files import write_atomically
+from models.checkpoint import sha256
 from restore import Options, restore
 from trace import units
 
@@ -48,6 +51,11 @@ class Bench:
     criterion: str
     ratios: tuple[float, ...]
 
+    @property
+    def checkpoint(self) -> Path:
+        """Its file."""
+        return PRETRAINED / self.file
+
 
 BENCHES = {
     "ResNet-20": Bench("ResNet", (20,), "cifar10", "ResNet.cifar10.fit.20.pth.tar", "l2-norm", (0.3, 0.5, 0.7)),
@@ -65,9 +73,20 @@ class Variant:
     probe: dict[str, Any] = field(default_factory=dict)
     experiment: dict[str, Any] = field(default_factory=dict)
 
+    def settings(self) -> dict[str, Any]:
+        """All settings, those that are not changed too: a row belongs to them."""
+        given = inspect.signature(probe.make).parameters.values()
+        defaults = {told.name: told.default for told in given if told.kind == told.KEYWORD_ONLY and told.name != "seed"}
+        return {
+            "options": asdict(Options(**self.options)),
+            "probe": defaults | self.probe,
+            "experiment": self.experiment,
+        }
 
+
+AS_IT_IS = "restore, as it is"
 ABLATIONS = {
-    "restore, as it is": Variant(),
+    AS_IT_IS: Variant(),
     "channels mixed, no patches": Variant({"patches": False}),
     "running statistics in BatchNorm": Variant({"probe_statistics": False}),
     "open loop": Variant({"closed_loop": False}),
@@ -103,7 +122,7 @@ WIDTHS = {
         ("auto, neurons that explain most", "auto", {"criterion": "auto"}),
         ("auto, blocks may be left out", "auto", {"drop_blocks": True}),
     )
-    if kind == "restore" or not change
+    if (kind == "restore" or not change) and (kind, rule) != ("restore", "uniform")  # which is restoration as it is
 }
 VARIANTS = ABLATIONS | SWEEP | WIDTHS
 
@@ -113,7 +132,7 @@ def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Ima
     changes = {"model_type": "restore", "criterion": bench.criterion} | variant.experiment
     changes |= {name: value.format(dataset=bench.dataset) for name, value in changes.items() if name == "calibrate"}
     experiment = Experiment(
-        bench.arch, bench.dataset, PRETRAINED / bench.file, bench.depth_wide, ratio=ratio, seed=seed, **changes
+        bench.arch, bench.dataset, bench.checkpoint, bench.depth_wide, ratio=ratio, seed=seed, **changes
     )
     model, _ = load_network(experiment)
     model.eval()
@@ -133,35 +152,43 @@ def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Ima
 
 def key(row: Row) -> tuple:
     """What makes two rows the same measurement."""
-    return row["network"], row["variant"], row["ratio"], row["seed"]
+    told = json.dumps(row["settings"], sort_keys=True)
+    return row["network"], row["variant"], row["ratio"], row["seed"], row["checkpoint_sha256"], told
+
+
+def wanted() -> list[Row]:
+    """All rows that there should be, without what is measured."""
+    return [
+        {"network": name, "variant": variant, "ratio": ratio, "seed": seed, "checkpoint_sha256": checkpoint,
+         "settings": VARIANTS[variant].settings()}
+        for name, bench in BENCHES.items()
+        for checkpoint in [sha256(bench.checkpoint)]
+        for variant in VARIANTS
+        for ratio in bench.ratios
+        for seed in SEEDS
+    ]  # fmt: skip
 
 
 def run(path: Path) -> list[Row]:
     """Measure every variant on every bench whose row `path` does not hold yet; all rows."""
     done = {key(row) for row in rows.load(path)}
-    todo = [
-        (name, variant, ratio, seed)
-        for name, bench in BENCHES.items()
-        for variant in VARIANTS
-        for ratio in bench.ratios
-        for seed in SEEDS
-        if (name, variant, ratio, seed) not in done
-    ]
+    todo = [row for row in wanted() if key(row) not in done]
     loaded: dict[str, Images] = {}
     known: dict = {}
-    for name, variant, ratio, seed in tqdm(todo, "tuning", unit="row", leave=False, disable=None):
-        bench = BENCHES[name]
+    for row in tqdm(todo, "tuning", unit="row", leave=False, disable=None):
+        bench, variant = BENCHES[row["network"]], VARIANTS[row["variant"]]
         if bench.dataset not in loaded:
             loaded[bench.dataset] = load(bench.dataset, "val", settings.data_folder())[:IMAGES]
-        value = measure(bench, VARIANTS[variant], ratio, seed, loaded[bench.dataset], known)
-        row = {"network": name, "variant": variant, "ratio": ratio, "seed": seed, "accuracy": value}
-        rows.append(row, path, key)
+        value = measure(bench, variant, row["ratio"], row["seed"], loaded[bench.dataset], known)
+        rows.append(row | {"accuracy": value}, path, key)
     return rows.load(path)
 
 
 def table(measured: Sequence[Row], variants: Sequence[str]) -> str:
     """Mean over seeds ± half the range; a column for every network and ratio."""
     columns = [(name, ratio) for name, bench in BENCHES.items() for ratio in bench.ratios]
+    current = {key(row) for row in wanted()}
+    measured = [row for row in measured if key(row) in current]
     found = {(n, v, r): [row for row in measured if key(row)[:3] == (n, v, r)] for v in variants for n, r in columns}
     lines = [[v, *(cell(found[n, v, r], len(SEEDS)) for n, r in columns)] for v in variants]
     return markdown(["", *(f"{name} {100 * ratio:.0f} %" for name, ratio in columns)], lines)
@@ -176,7 +203,7 @@ def documents(measured: Sequence[Row]) -> dict[Path, str]:
         " one change at a time against the first line. ResNet-20 (l2-norm) never saw these images;\nLeNet-300-100"
         f" (l1-norm) was trained on them.\n\n## Ablation\n\n{ablation}\n\n## Settings\n\n{table(measured, list(SWEEP))}\n"
         "\n## Widths\n\nChosen ones have no more parameters and MACs than uniform ones.\n\n"
-        f"{table(measured, list(WIDTHS))}\n"
+        f"{table(measured, [AS_IT_IS, *WIDTHS])}\n"
     )
     return {FOLDER / "TABLES.md": tables, DOCS: replaced(DOCS, BEGIN, END, f"{ablation}\n")}
 
