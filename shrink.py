@@ -283,6 +283,8 @@ def _written(unit: Unit | Stream) -> tuple[str, ...]:
 
 def _kept(ratio: Ratio, found: list[Unit | Stream], full: list[int], left_out: dict[str, str]) -> list[int]:
     """Kept width of every unit. Raises NeuronMergingError for ratios and widths that make no sense, with the layer's name."""
+    if isinstance(ratio, str):
+        raise NeuronMergingError(f"ratio {ratio!r} is no number")
     if isinstance(ratio, Mapping):
         ratios = [0.0] * len(found)
         for pattern, value in ratio.items():
@@ -298,6 +300,10 @@ def _kept(ratio: Ratio, found: list[Unit | Stream], full: list[int], left_out: d
     elif isinstance(ratio, Sequence | Tensor):
         if len(ratio) != len(found):
             raise NeuronMergingError(f"{len(ratio)} widths for {len(found)} units: {', '.join(u.layer for u in found)}")
+        if any(int(width) != width for width in ratio):
+            raise NeuronMergingError(
+                f"{list(ratio)} are no kept widths; ratios go by layer name: {{{found[0].layer!r}: 0.5}}"
+            )
         return [int(width) for width in ratio]
     else:
         ratios = [ratio] * len(found)

@@ -367,3 +367,11 @@ def test_an_experiment_can_be_coupled(pretrained):
     assert experiment.settings()["coupled"] is True
     shrunk = of_experiment(build("LeNet_300_100").eval(), experiment)
     assert shrunk.widths == [150, 50]  # nothing is shared in it
+
+
+@pytest.mark.parametrize("ratio", [[0.5], "0.5"])
+def test_ratios_in_a_list_are_no_widths(ratio):
+    """Cut to whole numbers they would take everything away."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(NeuronMergingError, match=r"are no kept widths; ratios go by layer name|is no number"):
+        shrink(model, ratio, compensation="prune")
