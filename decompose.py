@@ -371,8 +371,8 @@ def absorb(layer: nn.Module, Z: Tensor, channels: int | None = None, offset: int
     N = Z.shape[1]
     M, rest = layer.weight.shape[0], layer.weight.shape[2:]
     W = _swapped(layer.weight.detach().reshape(M, channels or N, -1), torch.float64)  # [C, M, k]: k places, or inputs
-    before, read, behind = W[:offset], W[offset : offset + N], W[offset + N :]
-    W = torch.cat([before, _times(read, Z), behind]) if len(W) > N else _times(W, Z)
+    others_before, mine, others_behind = W[:offset], W[offset : offset + N], W[offset + N :]
+    W = torch.cat([others_before, _times(mine, Z), others_behind]) if len(W) > N else _times(W, Z)
     _set(layer, "weight", _swapped(W, layer.weight.dtype).reshape(M, -1, *rest))
     if isinstance(layer, nn.Linear):
         layer.in_features = layer.weight.shape[1]

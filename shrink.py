@@ -300,7 +300,7 @@ def _kept(ratio: Ratio, found: list[Unit | Stream], full: list[int], left_out: d
     elif isinstance(ratio, Sequence | Tensor):
         if len(ratio) != len(found):
             raise NeuronMergingError(f"{len(ratio)} widths for {len(found)} units: {', '.join(u.layer for u in found)}")
-        if any(int(width) != width for width in ratio):
+        if any(width % 1 != 0 for width in ratio):  # also NaN
             raise NeuronMergingError(
                 f"{list(ratio)} are no kept widths; ratios go by layer name: {{{found[0].layer!r}: 0.5}}"
             )

@@ -221,17 +221,22 @@ STARTS = {
 # ---------------------------------------------------------------- the document
 
 
+def _times(ratio: float) -> str:
+    """For people; what is slower is not rounded to the same."""
+    return f"{ratio:,.0f} ×" if ratio >= 10 else f"{ratio:.1f} ×"
+
+
 def document(report: Measured) -> str:
     """BENCH.md."""
     fastest = report["gemm_peak"]
     merged = [
         [m["network"], m["kind"], str(m["units"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}",
-         f"{m['loop'] / m['ours']:,.0f} ×", "" if m["kind"] == "prune" else f"{m['ours'] / m['product']:.1f} ×",
+         _times(m["loop"] / m["ours"]), "" if m["kind"] == "prune" else f"{m['ours'] / m['product']:.1f} ×",
          f"{m['memory']:.1f} ×"]
         for m in report["merging"]
     ]  # fmt: skip
     grown = [
-        [str(m["width"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}", f"{m['loop'] / m['ours']:,.0f} ×",
+        [str(m["width"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}", _times(m["loop"] / m["ours"]),
          f"{m['ours'] / m['product']:.1f} ×", f"{m['memory']:.1f} ×"]
         for m in report["growth"]
     ]  # fmt: skip

@@ -187,8 +187,6 @@ def run(path: Path) -> list[Row]:
 def table(measured: Sequence[Row], variants: Sequence[str]) -> str:
     """Mean over seeds ± half the range; a column for every network and ratio."""
     columns = [(name, ratio) for name, bench in BENCHES.items() for ratio in bench.ratios]
-    current = {key(row) for row in wanted()}
-    measured = [row for row in measured if key(row) in current]
     found = {(n, v, r): [row for row in measured if key(row)[:3] == (n, v, r)] for v in variants for n, r in columns}
     lines = [[v, *(cell(found[n, v, r], len(SEEDS)) for n, r in columns)] for v in variants]
     return markdown(["", *(f"{name} {100 * ratio:.0f} %" for name, ratio in columns)], lines)
@@ -196,6 +194,8 @@ def table(measured: Sequence[Row], variants: Sequence[str]) -> str:
 
 def documents(measured: Sequence[Row]) -> dict[Path, str]:
     """results/tuning/TABLES.md, and docs/restore.md with its ablation table rebuilt."""
+    current = {key(row) for row in wanted()}  # the others are of another checkpoint, or of settings that are no more
+    measured = [row for row in measured if key(row) in current]
     ablation = table(measured, list(ABLATIONS))
     tables = (
         "# How the settings of restoration and of the choice of widths were chosen\n\nMade by `make tuning` from `rows.jsonl`."

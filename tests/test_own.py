@@ -369,7 +369,7 @@ def test_an_experiment_can_be_coupled(pretrained):
     assert shrunk.widths == [150, 50]  # nothing is shared in it
 
 
-@pytest.mark.parametrize("ratio", [[0.5], "0.5"])
+@pytest.mark.parametrize("ratio", [[0.5], [float("nan")], "0.5"])
 def test_ratios_in_a_list_are_no_widths(ratio):
     """Cut to whole numbers they would take everything away."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
