@@ -303,15 +303,16 @@ def neurons(
     layer = model.get_submodule(name)
     W = layer.weight.detach().double().flatten(1)
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
-    _check_finite(name, W, bias)
+    check_finite(name, W, bias)
     if bn is None:
         return Neurons(W if layer.bias is None else torch.cat([W, bias[:, None]], 1), None, relu)
     norm = batchnorm(model.get_submodule(bn), part)
-    _check_finite(bn, norm.gamma, norm.beta, norm.mu, norm.var)
+    check_finite(bn, norm.gamma, norm.beta, norm.mu, norm.var)
     return Neurons(W, replace(norm, mu=norm.mu - bias), relu)
 
 
-def _check_finite(name: str, *values: Tensor) -> None:
+def check_finite(name: str, *values: Tensor) -> None:
+    """Raises NeuronMergingError where a value of the layer `name` is NaN or infinite."""
     if not sum(x.sum() for x in values).isfinite() and not all(x.isfinite().all() for x in values):  # sums are quick
         raise NeuronMergingError(f"{name} has weights that are NaN or infinite")
 

@@ -17,8 +17,10 @@ import data
 import settings
 from data import DATASETS, Images
 from decompose import CRITERIA
-from errors import NeuronMergingError
+from errors import NeuronMergingError, said
 from evaluate import accuracy, count_macs, count_parameters
+from export import export
+from latency import compare
 from methods import LOOKING, METHODS, SEEDED, Settings
 from models import Checkpoint, build, load_checkpoint, load_weights
 from restore import Options
@@ -304,13 +306,10 @@ def taken_out(args: argparse.Namespace, model: nn.Module, small: nn.Module, shap
     """Export and compare speeds where the command line wants it; what came of it."""
     found: dict[str, Any] = {}
     if args.export:
-        from export import export
-
         found |= {"export": str(args.export), "export_error": export(small, args.export, shape)}
     if args.benchmark:
-        from latency import compare
-
-        found["benchmark"] = compare({"original": model, "smaller": small}, shape)
+        with said("--benchmark: the networks do not run on one input and on a batch of them"):
+            found["benchmark"] = compare({"original": model, "smaller": small}, shape)
     return found
 
 

@@ -23,6 +23,8 @@ Run = Callable[[Tensor], Any]
 def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
     """Write `model` in the format of the ending of `path`, for any batch size; the largest error of the file's outputs.
 
+    What is written is in float32, whatever the precision of `model`.
+
     shape: of one input, without the batch. The file is loaded again and run on batches of `CHECKED` inputs; errors are relative
     to the largest output. Raises NeuronMergingError where a package is missing, the network cannot be exported, or an output is
     off by more than `TOLERANCE`.
@@ -72,7 +74,7 @@ def _onnx(model: nn.Module, example: Tensor) -> tuple[bytes, Run]:
 
 
 def _pt2(model: nn.Module, example: Tensor) -> tuple[bytes, Run]:
-    batch, file = torch.export.Dim("batch", max=2**16), io.BytesIO()
+    batch, file = torch.export.Dim("batch"), io.BytesIO()
     torch.export.save(torch.export.export(model, (example,), dynamic_shapes=({0: batch},)), file)
     return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
 

@@ -42,9 +42,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         args.ridge, args.seed, args.calibrate, args.budget, args.multiple, args.drop_blocks, args.coupled,
     )  # fmt: skip
     if args.summary:
-        from shrink import summary
+        from shrink import prunable, summary
 
-        return {"summary": summary(experiment.network(), args.coupled)}
+        network = experiment.network()
+        kept = xp.kept_widths(network, prunable(network, args.coupled)[0], experiment) if args.thins else None
+        return {"summary": summary(network, kept, coupled=args.coupled, multiple=args.multiple)}
     return (evaluate if args.evaluate else train)(args, experiment, device)
 
 

@@ -11,6 +11,8 @@ from errors import NeuronMergingError
 from experiments import rows
 from files import check_writable
 
+RATIO = 0.5  # where the command line says none
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its complaints in the one line that every other one has."""
@@ -120,9 +122,8 @@ def parser() -> Parser:
     method.add_argument(
         "--pruning-ratio",
         type=float,
-        default=0.5,
         metavar="R",
-        help="share of neurons to drop, in [0, 1) [%(default)s]",
+        help=f"share of neurons to drop, in [0, 1) [{RATIO}]",
     )
     method.add_argument(
         "--widths",
@@ -184,7 +185,11 @@ def parser() -> Parser:
         metavar="FILE",
         help="write the resulting network, reloadable by --pretrained [training: saves/]",
     )
-    work.add_argument("--summary", action="store_true", help="only list what can be pruned, and why the rest cannot")
+    work.add_argument(
+        "--summary",
+        action="store_true",
+        help="only list what can be pruned, how much the method would leave, and why the rest stays",
+    )
     work.add_argument(
         "--export",
         type=Path,
@@ -233,6 +238,12 @@ def parser() -> Parser:
     return p
 
 
+def thins(args: argparse.Namespace) -> bool:
+    """Whether the command line says how many neurons stay: it names a method, a ratio or widths, and leaves no choice."""
+    told = args.pruning_ratio is not None or args.ratios or not isinstance(args.widths, str)
+    return bool(told or args.model_type != "original") and args.widths not in settings.CHOSEN_WIDTHS
+
+
 def from_scratch(args: argparse.Namespace) -> bool:
     """Whether training would start from random weights, not from a checkpoint."""
     return args.model_type == "original" and args.pretrained is None and not args.retrain
@@ -273,6 +284,8 @@ def check(args: argparse.Namespace) -> None:
     """What can be said of the command line before PyTorch is there. Raises NeuronMergingError."""
     if args.arch not in settings.NETWORKS:
         raise NeuronMergingError(f"unknown network {args.arch!r}: choose one of {', '.join(settings.NETWORKS)}")
+    args.thins = thins(args)
+    args.pruning_ratio = RATIO if args.pruning_ratio is None else args.pruning_ratio
     if not 0 <= args.pruning_ratio < 1:
         raise NeuronMergingError(f"--pruning-ratio {args.pruning_ratio} is outside [0, 1)")
     if (
@@ -299,6 +312,10 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--append is for the rows of --arch: with --model write --json FILE")
     if args.ratios and not isinstance(args.widths, str):
         raise NeuronMergingError("--ratios and a list of --widths both say what is kept: give one of them")
+    if args.multiple > 1 and not isinstance(args.widths, str):
+        raise NeuronMergingError(
+            "--multiple is for widths that a ratio or a budget leaves: a list of --widths is as it is"
+        )
     if not args.model and not args.evaluate and (args.export or args.benchmark):
         raise NeuronMergingError("--export and --benchmark need --evaluate: without it, --arch trains")
     if args.evaluate and (args.retrain or args.resume or args.compile):

@@ -8,8 +8,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,16 @@ from evaluate import CPU_BATCH, count_parameters, fused
 from evaluate import accuracy as on_images
 from experiment import placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
-from shrink import network_macs, parse_budget, shrink, summary
+from shrink import check_choice, network_macs, parse_budget, shrink, summary
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
+
+HERE = Path(__file__).resolve().parent
 
 
 def build(spec: str, arguments: str | None = None) -> nn.Module:
-    """Call what `spec` names, "package.module:callable" (the current folder is searched first), with JSON keyword arguments.
+    """Call what `spec` names, "package.module:callable" (also of the current folder), with JSON keyword arguments.
 
     Raises NeuronMergingError where that is not there, fails, or gives no module.
     """
@@ -39,8 +45,11 @@ def build(spec: str, arguments: str | None = None) -> nn.Module:
         keywords = None
     if not isinstance(keywords, dict):
         raise NeuronMergingError(f"--model-args {arguments}: give a JSON object, such as '{{\"num_classes\": 10}}'")
+    top = module.partition(".")[0]
+    if _lies_in(HERE, top) and _lies_in(Path.cwd(), top) and Path.cwd() != HERE:
+        raise NeuronMergingError(f"--model {spec}: this program has a module {top} too; give yours another name")
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.insert(1, str(Path.cwd()))  # behind this program's own folder
     with said(f"--model {spec} cannot be made", typed=True):
         made = getattr(importlib.import_module(module), name)(**keywords)
     if not isinstance(made, nn.Module):
@@ -48,6 +57,10 @@ def build(spec: str, arguments: str | None = None) -> nn.Module:
     if next(made.parameters(), None) is None:
         raise NeuronMergingError(f"--model {spec} gives a network without parameters")
     return made
+
+
+def _lies_in(folder: Path, module: str) -> bool:
+    return (folder / f"{module}.py").is_file() or (folder / module).is_dir()
 
 
 def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint | None:
@@ -65,6 +78,7 @@ def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint
             raise NeuronMergingError(f"--weights {weights} is no file that is there{names}")
         with said(f"--weights {weights}", typed=True):
             model.load_state_dict(known[weights].get_state_dict(progress=sys.stderr.isatty()))
+        _as_torchvision_made(model, spec, weights)
         return None
     checkpoint = load_checkpoint(path)
     before = [parameter.shape for parameter in model.parameters()]
@@ -73,7 +87,20 @@ def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint
     if not ours and before != [parameter.shape for parameter in model.parameters()]:
         print(f"warning: {path} has other widths than {spec}: the network was cut to them", file=sys.stderr)
     load_weights(model, checkpoint)
+    _as_torchvision_made(model, spec, origin(checkpoint))
     return checkpoint
+
+
+def origin(checkpoint: Checkpoint) -> str | None:
+    """torchvision's name for the weights that a file began with, where it says one."""
+    name = checkpoint.about.get("weights")
+    return name if isinstance(name, str) else None
+
+
+def _as_torchvision_made(model: nn.Module, spec: str, weights: str | None) -> None:
+    """GoogLeNet and Inception with torchvision's weights turn their inputs into those that the weights were trained on."""
+    if weights in _torchvision_weights(spec) and hasattr(model, "transform_input"):
+        model.transform_input = True
 
 
 def _torchvision_weights(spec: str) -> dict[str, Any]:
@@ -109,17 +136,22 @@ def transforms(spec: str, weights: str | None, shape: tuple[int, ...]) -> Callab
     return T.Compose([T.Resize(min(shape[1:])), T.CenterCrop(tuple(shape[1:])), *gray, T.ToTensor(), scale])
 
 
-@torch.inference_mode()
-def accuracy(
-    model: nn.Module, folder: Path, transform: Callable[[Any], Tensor], device: torch.device, batch_size: int | None
-) -> tuple[int, int]:
-    """(correct, total) on the images of `folder`, a folder for each class, in the order of the network's outputs."""
+def _image_folder(folder: Path, transform: Callable[[Any], Tensor]) -> "ImageFolder":
+    """The images of `folder`, a folder for each class. Raises NeuronMergingError where there are none."""
     from torchvision.datasets import ImageFolder
 
     if not folder.is_dir():
         raise NeuronMergingError(f"--dataset imagefolder:{folder} is no folder")
     with said(f"--dataset imagefolder:{folder}", typed=True):
-        images = ImageFolder(str(folder), transform)
+        return ImageFolder(str(folder), transform)
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, images: "ImageFolder", device: torch.device, batch_size: int | None) -> tuple[int, int]:
+    """(correct, total) on the images of a folder, whose classes come in the order of the network's outputs."""
+    folder = images.root
+    what = f"--dataset imagefolder:{folder}"
+    with said(what, typed=True), data.readable(what, (file for file, _ in images.samples)):
         model = fused(model.eval())
         correct = 0
         loader = torch.utils.data.DataLoader(images, batch_size or CPU_BATCH, num_workers=min(8, os.cpu_count() or 1))
@@ -140,15 +172,20 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     checkpoint = with_weights(model, args.model, args.weights)
     ignore = args.ignore.split(",") if args.ignore else ()
     if args.summary:
-        return {"summary": summary(model, args.coupled, ignore)}
+        check_choice(args.widths in settings.CHOSEN_WIDTHS, args.budget, args.multiple, args.drop_blocks)
+        ratio = args.ratios or (args.pruning_ratio if isinstance(args.widths, str) else args.widths)
+        told = {"coupled": args.coupled, "ignore": ignore, "multiple": args.multiple}
+        return {"summary": summary(model, ratio if args.thins else None, **told)}
     if args.weights is None:
         print("warning: no --weights: the network is as its code makes it", file=sys.stderr)
     model = placed(model, device).eval()
     shape, small, report = args.input_size, model, None
     macs = network_macs(model, shape)  # or a line that says that it does not run
-    origin = args.weights if checkpoint is None else checkpoint.about.get("weights")
-    origin = origin if isinstance(origin, str) else None
-    looked_at = _looked_at(args.calibrate, transforms(args.model, origin, shape), args.seed) if args.calibrate else None
+    began = args.weights if checkpoint is None else origin(checkpoint)
+    measure = (
+        _measurement(args, began, device) if args.evaluate else None
+    )  # nothing is made for images that are not there
+    looked_at = _looked_at(args.calibrate, transforms(args.model, began, shape), args.seed) if args.calibrate else None
     told = _told(args)
     row = {
         "model": args.model, "weights": args.weights, "checkpoint_sha256": checkpoint and checkpoint.sha256,
@@ -162,7 +199,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         small, report = shrink(
             model, args.widths if given else ratio, example_input=shape, criterion=args.criterion,
             compensation=args.model_type, widths=rule, budget=args.budget and parse_budget(args.budget),
-            multiple=1 if given else args.multiple, drop_blocks=args.drop_blocks, coupled=args.coupled, ignore=ignore,
+            multiple=args.multiple, drop_blocks=args.drop_blocks, coupled=args.coupled, ignore=ignore,
             images=looked_at, **told,
         )  # fmt: skip
         row |= {
@@ -175,13 +212,11 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "peak_mb": report.peak_mb, "report": str(report),
         }  # fmt: skip
     model, small = model.to(device), small.to(device)
-    if args.evaluate:
-        row |= _measured(args, {"smaller": small} | ({} if report is None else {"original": model}), origin, device)
+    if measure:
+        row |= measure({"smaller": small} | ({} if report is None else {"original": model}))
     if args.save:
         names = ("type", "criterion", "ratio", "budget", "widths", "input_size")
-        about = {name: row[name] for name in names if row.get(name) is not None} | (
-            {"weights": origin} if origin else {}
-        )
+        about = {name: row[name] for name in names if row.get(name) is not None} | ({"weights": began} if began else {})
         command = shlex.join(["python", "main.py", *sys.argv[1:]])
         save_checkpoint(args.save, small, math.inf, network=args.model, command=command, **about)
     if args.benchmark and report is None:  # the file may hold a smaller network already: this is what it was made from
@@ -196,29 +231,39 @@ def _told(args: argparse.Namespace) -> dict[str, Any]:
     return told | {"probe": args.probe, "ridge": args.ridge, "seed": args.seed}
 
 
-def _measured(
-    args: argparse.Namespace, networks: dict[str, nn.Module], origin: str | None, device: torch.device
-) -> dict[str, Any]:
-    """The accuracy of the networks, by name, on what --dataset names. origin: torchvision's name for their weights."""
+def _measurement(
+    args: argparse.Namespace, origin: str | None, device: torch.device
+) -> Callable[[dict[str, nn.Module]], dict[str, Any]]:
+    """What measures networks, by name, on what --dataset names, which is opened here.
+
+    origin: torchvision's name for their weights.
+    """
     name, _, folder = (args.dataset or "").partition(":")
-    transform = None
+    about: dict[str, Any]
     if name == "imagefolder":
         transform = transforms(args.model, origin, args.input_size)
-        counts = {n: accuracy(m, Path(folder), transform, device, args.test_batch_size) for n, m in networks.items()}
+        images = _image_folder(Path(folder), transform)
+        count = partial(accuracy, images=images, device=device, batch_size=args.test_batch_size)
+        about = {"transforms": " ".join(str(transform).split())}
     elif name in data.DATASETS:
         images = data.load(name, args.split, args.data).to(device)
-        with said(f"{args.model} does not fit --dataset {name}", typed=True):
-            counts = {n: on_images(m, images, args.test_batch_size) for n, m in networks.items()}
+        count = partial(on_images, images=images, batch_size=args.test_batch_size)
+        about = {"split": args.split}
     else:
         raise NeuronMergingError(
             f"--dataset {args.dataset}: give imagefolder:DIR, or one of {', '.join(data.DATASETS)}"
         )
-    rates = {n: round(100 * correct / max(1, total), 2) for n, (correct, total) in counts.items()}
-    return {
-        "dataset": args.dataset, "accuracy_original": rates.get("original"), "accuracy": rates["smaller"],
-        "correct": counts["smaller"][0], "total": counts["smaller"][1],
-        **({"split": args.split} if transform is None else {"transforms": " ".join(str(transform).split())}),
-    }  # fmt: skip
+
+    def measure(networks: dict[str, nn.Module]) -> dict[str, Any]:
+        with said(f"{args.model} does not fit --dataset {args.dataset}", typed=True):
+            counts = {n: count(m) for n, m in networks.items()}
+        rates = {n: round(100 * correct / max(1, total), 2) for n, (correct, total) in counts.items()}
+        return {
+            "dataset": args.dataset, "accuracy_original": rates.get("original"), "accuracy": rates["smaller"],
+            "correct": counts["smaller"][0], "total": counts["smaller"][1], **about,
+        }  # fmt: skip
+
+    return measure
 
 
 def _looked_at(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor:
@@ -230,8 +275,10 @@ def _looked_at(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tens
     if len(files) < needed:
         raise NeuronMergingError(f"--calibrate {text}: {len(files)} images are there, at least {needed} are needed")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:number]
-    with said(f"--calibrate {text}", typed=True):
-        return torch.stack([transform(default_loader(files[i])) for i in order])
+    chosen = [files[i] for i in order]
+    what = f"--calibrate {text}"
+    with said(what, typed=True), data.readable(what, chosen):
+        return torch.stack([transform(default_loader(file)) for file in chosen])
 
 
 def text(row: dict[str, Any]) -> str:

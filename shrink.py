@@ -11,12 +11,14 @@ from math import inf, nan
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 import memory
 from decompose import (
     COMPENSATIONS,
     CRITERIA,
     check_compensation,
+    check_finite,
     check_width,
     choose,
     neurons,
@@ -30,7 +32,7 @@ from methods import LOOKING, METHODS, Settings, layerwise
 from restore import Options
 from settings import CHOSEN_WIDTHS, by_name
 from streams import Stream, apart, choose_channels, streams
-from trace import Unit, survey
+from trace import NORMS, Unit, survey
 from widths import HELD_OUT, Cost, Curve, allocate, curves
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
@@ -144,21 +146,23 @@ def shrink(
         raise NeuronMergingError(
             "widths and neurons are chosen unit by unit: not for coupled channels, give a ratio or widths"
         )
+    check_weights(model)
     macs = None if shape is None else network_macs(model, shape)
     memory.reset(device)
     start = time.perf_counter()
     found, left_out = prunable(model, coupled)
-    found, left_out = _without(found, left_out, ignore)
+    found, left_out = _without(model, found, left_out, ignore)
     if not found:
-        raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}")
+        more = "" if coupled or not streams(model)[0] else "; with coupled channels it has"
+        raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}{more}")
     plain = compensation.removesuffix("-bn")
     if plain in COMPENSATIONS:
         check_compensation([unit for unit in found if isinstance(unit, Unit)], plain)
     full = [width(model, unit) for unit in found]
     told = Settings(shape or (), threshold, lamda, probe, probe_samples, ridge, seed, images)
-    kept = full if budget is not None and widths != "uniform" else _kept(ratio, found, full, left_out)
-    for unit, P, N in zip(found, kept, full):
-        check_width(unit.layer, P, N, least=0 if isinstance(unit, Unit) and unit.branch else 1)
+    kept = full
+    if budget is None or widths == "uniform":
+        kept = _uniform(model, ratio, found, full, left_out, multiple if widths == "uniform" else 1)
     seconds_widths = None
     if looks and known is None:
         began = time.perf_counter()
@@ -167,9 +171,7 @@ def shrink(
             model, found, inputs, criterion, layerwise(compensation, told), ridge, sensitivity=widths == "auto"
         )
         seconds_widths = time.perf_counter() - began
-    if widths == "uniform" and multiple > 1:
-        kept = [_rounded(w, n, multiple) for w, n in zip(kept, full)]
-    elif widths != "uniform":
+    if widths != "uniform":
         cost = Cost(model, found, shape, biases=compensation == "restore")
         limit = cost(kept)
         if budget is not None:
@@ -185,27 +187,52 @@ def shrink(
     small = METHODS[compensation](model, found, keep, told)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
+    seconds, peak_mb = time.perf_counter() - start, memory.peak(device)
     none = compensation == "fold"
     cosine = [nan if none else _cosine(_weights(model, unit), kept) for unit, kept in zip(found, keep)]
     report = Report(
         found, list(kept), full, cosine, left_out,
         (count_parameters(model), count_parameters(small)),
         None if shape is None else (macs, count_macs(small, shape)),
-        seconds, seconds_widths, memory.peak(device), None if known is None else list(known),
+        seconds, seconds_widths, peak_mb, None if known is None else list(known),
     )  # fmt: skip
     return small, report
 
 
-def summary(model: nn.Module, coupled: bool = False, ignore: Sequence[str] = ()) -> str:
-    """What of a network can lose neurons, and why the rest cannot, for people."""
-    found, left_out = _without(*prunable(model, coupled), ignore)
+def summary(
+    model: nn.Module,
+    ratio: Ratio | None = None,
+    *,
+    coupled: bool = False,
+    ignore: Sequence[str] = (),
+    multiple: int = 1,
+) -> str:
+    """What of a network can lose neurons, with a ratio (or widths, as of `shrink`) how many, and why the rest cannot."""
+    check_choice(False, None, multiple, False)
+    check_weights(model)
+    found, left_out = _without(model, *prunable(model, coupled), ignore)
+    full = [width(model, unit) for unit in found]
+    counts = [str(n) for n in full]
+    if ratio is not None:
+        counts = [f"{kept} of {n}" for kept, n in zip(_uniform(model, ratio, found, full, left_out, multiple), full)]
     return "\n".join(
         [
-            *(f"{_name(unit)}: {width(model, unit)}" for unit in found),
+            *(f"{_name(unit)}: {count}" for unit, count in zip(found, counts)),
             *(f"{layer} stays whole: {why}" for layer, why in left_out.items()),
         ]
     )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises NeuronMergingError where a parameter or a running statistic is NaN or infinite, or has no size yet."""
+    for name, module in model.named_modules():
+        values = list(module.parameters(recurse=False))
+        if any(map(is_lazy, values)):
+            raise NeuronMergingError(f"{name} ({type(module).__name__}) has no size yet: run the network once")
+        if isinstance(module, NORMS) and module.running_mean is not None:
+            values += [module.running_mean, module.running_var]
+        if values:
+            check_finite(name or type(module).__name__, *(value.detach() for value in values))
 
 
 def network_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
@@ -263,32 +290,47 @@ def _shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) 
 
 
 def _without(
-    found: list[Unit | Stream], left_out: dict[str, str], ignore: Sequence[str]
+    model: nn.Module, found: list[Unit | Stream], left_out: dict[str, str], ignore: Sequence[str]
 ) -> tuple[list[Unit | Stream], dict[str, str]]:
     """The units that are not to be ignored, and the others with their reasons. Raises for a name that nothing has."""
     if isinstance(ignore, str):
         ignore = [ignore]
     for pattern in ignore:
-        if not any(fnmatchcase(name, pattern) for name in (*(n for u in found for n in _written(u)), *left_out)):
+        if not any(fnmatchcase(name, pattern) for name in (*(n for u in found for n in _layers(model, u)), *left_out)):
             raise NeuronMergingError(f"ignore: no convolution or linear layer is called {pattern}")
-    ignored = [u for u in found if any(fnmatchcase(name, pattern) for name in _written(u) for pattern in ignore)]
-    reasons = {name: "it is ignored, or shares channels with a layer that is" for u in ignored for name in _written(u)}
+    ignored = [u for u in found if any(fnmatchcase(name, pattern) for name in _layers(model, u) for pattern in ignore)]
+    reasons = {n: "it is ignored, or shares channels with a layer that is" for u in ignored for n in _layers(model, u)}
     return [u for u in found if u not in ignored], left_out | reasons
 
 
-def _written(unit: Unit | Stream) -> tuple[str, ...]:
-    """The layers whose neurons a unit or stream is made of."""
-    return (unit.layer,) if isinstance(unit, Unit) else unit.writers
+def _layers(model: nn.Module, unit: Unit | Stream) -> tuple[str, ...]:
+    """The layers that a unit or stream is made of: those that write it, and depthwise convolutions that follow."""
+    if isinstance(unit, Unit):
+        return (unit.layer,)
+    followers = (place.module for place in unit.followers)
+    return (*unit.writers, *(name for name in followers if not isinstance(model.get_submodule(name), NORMS)))
 
 
-def _kept(ratio: Ratio, found: list[Unit | Stream], full: list[int], left_out: dict[str, str]) -> list[int]:
+def _uniform(
+    model: nn.Module, ratio: Ratio, found: list[Unit | Stream], full: list[int], left_out: dict[str, str], multiple: int
+) -> list[int]:
+    """Kept widths as the ratio says, multiples of `multiple` or full. Raises NeuronMergingError where they make no sense."""
+    kept = _kept(model, ratio, found, full, left_out)
+    for unit, P, N in zip(found, kept, full):
+        check_width(unit.layer, P, N, least=0 if isinstance(unit, Unit) and unit.branch else 1)
+    return kept if multiple == 1 else [_rounded(w, n, multiple) for w, n in zip(kept, full)]
+
+
+def _kept(
+    model: nn.Module, ratio: Ratio, found: list[Unit | Stream], full: list[int], left_out: dict[str, str]
+) -> list[int]:
     """Kept width of every unit. Raises NeuronMergingError for ratios and widths that make no sense, with the layer's name."""
     if isinstance(ratio, str):
         raise NeuronMergingError(f"ratio {ratio!r} is no number")
     if isinstance(ratio, Mapping):
         ratios = [0.0] * len(found)
         for pattern, value in ratio.items():
-            matching = [i for i, u in enumerate(found) if any(fnmatchcase(name, pattern) for name in _written(u))]
+            matching = [i for i, u in enumerate(found) if any(fnmatchcase(name, pattern) for name in _layers(model, u))]
             for i in matching:
                 ratios[i] = value
             if not matching:

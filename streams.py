@@ -22,7 +22,6 @@ from decompose import (
     batchnorm,
     check_width,
     cut,
-    effective,
     neurons,
     only_twins,
     others,
@@ -241,7 +240,7 @@ class _Spaces:
         if value is None or len(inputs) > 1:
             raise NotAUnit(obstacle(network, node))
         spatial = value.dimension and not value.flat
-        if spatial and kind is NORMS[value.dimension - 1]:
+        if kind is NORMS[max(value.dimension - 1, 0)] and not value.flat:
             if network.own(node).running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")
             return self._followed(node, value)
@@ -381,31 +380,31 @@ def choose_channels(model: nn.Module, stream: Stream, P: int, criterion: str) ->
 def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float, strict: bool = True) -> list[Tensor]:
     """By reader the matrix Z [P, N] that it absorbs, when every dropped channel has its most similar kept one stand in for it.
 
-    A channel's weights are those of all its writers, as the BatchNorms behind them scale them: channels whose weights are
-    positive multiples of each other, everywhere, are merged without loss. What scales channels on the way to a reader
-    scales its Z. Cosines below t: pruned. Where a positive scale does not pass: raises NeuronMergingError, or (not strict)
-    merges only (nearly) exact twins.
+    A channel is compared by the weights of all its writers, as the followers behind them scale them, and by the constants
+    that its BatchNorms add to it before a reader (root mean square of the readers, in the channel's own unit); channels that
+    are positive multiples of each other in all of these are merged without loss. A depthwise filter multiplies the cosine by
+    that of the filters. What scales channels on the way to a reader scales its Z. Cosines below t: pruned. Where a positive
+    scale does not pass: raises NeuronMergingError, or (not strict) merges only (nearly) exact twins.
     """
     if stream.obstacle and strict:
         raise NeuronMergingError(
             f"{stream.layer}: {stream.obstacle}, which a merge does not pass; use prune or restore"
         )
-    written = [_written(model, writer, chain, stream.width) for writer, chain in zip(stream.writers, stream.chains)]
-    W = torch.cat([weights for weights, _ in written], 1)  # [N, ΣD]
+    chains = dict(zip(stream.writers, (_way(model, chain, stream.width) for chain in stream.chains)))
+    ways = []  # of every reader, from the sum on, in which the chains are
+    for reader in stream.readers:
+        way = _way(model, reader.path, stream.width)
+        ways.append(way if reader.writer is None else way.since(chains[reader.writer]))
+    levels = [(way.constant / way.gain).nan_to_num(0, 0, 0) / len(ways) ** 0.5 for way in ways]
+    W = torch.cat([*(_written(model, *chain) for chain in chains.items()), torch.stack(levels, 1)], 1)  # [N, ΣD]
     drop = others(W, keep)
     cos, s = similarity(W, keep, drop)
-    paths = [[_step(model, place, stream.width) for place in reader.path] for reader in stream.readers]
-    for step in (step for steps in (*(steps for _, steps in written), *paths) for step in steps):
-        if step.filters is not None:
-            cos = cos * similarity(step.filters, keep, drop)[0]
+    for filters in (filters for way in (*chains.values(), *ways) for filters in way.filters):
+        alike = similarity(filters, keep, drop)[0]
+        cos = torch.where((cos < 0) & (alike < 0), -cos * alike, cos * alike)  # two opposites do not make one alike
     found = []
-    for reader, steps in zip(stream.readers, paths):
-        scale = s
-        before = stream.chains[stream.writers.index(reader.writer)] if reader.writer else ()  # s has them in it
-        for step in steps:
-            scale = scale * step.gain[drop] / step.gain[keep][:, None]
-        for step in (_step(model, place, stream.width) for place in before):
-            scale = scale / step.gain[drop] * step.gain[keep][:, None]
+    for way in ways:
+        scale = s * way.gain[drop] / way.gain[keep][:, None]
         usable = (scale > 0) & torch.isfinite(scale)
         Z = scaling_matrix(keep, drop, scale, 1 - cos, cos, usable, t)
         found.append(only_twins(Z) if stream.obstacle else Z)
@@ -413,32 +412,45 @@ def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What a follower does to channels: how much it scales each, [N], and a filter [N, K] for each, where it has one."""
+class _Way:
+    """What the followers on a way do to channels: x → gain x + constant, both [N]; filters: of the depthwise ones, [N, K].
+
+    A depthwise convolution counts as a gain of its filter's norm.
+    """
 
     gain: Tensor
-    filters: Tensor | None = None
+    constant: Tensor
+    filters: tuple[Tensor, ...] = ()
+
+    def since(self, before: "_Way") -> "_Way":
+        """This way, for channels that have come the way `before`, which it does not have."""
+        gain = self.gain / before.gain
+        return replace(self, gain=gain, constant=self.constant - gain * before.constant)
 
 
-def _step(model: nn.Module, place: Place, width: int) -> _Step:
-    """A follower as the channels of a stream see it."""
-    module, part = model.get_submodule(place.module), slice(place.offset, place.offset + width)
-    if isinstance(module, NORMS):
-        return _Step(batchnorm(module, part).gain)
-    filters = neurons(model, place.module).W[part]
-    return _Step(filters.norm(dim=1), filters)
+def _way(model: nn.Module, places: Sequence[Place], width: int) -> _Way:
+    """The way through followers, as the channels of a stream see it."""
+    gain, filters = torch.ones(width, dtype=torch.float64, device=next(model.parameters()).device), []
+    constant = torch.zeros_like(gain)
+    for place in places:
+        module, part = model.get_submodule(place.module), slice(place.offset, place.offset + width)
+        if isinstance(module, NORMS):
+            bn = batchnorm(module, part)
+            gain, constant = gain * bn.gain, bn.gain * (constant - bn.mu) + bn.beta
+        else:
+            filters.append(neurons(model, place.module).W[part])
+            norm = filters[-1].norm(dim=1)
+            gain, constant = gain * norm, constant * norm
+    return _Way(gain, constant, tuple(filters))
 
 
-def _written(model: nn.Module, writer: str, chain: Sequence[Place], width: int) -> tuple[Tensor, list[_Step]]:
-    """The weights [N, D] with which a layer writes its channels, all that scales them on the way to the sum included."""
-    steps = [_step(model, place, width) for place in chain]
-    W = neurons(model, writer).W
-    if chain and isinstance(model.get_submodule(chain[0].module), NORMS):
-        part = slice(chain[0].offset, chain[0].offset + width)
-        W, steps = effective(neurons(model, writer, chain[0].module, part=part)), steps[1:]
-    for step in steps:
-        W = W * step.gain[:, None]
-    return W, steps
+def _written(model: nn.Module, writer: str, chain: _Way) -> Tensor:
+    """The weights and the constant [N, D + 1] with which a layer writes its channels, as its `chain` to the sum leaves them."""
+    W = neurons(model, writer).W * chain.gain[:, None]
+    if model.get_submodule(writer).bias is None:
+        return torch.cat([W, chain.constant[:, None]], 1)
+    W[:, -1] += chain.constant
+    return W
 
 
 def cut_streams(

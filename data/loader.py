@@ -12,7 +12,7 @@ import pickle
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import NeuronMergingError, reason
+from errors import NeuronMergingError, reason, said
 
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "test", "val", "fit")
@@ -147,6 +147,20 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if folder.is_dir() else []
 
 
+@contextlib.contextmanager
+def readable(what: str, files: Iterable[str | Path]) -> Iterator[None]:
+    """Where an image cannot be read, a NeuronMergingError that names the first such one of `files`."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError) as error:  # what PIL raises
+        for file in files:
+            with said(f"{what}: {file} is no image that can be read"):
+                default_loader(str(file))
+        raise NeuronMergingError(f"{what}: {reason(error)}") from error
+
+
 def _pictures(folder: Path, shape: tuple[int, int, int]) -> Tensor:
     """Every image below `folder`, cut to `shape`: uint8 [N, C, H, W]."""
     from torchvision import transforms
@@ -166,10 +180,8 @@ def _pictures(folder: Path, shape: tuple[int, int, int]) -> Tensor:
             transforms.PILToTensor(),
         ]
     )
-    try:
+    with readable(f"--calibrate {folder}", files):
         return torch.stack([cut(default_loader(file)) for file in files])
-    except (OSError, ValueError) as error:
-        raise NeuronMergingError(f"--calibrate {folder}: a file is no image that can be read: {error}") from error
 
 
 def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:

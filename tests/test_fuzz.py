@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 from decompose import CRITERIA
 from errors import NeuronMergingError
 from evaluate import count_macs, count_parameters
 from experiments.zoo import plant
 from methods import LOOKING, METHODS, Settings
+from models import build
 from shrink import prunable, shrink, width
 from tests.test_train import images
 from trace import NORMS
@@ -121,7 +123,7 @@ def test_any_network_any_method(made, criterion, kind, share, coupled):
     assert report.params == (count_parameters(model), count_parameters(small))
     assert report.macs == (count_macs(model, shape), count_macs(small, shape))
     if not dropped and kind not in ("fold", *LOOKING):
-        assert torch.allclose(small(x), wanted, atol=1e-4 * float(1 + wanted.abs().max()))
+        assert torch.allclose(small(x), wanted, rtol=0, atol=1e-4 * float(1 + wanted.abs().max()))
     if dropped and kind != "restore":
         assert report.params[1] < report.params[0]
 
@@ -136,7 +138,7 @@ def test_twins_are_folded_without_loss(made, kind, coupled):
         return
     keep, x = plant(model, found), inputs(shape)
     small = METHODS[kind](model, found, keep, Settings(shape, t=0.1, samples=64))
-    assert torch.allclose(small(x), model(x), atol=2e-3 * float(1 + model(x).abs().max()))
+    assert torch.allclose(small(x), model(x), rtol=0, atol=2e-3 * float(1 + model(x).abs().max()))
 
 
 @few(40)
@@ -180,50 +182,66 @@ def test_the_number_of_threads_changes_nothing(made, kind, double):
     finally:
         torch.set_num_threads(threads)
     scale = float(1 + outputs[0].abs().max())
-    assert torch.allclose(*outputs, atol=(1e-4 if kind == "restore" and not double else 1e-6) * scale)
+    assert torch.allclose(*outputs, rtol=0, atol=(1e-4 if kind == "restore" and not double else 1e-6) * scale)
 
 
 FLAGS = {
-    "--model-type": ["original", "prune", "merge", "merge-derived", "restore", "lbyl", "glue", ""],
+    "--model-type": ["merge", "prune", "original", "merge-derived", "restore", "lbyl", "glue", ""],
     "--criterion": ["l1-norm", "l2-norm", "l2-GM", "auto", "l0"],
-    "--pruning-ratio": ["0", "0.5", "0.999", "1", "-1", "nan", "inf", "half", "1e-9"],
+    "--pruning-ratio": ["0.5", "0", "0.999", "1", "-1", "nan", "inf", "half", "1e-9"],
     "--widths": ["uniform", "auto", "quick", "published", "10,10", "1,1", "300,100", "0,5", "3", "x", "-1,4", "9" * 30 + ",1"],
     "--budget": ["params=0.5", "macs=0.3,params=0.9", "params=", "=", "params=nan", "a=1", "params=0.5,params=0.4"],
     "--multiple": ["1", "8", "0", "-3", "1000"],
-    "--threshold": ["0", "0.45", "1", "-1", "2", "nan"],
+    "--threshold": ["0.45", "0", "1", "-1", "2", "nan"],
     "--lamda": ["0", "1", "0.5", "7", "nan"],
     "--ridge": ["0.03", "0", "-1", "inf", "1e9"],
     "--probe": ["auto", "pink", "white", "brown"],
-    "--probe-samples": ["2", "64", "1", "-5", "x"],
+    "--probe-samples": ["64", "2", "1", "-5", "x"],
     "--seed": ["0", "1", "-1", "4294967296"],
-    "--calibrate": ["FashionMNIST:0", "cifar10:5", "nowhere", ":", "nowhere:3"],
+    "--calibrate": ["pictures", "FashionMNIST:0", "cifar10:5", "nowhere", ":", "nowhere:3"],
     "--split": ["test", "val", "some"],
     "--test-batch-size": ["1000", "0", "7777"],
     "--device": ["cpu", "abacus", "auto"],
     "--depth-wide": ["", "56", "40,4", "x"],
     "--dataset": ["FashionMNIST", "cifar10", "x"],
     "--arch": ["LeNet_300_100", "VGG", "AlexNet"],
-    "--pretrained": ["nothing.pth.tar", "/", "", "\x00"],
+    "--pretrained": ["lenet.pth.tar", "nothing.pth.tar", "/", "", "\x00"],
     "--recipe": ["fast", "slow"],
     "--epochs": ["0", "3"],
     "--input-size": ["3,8,8", "0"],
-    "--data": ["/proc/nothing", ""],
+    "--data": ["", "/proc/nothing"],
 }  # fmt: skip
 SWITCHES = ["--coupled", "--drop-blocks", "--no-cuda", "--summary", "--resume", "--compile", "--what", "-", "extra"]
 OWN_FLAGS = {
     "--model": ["tests.test_fuzz:tiny", "torch.nn:Identity", "tests.test_fuzz:MANY", "tests.test_fuzz", "nobody:f"],
     "--model-args": ["{}", '{"width": 5}', '{"width": 0}', '{"color": 1}', "[]", "{"],
     "--input-size": ["3,8,8", "1,8,8", "3", "3,1,1", "8,8,8,8", "x"],
-    "--weights": ["nothing.pth", ".", "IMAGENET1K_V1"],
+    "--weights": ["tiny.pth", "nothing.pth", ".", "IMAGENET1K_V1"],
     "--ratios": ["0=0.5", "*=0.9", "7=0.5", "0=2", "0", "0=nan"],
     "--ignore": ["0", "*", "7", ""],
     "--json": ["-", "row.json", "/proc/row.json", "."],
     "--save": ["net.pth", "net.safetensors", "/proc/net", "."],
-    "--export": ["net.pt", "net.bin", "/proc/net.pt"],
-    "--dataset": ["imagefolder:.", "imagefolder:gone", "cifar10", "x", ""],
+    "--export": ["net.pt", "net.bin", "/proc/net.pt", "net.pt2", "net.onnx"],
+    "--calibrate": ["pictures", "pictures:3", "pictures:9", "nowhere:3", "."],
+    "--dataset": ["imagefolder:pictures", "imagefolder:.", "imagefolder:gone", "cifar10", "x", ""],
 } | {
     name: FLAGS[name]
-    for name in ("--model-type", "--criterion", "--pruning-ratio", "--widths", "--budget", "--multiple")
+    for name in (
+        "--model-type",
+        "--criterion",
+        "--pruning-ratio",
+        "--widths",
+        "--budget",
+        "--multiple",
+        "--threshold",
+        "--lamda",
+        "--ridge",
+        "--probe",
+        "--probe-samples",
+        "--seed",
+        "--device",
+        "--test-batch-size",
+    )
 }
 TRAIN_FLAGS = {
     "--epochs": ["1", "0", "-1"], "--lr": ["0.1", "0", "nan", "1e30"], "--batch-size": ["16", "1", "0", "999"],
@@ -243,8 +261,9 @@ def tiny(width=4):
 
 
 def lines(flags, switches):
-    """Random command lines: some of the flags with one of their values each, and some switches."""
-    values = st.dictionaries(st.sampled_from(sorted(flags)), st.integers(0, 100), max_size=5)
+    """Random command lines: some of the flags with a value each, every other time the first, which is sound, and switches."""
+    number = st.one_of(st.just(0), st.integers(0, 100))
+    values = st.dictionaries(st.sampled_from(sorted(flags)), number, max_size=5)
     return st.tuples(values, st.lists(st.sampled_from(switches), max_size=2)).map(
         lambda drawn: [part for f, i in drawn[0].items() for part in (f, flags[f][i % len(flags[f])])] + drawn[1]
     )
@@ -287,6 +306,13 @@ def cli_quiet(capsys, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("latency.SECONDS", 0.01)
+    torch.save(tiny().state_dict(), tmp_path / "tiny.pth")
+    torch.save(build("LeNet_300_100").state_dict(), tmp_path / "lenet.pth.tar")
+    for number in range(4):
+        pixels = torch.randint(256, (3, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        path = tmp_path / "pictures" / str(number) / "image.png"
+        path.parent.mkdir(parents=True)
+        to_pil_image(pixels).save(path)
 
     def run(arguments):
         capsys.readouterr()
@@ -299,6 +325,7 @@ def cli_quiet(capsys, tmp_path, monkeypatch):
     return run
 
 
+@torch.no_grad()
 def test_numbers_that_are_odd_but_right():
     """γ = 0, filters of zeros, one neuron kept, a single channel, no BatchNorm, other precisions, transposed weights."""
     torch.manual_seed(0)
@@ -311,14 +338,17 @@ def test_numbers_that_are_odd_but_right():
         model[1].weight[2:4] = 0
         model[1].running_var[4] = 0
         model[3].weight.data = model[3].weight.data.transpose(2, 3)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for dtype, off in ((torch.float64, 1e-6), (torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 1e-2)):
         odd = copy.deepcopy(model).to(dtype)
+        x = torch.randn(1, 1, 12, 12, dtype=dtype)
         for kind in FREE:
             for widths in ([6, 1, 5], [1, 1, 1], [3, 1, 2]):
                 small, _ = shrink(odd, widths, example_input=(1, 12, 12), compensation=kind, probe_samples=16)
                 assert {p.dtype for p in small.parameters()} == {dtype}
-                out = small(torch.ones(1, 1, 12, 12, dtype=dtype))
+                out = small(x)
                 assert out.shape == (1, 3) and torch.isfinite(out).all(), (dtype, kind, widths)
+                if widths == [6, 1, 5] and kind != "fold":  # nothing is dropped
+                    assert torch.allclose(out, odd(x), rtol=0, atol=off * float(1 + odd(x).abs().max())), (dtype, kind)
     for harm in (float("nan"), float("inf")):
         sick = copy.deepcopy(model)
         sick[3].weight.data[0, 0, 0, 0] = harm

@@ -1,6 +1,7 @@
 """A network of one's own: the call, the command, exports, files, measurements, and what is said where something is wrong."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -16,8 +17,8 @@ from experiment import Experiment
 from experiment import shrink as of_experiment
 from export import export
 from models import build
-from shrink import shrink
-from tests.conftest import example
+from shrink import shrink, summary
+from tests.conftest import ROOT, example
 from trace import units
 
 CODE = """
@@ -45,6 +46,15 @@ def branches():
                 return self.a(x)
             return x
     return Net()
+
+def alone():
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 2)
+        def forward(self, x):
+            return self.b(self.a(x.view(1, 6)).relu())
+    return Alone()
 
 number = 3
 """
@@ -146,6 +156,32 @@ def test_a_call_that_cannot_be_says_why(name):
         shrink(build("ResNet", (8,)).eval(), **({"example_input": (3, 32, 32), "probe_samples": 8} | arguments))
 
 
+@pytest.mark.parametrize("name", ["ip1", "ip3"])
+def test_weights_that_are_no_numbers_are_named(name):
+    """Also in the last layer, which nothing is decided by."""
+    model = build("LeNet_300_100").eval()
+    with torch.no_grad():
+        model.get_submodule(name).bias[0] = float("nan")
+    for call in (lambda: shrink(model, 0.5, compensation="prune"), lambda: summary(model)):
+        with pytest.raises(NeuronMergingError, match=f"{name} has weights that are NaN or infinite"):
+            call()
+
+
+def test_a_layer_without_a_size_is_named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.LazyLinear(2))
+    with pytest.raises(NeuronMergingError, match=r"2 \(LazyLinear\) has no size yet"):
+        shrink(model, 0.5, example_input=(3,))
+
+
+def test_linear_layers_with_batchnorm_are_reached_where_channels_are_coupled():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with pytest.raises(NeuronMergingError, match=r"goes through BatchNorm1d.*; with coupled channels it has"):
+        shrink(model, 0.5, compensation="prune")
+    for kind in ("prune", "merge", "restore"):
+        small, report = shrink(model, 0.5, compensation=kind, coupled=True, example_input=(6,))
+        assert report.widths == [4] and small(torch.randn(2, 6)).shape == (2, 3)
+
+
 def test_an_untraceable_network_names_the_line(mine):
     namespace: dict = {}
     source = compile(CODE, str(mine / "mine.py"), "exec")
@@ -190,6 +226,19 @@ def test_the_command_has_ratios_budgets_and_real_images(cli, mine, pictures):
     assert "warning: narrow.pth has other widths than mine:small: the network was cut to them" in made.err
 
 
+def test_a_summary_says_what_would_be_left(cli, mine):
+    common = ("--model", "mine:small", "--summary")
+    assert "0 -> 3: 16\n" in cli(*common).out
+    assert "0 -> 3: 12 of 16" in cli(*common, "--pruning-ratio", "0.25").out
+    assert "0 -> 3: 16 of 16\n3 -> 8: 3 of 32" in cli(*common, "--ratios", "3=0.9").out
+    assert "0 -> 3: 5 of 16" in cli(*common, "--widths", "5,6").out
+    assert "0 -> 3: 8 of 16" in cli(*common, "--model-type", "restore", "--multiple", "8").out
+    assert "0 -> 3: 16\n" in cli(*common, "--model-type", "restore", "--widths", "auto").out
+    assert "outside [0, 1)" in cli(*common, "--ratios", "3=2").err
+    said = cli("--summary", "--pruning-ratio", "0.9")
+    assert "ip1 -> ip2: 30 of 300" in said.out and "ip2 -> ip3: 10 of 100" in said.out
+
+
 def test_a_summary_touches_nothing(cli, mine):
     said = cli("--model", "torchvision.models:resnet18", "--summary", "--coupled")
     assert said.code == 0 and "layer1.0.conv1 -> layer1.0.conv2: 64" in said.out
@@ -215,6 +264,20 @@ BAD_COMMANDS = {
     "an input that does not run": ([*OWN[:4], "--input-size", "1,8,8", "--model-type", "merge", "--json", "-"], "does not run"),
     "an output of no format": ([*OWN, "--export", "small.bin"], "name a file that ends in .onnx, .pt2, .pt"),
     "no images": ([*OWN, "--evaluate", "--dataset", "imagefolder:gone"], "is no folder"),
+    "a broken image": ([*OWN, "--evaluate", "--dataset", "imagefolder:torn"], "torn/class/b.png is no image that can be read"),
+    "a broken image to look at": (
+        [*OWN, "--model-type", "restore", "--calibrate", "torn", "--json", "-"], "torn/class/b.png is no image that can be read"
+    ),
+    "a multiple of widths that are given": (
+        [*OWN, "--model-type", "prune", "--widths", "3,4", "--multiple", "8", "--json", "-"], "--multiple is for widths that"
+    ),
+    "a speed of batches": (
+        ["--model", "mine:alone", "--input-size", "6", "--benchmark", "--model-type", "prune"],
+        "--benchmark: the networks do not run on one input and on a batch of them: shape",
+    ),
+    "a module of this program's name": (
+        ["--model", "trace:small", "--input-size", "3,8,8", "--json", "-"], "this program has a module trace too"
+    ),
     "a folder of too few classes": (
         [*OWN, "--model-args", '{"classes": 11}', "--weights", "eleven.pth", "--evaluate", "--dataset", "imagefolder:pictures"],
         "imagefolder:pictures has 10 folders, the network 11 outputs",
@@ -256,6 +319,11 @@ def test_a_command_that_cannot_be_is_one_line(cli, mine, pictures, name):
     options, message = BAD_COMMANDS[name]
     torch.save(mine_small(classes=11).state_dict(), "eleven.pth")
     (mine / "hollow" / "class").mkdir(parents=True)
+    (mine / "torn" / "class").mkdir(parents=True)
+    sound = (pictures / "class0" / "0.png").read_bytes()
+    for file, content in (("a", sound), ("b", sound[:200])):
+        (mine / "torn" / "class" / f"{file}.png").write_bytes(content)
+    (mine / "trace.py").write_text(CODE)
     before = {path.name for path in mine.iterdir()}
     said = cli(*options)
     assert said.code == 2 and said.out == ""
@@ -288,6 +356,32 @@ def test_a_smaller_file_remembers_the_weights_it_began_with(cli, mine, monkeypat
     assert made.code == 0, made.err
     cli(*common, "--weights", "small.safetensors", "--evaluate", "--dataset", "imagefolder:gone")
     assert seen == [entry.name]
+
+
+def test_images_are_looked_for_before_any_work(cli, mine, monkeypatch):
+    monkeypatch.setattr(own, "shrink", lambda *_, **__: pytest.fail("the work was done before"))
+    said = cli(*OWN, "--model-type", "restore", "--evaluate", "--dataset", "imagefolder:gone")
+    assert said.code == 2 and "is no folder" in said.err
+
+
+def test_a_users_file_of_the_same_name_is_not_run(cli, mine):
+    """`latency` is this program's, wherever it is called."""
+    (mine / "latency.py").write_text("raise SystemExit(7)")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main; sys.exit(main.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--model", "mine:small", "--input-size", "3,16,16", "--export", "net.pt"]
+    done = subprocess.run(command, cwd=mine, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inception_sees_its_inputs_as_its_weights_did(monkeypatch):
+    """torchvision makes it so where it loads the weights itself."""
+    entry = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
+    spec, arguments = "torchvision.models:googlenet", '{"init_weights": false, "aux_logits": false, "num_classes": 7}'
+    monkeypatch.setattr(type(entry), "get_state_dict", lambda self, **_: own.build(spec, arguments).state_dict())
+    model = own.build(spec, arguments)
+    assert not model.transform_input
+    own.with_weights(model, spec, entry.name)
+    assert model.transform_input
 
 
 # ---------------------------------------------------------------- out of here
