@@ -23,7 +23,7 @@ from evaluate import CPU_BATCH, count_parameters, fused
 from evaluate import accuracy as on_images
 from experiment import placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
-from shrink import check_choice, network_macs, parse_budget, shrink, summary
+from shrink import check_choice, check_names, check_sizes, network_macs, parse_budget, shrink, summary
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -37,7 +37,7 @@ def build(spec: str, arguments: str | None = None) -> nn.Module:
     Raises NeuronMergingError where that is not there, fails, or gives no module.
     """
     module, _, name = spec.partition(":")
-    if not name:
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise NeuronMergingError(f"--model {spec}: give module:callable, such as torchvision.models:resnet18")
     try:
         keywords = json.loads(arguments or "{}")
@@ -56,11 +56,12 @@ def build(spec: str, arguments: str | None = None) -> nn.Module:
         raise NeuronMergingError(f"--model {spec} gives {type(made).__name__}, no torch.nn.Module")
     if next(made.parameters(), None) is None:
         raise NeuronMergingError(f"--model {spec} gives a network without parameters")
+    check_sizes(made)
     return made
 
 
 def _lies_in(folder: Path, module: str) -> bool:
-    return (folder / f"{module}.py").is_file() or (folder / module).is_dir()
+    return (folder / f"{module}.py").is_file() or (folder / module / "__init__.py").is_file()
 
 
 def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint | None:
@@ -151,11 +152,12 @@ def accuracy(model: nn.Module, images: "ImageFolder", device: torch.device, batc
     """(correct, total) on the images of a folder, whose classes come in the order of the network's outputs."""
     folder = images.root
     what = f"--dataset imagefolder:{folder}"
-    with said(what, typed=True), data.readable(what, (file for file, _ in images.samples)):
+    with said(what, typed=True):
         model = fused(model.eval())
         correct = 0
         loader = torch.utils.data.DataLoader(images, batch_size or CPU_BATCH, num_workers=min(8, os.cpu_count() or 1))
-        for x, labels in tqdm(loader, "evaluate", unit="batch", leave=False, disable=None):
+        batches = data.readable(loader, what, (file for file, _ in images.samples))
+        for x, labels in tqdm(batches, "evaluate", len(loader), unit="batch", leave=False, disable=None):
             logits = model(x.to(device))
             if logits.shape[1] != len(images.classes):
                 raise NeuronMergingError(
@@ -172,6 +174,8 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     checkpoint = with_weights(model, args.model, args.weights)
     ignore = args.ignore.split(",") if args.ignore else ()
     if args.summary:
+        if args.model_type != "original":
+            check_names(args.criterion, args.model_type, settings.width_rule(args.widths))
         check_choice(args.widths in settings.CHOSEN_WIDTHS, args.budget, args.multiple, args.drop_blocks)
         ratio = args.ratios or (args.pruning_ratio if isinstance(args.widths, str) else args.widths)
         told = {"coupled": args.coupled, "ignore": ignore, "multiple": args.multiple}
@@ -271,14 +275,15 @@ def _looked_at(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tens
     from torchvision.datasets.folder import default_loader
 
     folder, number = data.counted(text)
-    files, needed = data.image_files(Path(folder)), max(2, number or 2)
+    files, needed = data.image_files(Path(folder)), 2 if number is None else number
+    if needed < 2:
+        raise NeuronMergingError(f"--calibrate {text}: at least 2 images are needed")
     if len(files) < needed:
         raise NeuronMergingError(f"--calibrate {text}: {len(files)} images are there, at least {needed} are needed")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:number]
-    chosen = [files[i] for i in order]
-    what = f"--calibrate {text}"
-    with said(what, typed=True), data.readable(what, chosen):
-        return torch.stack([transform(default_loader(file)) for file in chosen])
+    chosen, what = [files[i] for i in order], f"--calibrate {text}"
+    with said(what, typed=True):
+        return torch.stack([*data.readable((transform(default_loader(file)) for file in chosen), what, chosen)])
 
 
 def text(row: dict[str, Any]) -> str:

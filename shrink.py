@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from math import inf, nan
 
 import torch
@@ -122,12 +123,7 @@ def shrink(
     same arguments but ratio, budget, multiple, drop_blocks.
     Raises NeuronMergingError that names the layer and says why, where something cannot be done.
     """
-    if compensation not in METHODS:
-        raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(METHODS)}")
-    if criterion not in (*CRITERIA, "auto"):
-        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}, auto")
-    if widths not in WIDTHS:
-        raise NeuronMergingError(f"unknown widths {widths!r}: choose one of {', '.join(WIDTHS)}")
+    check_names(criterion, compensation, widths)
     check_choice(widths != "uniform", budget, multiple, drop_blocks)
     first = next(model.parameters(), None)
     if first is None:
@@ -153,12 +149,17 @@ def shrink(
     found, left_out = prunable(model, coupled)
     found, left_out = _without(model, found, left_out, ignore)
     if not found:
-        more = "" if coupled or not streams(model)[0] else "; with coupled channels it has"
-        raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}{more}")
+        more = not coupled and _without(model, *prunable(model, True), ignore)[0]
+        raise NeuronMergingError(
+            f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}"
+            + ("; coupled channels (coupled=True, --coupled) can be" if more else "")
+        )
     plain = compensation.removesuffix("-bn")
     if plain in COMPENSATIONS:
         check_compensation([unit for unit in found if isinstance(unit, Unit)], plain)
     full = [width(model, unit) for unit in found]
+    if shape is not None:
+        _check_vectors(model, found, shape)
     told = Settings(shape or (), threshold, lamda, probe, probe_samples, ridge, seed, images)
     kept = full
     if budget is None or widths == "uniform":
@@ -178,8 +179,6 @@ def shrink(
             _check_budget(budget, dict(budget))
             limit = cost(full) * (budget.get("params", inf), budget.get("macs", inf))
         kept = allocate(known, cost, limit, multiple=multiple, droppable=[drop_blocks and u.branch for u in found])
-    if coupled and 0 in kept:
-        raise NeuronMergingError("a block can only be left out where channels are not coupled: give 1 or more")
     if criterion == "auto":
         keep = [curve.order[:width].sort().values.to(device) for curve, width in zip(known, kept)]
     else:
@@ -223,14 +222,22 @@ def summary(
     )
 
 
+def check_sizes(model: nn.Module) -> None:
+    """Raises NeuronMergingError where a layer has no size yet, since it has not seen an input."""
+    for name, module in model.named_modules():
+        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+            raise NeuronMergingError(f"{name} ({type(module).__name__}) has no size yet: run the network once")
+
+
 def check_weights(model: nn.Module) -> None:
-    """Raises NeuronMergingError where a parameter or a running statistic is NaN or infinite, or has no size yet."""
+    """Raises NeuronMergingError where a parameter or a running statistic is NaN or infinite, or there is none yet."""
+    check_sizes(model)
     for name, module in model.named_modules():
         values = list(module.parameters(recurse=False))
-        if any(map(is_lazy, values)):
-            raise NeuronMergingError(f"{name} ({type(module).__name__}) has no size yet: run the network once")
         if isinstance(module, NORMS) and module.running_mean is not None:
             values += [module.running_mean, module.running_var]
+        if any(value.is_meta for value in values):
+            raise NeuronMergingError(f"{name} ({type(module).__name__}) has no weights yet: it is on the meta device")
         if values:
             check_finite(name or type(module).__name__, *(value.detach() for value in values))
 
@@ -256,6 +263,28 @@ def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Strea
     written |= {place.module for stream in shared for place in stream.followers}
     left_out = {layer: reasons.get(layer, why) for layer, why in left_out.items() if layer not in written}
     return [*found, *shared], left_out
+
+
+@torch.no_grad()
+def _check_vectors(model: nn.Module, found: Sequence[Unit | Stream], shape: tuple[int, ...]) -> None:
+    """Raises NeuronMergingError where a BatchNorm1d behind a linear layer has inputs [B, L, C]: it normalises L, not C."""
+
+    def check(layer: str, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].ndim > 2:
+            raise NeuronMergingError(f"{name} normalises places, not what {layer} gives at each: ignore {layer}")
+
+    hooks = []
+    for unit in found:
+        if isinstance(unit, Stream) and isinstance(model.get_submodule(unit.layer), nn.Linear):
+            for name in {place.module for place in unit.followers}:
+                hook = partial(check, unit.layer, name)
+                hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
+    try:
+        if hooks:
+            count_macs(model, shape)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def width(model: nn.Module, unit: Unit | Stream) -> int:
@@ -299,8 +328,10 @@ def _without(
         if not any(fnmatchcase(name, pattern) for name in (*(n for u in found for n in _layers(model, u)), *left_out)):
             raise NeuronMergingError(f"ignore: no convolution or linear layer is called {pattern}")
     ignored = [u for u in found if any(fnmatchcase(name, pattern) for name in _layers(model, u) for pattern in ignore)]
-    reasons = {n: "it is ignored, or shares channels with a layer that is" for u in ignored for n in _layers(model, u)}
-    return [u for u in found if u not in ignored], left_out | reasons
+    left = [u for u in found if u not in ignored]
+    whole = {name for u in ignored for name in _layers(model, u)} - {name for u in left for name in _layers(model, u)}
+    reason = "it is ignored, or shares channels with a layer that is"
+    return left, left_out | {name: reason for u in ignored for name in _layers(model, u) if name in whole}
 
 
 def _layers(model: nn.Module, unit: Unit | Stream) -> tuple[str, ...]:
@@ -318,6 +349,8 @@ def _uniform(
     kept = _kept(model, ratio, found, full, left_out)
     for unit, P, N in zip(found, kept, full):
         check_width(unit.layer, P, N, least=0 if isinstance(unit, Unit) and unit.branch else 1)
+    if 0 in kept and any(isinstance(unit, Stream) for unit in found):
+        raise NeuronMergingError("a block can only be left out where channels are not coupled: give 1 or more")
     return kept if multiple == 1 else [_rounded(w, n, multiple) for w, n in zip(kept, full)]
 
 
@@ -362,7 +395,7 @@ def _kept(
 
 
 def _rounded(width: int, full: int, multiple: int) -> int:
-    return min(full, max(multiple, multiple * round(width / multiple))) if width > 0 else width
+    return min(full, max(multiple, multiple * round(width / multiple))) if 0 < width < full else width
 
 
 def parse_budget(text: str) -> dict[str, float]:
@@ -373,6 +406,16 @@ def parse_budget(text: str) -> dict[str, float]:
         budget = {}
     _check_budget(budget, text)
     return budget
+
+
+def check_names(criterion: str, compensation: str, widths: str) -> None:
+    """Raises NeuronMergingError where one is unknown."""
+    if compensation not in METHODS:
+        raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(METHODS)}")
+    if criterion not in (*CRITERIA, "auto"):
+        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}, auto")
+    if widths not in WIDTHS:
+        raise NeuronMergingError(f"unknown widths {widths!r}: choose one of {', '.join(WIDTHS)}")
 
 
 def check_choice(chosen: bool, budget: object, multiple: int, drop_blocks: bool) -> None:

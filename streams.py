@@ -22,6 +22,7 @@ from decompose import (
     batchnorm,
     check_width,
     cut,
+    effective,
     neurons,
     only_twins,
     others,
@@ -241,8 +242,11 @@ class _Spaces:
             raise NotAUnit(obstacle(network, node))
         spatial = value.dimension and not value.flat
         if kind is NORMS[max(value.dimension - 1, 0)] and not value.flat:
-            if network.own(node).running_mean is None:
+            norm = network.own(node)
+            if norm.running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")
+            if norm.num_features != sum(value.widths):  # of what a linear layer gives, BatchNorm1d may normalise places
+                raise NotAUnit(obstacle(network, node))
             return self._followed(node, value)
         if kind in RELU or kind in DROPOUT or name_of(kind) in PASSING:
             return value
@@ -380,77 +384,92 @@ def choose_channels(model: nn.Module, stream: Stream, P: int, criterion: str) ->
 def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float, strict: bool = True) -> list[Tensor]:
     """By reader the matrix Z [P, N] that it absorbs, when every dropped channel has its most similar kept one stand in for it.
 
-    A channel is compared by the weights of all its writers, as the followers behind them scale them, and by the constants
-    that its BatchNorms add to it before a reader (root mean square of the readers, in the channel's own unit); channels that
-    are positive multiples of each other in all of these are merged without loss. A depthwise filter multiplies the cosine by
-    that of the filters. What scales channels on the way to a reader scales its Z. Cosines below t: pruned. Where a positive
-    scale does not pass: raises NeuronMergingError, or (not strict) merges only (nearly) exact twins.
+    Channels are as similar as the weights (cosine) with which all writers, each with the BatchNorm behind it, write them, and,
+    as a factor, as the way to the reader that treats them the least alike (`_way`): positive multiples of each other in all of
+    these are merged without loss. What scales channels on the way to a reader scales its Z. Less similar than t: pruned.
+    Where a positive scale does not pass: raises NeuronMergingError, or (not strict) merges only (nearly) exact twins.
     """
     if stream.obstacle and strict:
         raise NeuronMergingError(
             f"{stream.layer}: {stream.obstacle}, which a merge does not pass; use prune or restore"
         )
-    chains = dict(zip(stream.writers, (_way(model, chain, stream.width) for chain in stream.chains)))
-    ways = []  # of every reader, from the sum on, in which the chains are
+    N = stream.width
+    drop = others(torch.empty(N, 0, device=keep.device), keep)
+    written, to_sum = [], []
+    for writer, chain in zip(stream.writers, stream.chains):
+        W, rest = _written(model, writer, chain, N)
+        to_sum.append(_way(model, rest, W.norm(dim=1), keep, drop))
+        written.append(W * to_sum[-1].gain[:, None])
+    W = torch.cat(written, 1)  # [N, ΣD]
+    to_readers = []
     for reader in stream.readers:
-        way = _way(model, reader.path, stream.width)
-        ways.append(way if reader.writer is None else way.since(chains[reader.writer]))
-    levels = [(way.constant / way.gain).nan_to_num(0, 0, 0) / len(ways) ** 0.5 for way in ways]
-    W = torch.cat([*(_written(model, *chain) for chain in chains.items()), torch.stack(levels, 1)], 1)  # [N, ΣD]
-    drop = others(W, keep)
-    cos, s = similarity(W, keep, drop)
-    for filters in (filters for way in (*chains.values(), *ways) for filters in way.filters):
-        alike = similarity(filters, keep, drop)[0]
-        cos = torch.where((cos < 0) & (alike < 0), -cos * alike, cos * alike)  # two opposites do not make one alike
+        start = W if reader.writer is None else neurons(model, reader.writer).W
+        to_readers.append(_way(model, reader.path, start.norm(dim=1), keep, drop))
+    alike = torch.stack([way.alike for way in (*to_sum, *to_readers)]).amin(0)
+    cos = _both(similarity(W, keep, drop)[0], alike)
+    passes = torch.stack([way.scale > 0 for way in to_sum]).all(0)
     found = []
-    for way in ways:
-        scale = s * way.gain[drop] / way.gain[keep][:, None]
-        usable = (scale > 0) & torch.isfinite(scale)
-        Z = scaling_matrix(keep, drop, scale, 1 - cos, cos, usable, t)
+    for way in to_readers:
+        usable = passes & (way.scale > 0) & torch.isfinite(way.scale)
+        Z = scaling_matrix(keep, drop, way.scale, 1 - cos, cos, usable, t)
         found.append(only_twins(Z) if stream.obstacle else Z)
     return found
 
 
+def _written(model: nn.Module, writer: str, chain: tuple[Place, ...], width: int) -> tuple[Tensor, tuple[Place, ...]]:
+    """The weights [N, D] with which a layer writes, the BatchNorm right behind it included, and the rest of the chain."""
+    if chain and isinstance(model.get_submodule(chain[0].module), NORMS):
+        part = slice(chain[0].offset, chain[0].offset + width)
+        return effective(neurons(model, writer, chain[0].module, part=part)), chain[1:]
+    return neurons(model, writer).W, chain
+
+
 @dataclass(frozen=True)
 class _Way:
-    """What the followers on a way do to channels: x → gain x + constant, both [N]; filters: of the depthwise ones, [N, K].
+    """What followers do to channels.
 
-    A depthwise convolution counts as a gain of its filter's norm.
+    gain [N]: by how much each is scaled. scale [P, Q]: by what a kept channel m is to be multiplied to be the dropped n, 0
+    where that is not positive all the way. alike [P, Q]: 1 where every follower does to n what it does to m, but for a scale.
     """
 
     gain: Tensor
-    constant: Tensor
-    filters: tuple[Tensor, ...] = ()
-
-    def since(self, before: "_Way") -> "_Way":
-        """This way, for channels that have come the way `before`, which it does not have."""
-        gain = self.gain / before.gain
-        return replace(self, gain=gain, constant=self.constant - gain * before.constant)
+    scale: Tensor
+    alike: Tensor
 
 
-def _way(model: nn.Module, places: Sequence[Place], width: int) -> _Way:
-    """The way through followers, as the channels of a stream see it."""
-    gain, filters = torch.ones(width, dtype=torch.float64, device=next(model.parameters()).device), []
-    constant = torch.zeros_like(gain)
+def _way(model: nn.Module, places: Sequence[Place], strength: Tensor, keep: Tensor, drop: Tensor) -> _Way:
+    """The way of channels, of this strength [N] where it begins, through `places`.
+
+    A follower treats two channels as alike as the cosine of (strength, constant) behind it says: a positive multiple has its
+    constant multiplied too. A depthwise convolution scales by the norm of its filters, and is as alike as their cosine as well.
+    """
+
+    def scaled() -> Tensor:
+        return strength[drop] / strength[keep][:, None]
+
+    gain, scale = torch.ones_like(strength), scaled()
+    alike, passes = torch.ones_like(scale), scale > 0
     for place in places:
-        module, part = model.get_submodule(place.module), slice(place.offset, place.offset + width)
+        module, part = model.get_submodule(place.module), slice(place.offset, place.offset + len(strength))
         if isinstance(module, NORMS):
             bn = batchnorm(module, part)
-            gain, constant = gain * bn.gain, bn.gain * (constant - bn.mu) + bn.beta
+            factor, constant = bn.gain, bn.beta - bn.gain * bn.mu
         else:
-            filters.append(neurons(model, place.module).W[part])
-            norm = filters[-1].norm(dim=1)
-            gain, constant = gain * norm, constant * norm
-    return _Way(gain, constant, tuple(filters))
+            filters, bias = (
+                neurons(model, place.module).W[part].split([module.weight[0].numel(), module.bias is not None], 1)
+            )
+            factor, constant = filters.norm(dim=1), bias.sum(1)
+            alike = _both(alike, similarity(filters, keep, drop)[0])
+        gain, strength = gain * factor, strength * factor
+        alike = _both(alike, similarity(torch.stack([strength, constant], 1), keep, drop)[0])
+        scale = scaled()
+        passes = passes & (scale > 0)
+    return _Way(gain, scale.where(passes, 0), alike)
 
 
-def _written(model: nn.Module, writer: str, chain: _Way) -> Tensor:
-    """The weights and the constant [N, D + 1] with which a layer writes its channels, as its `chain` to the sum leaves them."""
-    W = neurons(model, writer).W * chain.gain[:, None]
-    if model.get_submodule(writer).bias is None:
-        return torch.cat([W, chain.constant[:, None]], 1)
-    W[:, -1] += chain.constant
-    return W
+def _both(cos: Tensor, alike: Tensor) -> Tensor:
+    """The product; two opposites do not make one alike."""
+    return torch.where((cos < 0) & (alike < 0), -cos * alike, cos * alike)
 
 
 def cut_streams(

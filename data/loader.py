@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from errors import NeuronMergingError, reason, said
 
+T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "test", "val", "fit")
 HELD_OUT = 5000  # images of the training split that are its `val` part; `fit` is the rest
@@ -147,18 +148,22 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if folder.is_dir() else []
 
 
-@contextlib.contextmanager
-def readable(what: str, files: Iterable[str | Path]) -> Iterator[None]:
-    """Where an image cannot be read, a NeuronMergingError that names the first such one of `files`."""
+def readable(images: Iterable[T], what: str, files: Iterable[str | Path]) -> Iterator[T]:
+    """`images`, read from `files`; where that fails, a NeuronMergingError that names the first file that is no image."""
     from torchvision.datasets.folder import default_loader
 
-    try:
-        yield
-    except (OSError, ValueError, SyntaxError) as error:  # what PIL raises
-        for file in files:
-            with said(f"{what}: {file} is no image that can be read"):
-                default_loader(str(file))
-        raise NeuronMergingError(f"{what}: {reason(error)}") from error
+    images = iter(images)
+    while True:
+        try:
+            image = next(images)
+        except StopIteration:
+            return
+        except Exception as error:  # PIL raises many things
+            for file in files:
+                with said(f"{what}: {file} is no image that can be read"):
+                    default_loader(str(file))
+            raise NeuronMergingError(f"{what}: {type(error).__name__}: {reason(error)}") from error
+        yield image
 
 
 def _pictures(folder: Path, shape: tuple[int, int, int]) -> Tensor:
@@ -180,8 +185,7 @@ def _pictures(folder: Path, shape: tuple[int, int, int]) -> Tensor:
             transforms.PILToTensor(),
         ]
     )
-    with readable(f"--calibrate {folder}", files):
-        return torch.stack([cut(default_loader(file)) for file in files])
+    return torch.stack([*readable((cut(default_loader(file)) for file in files), f"--calibrate {folder}", files)])
 
 
 def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,11 @@
 """A network of one's own: the call, the command, exports, files, measurements, and what is said where something is wrong."""
 
+import ast
 import json
+import struct
 import subprocess
 import sys
+import zlib
 
 import pytest
 import torch
@@ -55,6 +58,9 @@ def alone():
         def forward(self, x):
             return self.b(self.a(x.view(1, 6)).relu())
     return Alone()
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1))
 
 number = 3
 """
@@ -175,11 +181,42 @@ def test_a_layer_without_a_size_is_named():
 
 def test_linear_layers_with_batchnorm_are_reached_where_channels_are_coupled():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    with pytest.raises(NeuronMergingError, match=r"goes through BatchNorm1d.*; with coupled channels it has"):
+    with pytest.raises(NeuronMergingError, match=r"goes through BatchNorm1d.*; coupled channels .* can be"):
         shrink(model, 0.5, compensation="prune")
     for kind in ("prune", "merge", "restore"):
         small, report = shrink(model, 0.5, compensation=kind, coupled=True, example_input=(6,))
         assert report.widths == [4] and small(torch.randn(2, 6)).shape == (2, 3)
+    with pytest.raises(NeuronMergingError, match=r"can be pruned: 0: [^;]*; 3: [^;]*$"):
+        shrink(model, 0.5, compensation="prune", ignore="*")
+
+
+def test_a_batchnorm_over_places_is_not_one_over_features():
+    """Of [B, places, features]; as many of the one as of the other cannot be told apart without an input."""
+    other = nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3)
+    )
+    small, report = shrink(other.eval(), 0.5, compensation="prune", coupled=True, example_input=(8, 6))
+    assert report.widths == [6] and small(torch.randn(2, 8, 6)).shape == (2, 8, 3)
+    square = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    for kind in ("prune", "restore"):
+        with pytest.raises(NeuronMergingError, match="1 normalises places, not what 0 gives at each: ignore 0"):
+            shrink(square, 0.5, compensation=kind, coupled=True, example_input=(8, 6))
+    assert not square[1]._forward_pre_hooks
+
+
+def test_what_stays_whole_keeps_its_width():
+    """Whatever widths are rounded to."""
+    model = nn.Sequential(nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3))
+    assert shrink(model, {"2": 0.5}, compensation="prune", multiple=8)[1].widths == [20, 8]
+    assert shrink(model, 0.0, compensation="prune", multiple=8)[1].widths == [20, 20]
+    assert "0 -> 2: 20 of 20" in summary(model, {"2": 0.5}, multiple=8)
+
+
+def test_weights_that_are_not_there_yet_are_named():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(NeuronMergingError, match=r"0 \(Linear\) has no weights yet: it is on the meta device"):
+        summary(model)
 
 
 def test_an_untraceable_network_names_the_line(mine):
@@ -275,6 +312,13 @@ BAD_COMMANDS = {
         ["--model", "mine:alone", "--input-size", "6", "--benchmark", "--model-type", "prune"],
         "--benchmark: the networks do not run on one input and on a batch of them: shape",
     ),
+    "a file, not a module": (["--model", "./mine.py:small", "--input-size", "3,8,8", "--json", "-"], "give module:callable"),
+    "a layer without a size": (["--model", "mine:lazy", "--weights", "mine.pth.tar", "--summary"], "has no size yet"),
+    "a summary of no method": (["--model", "mine:small", "--summary", "--model-type", "glue"], "unknown compensation 'glue'"),
+    "a single image": ([*OWN, "--model-type", "restore", "--calibrate", "pictures:1", "--json", "-"], "at least 2 images"),
+    "an image too large": (
+        [*OWN, "--model-type", "restore", "--calibrate", "vast", "--json", "-"], "vast/b.png is no image that can be read"
+    ),
     "a module of this program's name": (
         ["--model", "trace:small", "--input-size", "3,8,8", "--json", "-"], "this program has a module trace too"
     ),
@@ -323,6 +367,11 @@ def test_a_command_that_cannot_be_is_one_line(cli, mine, pictures, name):
     sound = (pictures / "class0" / "0.png").read_bytes()
     for file, content in (("a", sound), ("b", sound[:200])):
         (mine / "torn" / "class" / f"{file}.png").write_bytes(content)
+    (mine / "vast").mkdir()
+    (mine / "vast" / "a.png").write_bytes(sound)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (mine / "vast" / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
     (mine / "trace.py").write_text(CODE)
     before = {path.name for path in mine.iterdir()}
     said = cli(*options)
@@ -364,13 +413,13 @@ def test_images_are_looked_for_before_any_work(cli, mine, monkeypatch):
     assert said.code == 2 and "is no folder" in said.err
 
 
-def test_a_users_file_of_the_same_name_is_not_run(cli, mine):
-    """`latency` is this program's, wherever it is called."""
-    (mine / "latency.py").write_text("raise SystemExit(7)")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main; sys.exit(main.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "--model", "mine:small", "--input-size", "3,16,16", "--export", "net.pt"]
-    done = subprocess.run(command, cwd=mine, capture_output=True, text=True)
+def test_a_users_file_of_the_same_name_is_not_run(mine):
+    """Where this program imports late, it finds its own."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import own; own.build('mine:small'); print(sys.path)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=mine, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    path = ast.literal_eval(done.stdout)
+    assert path.index(str(ROOT)) < path.index(str(mine))
 
 
 def test_inception_sees_its_inputs_as_its_weights_did(monkeypatch):

@@ -139,25 +139,23 @@ def test_positive_multiples_in_a_stream_are_merged_without_loss():
 
 
 class Separable(nn.Module):
-    """A depthwise convolution between two others, each with a BatchNorm, as in MobileNet."""
+    """A depthwise convolution between two others, each with a BatchNorm, as in MobileNet. more: layers that read it too."""
 
-    def __init__(self):
+    def __init__(self, bias=False, more=0):
         super().__init__()
-        self.a, self.depth, self.b = (
-            nn.Conv2d(3, 6, 1, bias=False),
-            nn.Conv2d(6, 6, 3, groups=6, bias=False),
-            nn.Conv2d(6, 8, 1),
-        )
-        self.norm, self.norm2, self.fc = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.Linear(8, 5)
+        self.a, self.depth = nn.Conv2d(3, 6, 1, bias=bias), nn.Conv2d(6, 6, 3, groups=6, bias=bias)
+        self.norm, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.b, self.fc = nn.Conv2d(6, 8, 1), nn.Linear(8, 5)
+        self.more = nn.ModuleList(nn.Conv2d(6, 8, 1) for _ in range(more))
 
     def forward(self, x):
         x = F.relu(self.norm2(self.depth(F.relu(self.norm(self.a(x))))))
-        return self.fc(F.relu(self.b(x)).mean((2, 3)))
+        return self.fc(sum((F.relu(read(x)) for read in self.more), F.relu(self.b(x))).mean((2, 3)))
 
 
-def separable():
+def separable(**options):
     torch.manual_seed(0)
-    return with_statistics(Separable())
+    return with_statistics(Separable(**options))
 
 
 @torch.no_grad()
@@ -196,10 +194,94 @@ def test_constants_on_the_way_to_a_reader_count():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "harm",
+    ["constants that cancel", "gains that cancel", "a bias that is no multiple"],
+)
+def test_channels_that_differ_between_two_followers_are_not_alike(harm):
+    """ReLUs stand between the followers: what comes out in the end the same is not the same on the way."""
+    model = separable(bias=True)
+    for layer in (model.a, model.depth):
+        layer.weight[1], layer.bias[1] = layer.weight[0], layer.bias[0]
+    for bn in (model.norm, model.norm2):
+        for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+            tensor[1] = tensor[0]
+    (stream,) = [s for s in streams(model)[0] if s.layer == "a"]
+    keep = torch.tensor([0, 2, 3, 4, 5])
+    assert scaling_matrices(model, stream, keep, t=0.99)[0][0, 1] == 1
+    if harm == "constants that cancel":
+        model.norm.bias[1] -= 3
+        model.norm2.running_mean[1] -= 3 * model.depth.weight[1].norm()
+    elif harm == "gains that cancel":
+        model.norm.weight[1] *= -1
+        model.norm2.weight[1] *= -1
+    else:
+        model.norm.weight[1] *= 2
+        model.norm.bias[1] *= 2
+        model.depth.bias[1] = model.depth.bias[0] = 2.0
+    assert scaling_matrices(model, stream, keep, t=0.99)[0][0, 1] == 0
+
+
+@torch.no_grad()
+def test_one_reader_that_hardly_looks_does_not_harm_the_others():
+    """A BatchNorm of γ = 1e-4 and β = 0.5 in front of one of two readers."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n1, self.n2 = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+            self.r1, self.r2, self.fc = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.fc((self.r1(self.n1(x).relu()) + self.r2(self.n2(x).relu())).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = with_statistics(Two())
+    model.n1.weight[1], model.n1.bias[:2] = 1e-4, 0.5
+    (stream,) = [s for s in streams(model)[0] if s.layer == "a"]
+    for Z in scaling_matrices(model, stream, torch.tensor([0, 2, 3, 4, 5]), t=0.0001):
+        assert Z.max() < 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [0, 4])
+def test_a_filter_counts_once_however_many_read(more):
+    model = separable(more=more)
+    model.a.weight[1] = model.a.weight[0]
+    for bn in (model.norm, model.norm2):
+        for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+            tensor[1] = tensor[0]
+    first = model.depth.weight[0] = F.normalize(model.depth.weight[0], dim=(1, 2))
+    across = torch.randn_like(first)
+    across -= (across * first).sum() * first
+    model.depth.weight[1] = 0.8 * first + 0.6 * across / across.norm()  # a cosine of 0.8
+    (stream,) = [s for s in streams(model)[0] if s.layer == "a"]
+    for t, wanted in ((0.79, 1), (0.81, 0)):
+        for Z in scaling_matrices(model, stream, torch.tensor([0, 2, 3, 4, 5]), t=t):
+            assert Z[0, 1].round(decimals=6) == wanted
+
+
+@torch.no_grad()
 def test_a_layer_that_follows_can_be_ignored():
     _, report = shrink(separable(), 0.5, compensation="prune", coupled=True, ignore=["depth"])
     assert "it is ignored" in report.left_out["depth"] and "it is ignored" in report.left_out["a"]
     assert [unit.layer for unit in report.units] == ["b"]
+
+
+@torch.no_grad()
+def test_what_follows_two_layers_is_not_whole_where_one_is_ignored():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.depth, self.c = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 3, 1)
+
+        def forward(self, x):
+            return self.c(self.depth(torch.cat([self.a(x), self.b(x)], 1).relu()).relu())
+
+    small, report = shrink(Net(), 0.5, compensation="prune", coupled=True, ignore=["a"])
+    assert small.depth.groups == 6 and "a" in report.left_out and "depth" not in report.left_out
 
 
 class Normed(nn.Module):
