@@ -393,14 +393,10 @@ def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float
         raise NeuronMergingError(
             f"{stream.layer}: {stream.obstacle}, which a merge does not pass; use prune or restore"
         )
-    N = stream.width
-    drop = others(torch.empty(N, 0, device=keep.device), keep)
-    written, to_sum = [], []
-    for writer, chain in zip(stream.writers, stream.chains):
-        W, rest = _written(model, writer, chain, N)
-        to_sum.append(_way(model, rest, W.norm(dim=1), keep, drop))
-        written.append(W * to_sum[-1].gain[:, None])
-    W = torch.cat(written, 1)  # [N, ΣD]
+    written = [_written(model, *pair, stream.width) for pair in zip(stream.writers, stream.chains)]
+    drop = others(written[0][0], keep)
+    to_sum = [_way(model, rest, W.norm(dim=1), keep, drop) for W, rest in written]
+    W = torch.cat([W * way.gain[:, None] for (W, _), way in zip(written, to_sum)], 1)  # [N, ΣD]
     to_readers = []
     for reader in stream.readers:
         start = W if reader.writer is None else neurons(model, reader.writer).W

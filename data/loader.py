@@ -160,7 +160,7 @@ def readable(images: Iterable[T], what: str, files: Iterable[str | Path]) -> Ite
             return
         except Exception as error:  # PIL raises many things
             for file in files:
-                with said(f"{what}: {file} is no image that can be read"):
+                with said(f"{what}: a file is no image that can be read: {file}"):
                     default_loader(str(file))
             raise NeuronMergingError(f"{what}: {type(error).__name__}: {reason(error)}") from error
         yield image

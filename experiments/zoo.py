@@ -32,11 +32,9 @@ from trace import NORMS, Unit
 FOLDER = RESULTS / "zoo"
 TABLE = RESULTS / "zoo.md"
 KINDS = ("prune", "merge", "restore")
-RATIO, SAMPLES, TWINS = (
-    0.3,
-    8,
-    0.99,
-)  # dropped; inputs of the probe; least cosine of what is merged where there are twins
+RATIO = 0.3  # of the neurons that are dropped
+SAMPLES = 8  # inputs of the probe
+TWINS = 0.99  # least cosine of what is merged where there are twins
 SIDES = {"inception_v3": 96, "swin": 64, "alexnet": 80, "maxvit_t": 224, "vit": 224}  # by name or its beginning
 LARGEST = 1e9  # parameters; the largest of torchvision's, 645 M, takes 16 GB of memory
 

@@ -181,6 +181,20 @@ def test_the_demo_prints_published_beside_measured_and_draws(tmp_path, monkeypat
     assert (tmp_path / "LeNet_300_100_FashionMNIST.png").stat().st_size > 10_000
 
 
+def test_merging_is_above_pruning_but_where_the_readme_says():
+    """On every checkpoint, in every cell of the paper; docs/widths.md: no residual block of ResNet-56 was left out."""
+    cells: dict = {}
+    for row in rows.load():
+        if row["type"] in ("prune", "merge") and row["widths_rule"] == "published":
+            cell = row["checkpoint_sha256"], row["arch"], row["criterion"], row["ratio"]
+            cells.setdefault(cell, {})[row["type"]] = row["accuracy"]
+    assert len(cells) > 60 and all(len(found) == 2 for found in cells.values())
+    below = {cell[1:] for cell, found in cells.items() if found["merge"] <= found["prune"]}
+    assert below == {("ResNet", "l1-norm", 0.7), ("ResNet", "l2-norm", 0.7)}
+    blocks = [row["widths"] for row in rows.load() if row["arch"] == "ResNet" and row.get("drop_blocks")]
+    assert len(blocks) == 9 and all(min(widths) > 0 for widths in blocks)
+
+
 @torch.no_grad()
 def test_feature_errors_are_those_at_the_consumers():
     """Lossless where nothing is dropped; where the consumer itself is pruned, its kept neurons are compared."""

@@ -39,10 +39,10 @@ def test_a_run_killed_between_and_inside_writes_goes_on_to_the_same_network(tmp_
     whole = training(tmp_path / "whole")
     assert whole.wait(120) == 0, whole.stdout.read()
     state, target, rng = tmp_path / "killed.state", tmp_path / "killed", random.Random(0)
-    between, inside = 0, 0
-    while not target.exists() and (between < 2 or (not inside and between < 30)):
+    kills, inside = 0, 0  # all of them, and those that left half a file
+    while not target.exists() and (kills < 2 or (not inside and kills < 30)):
         run = training(target, *(["--resume"] if state.exists() else []))
-        if between < 2:  # at any time
+        if kills < 2:  # at any time
             before = state.stat().st_mtime_ns if state.exists() else 0
             while run.poll() is None and not (state.exists() and state.stat().st_mtime_ns != before):
                 time.sleep(0.002)
@@ -52,8 +52,7 @@ def test_a_run_killed_between_and_inside_writes_goes_on_to_the_same_network(tmp_
                 pass
         run.send_signal(signal.SIGKILL)
         run.wait()
-        begun = any(tmp_path.glob(f".{state.name}.*"))
-        between, inside = between + 1, inside + begun
+        kills, inside = kills + 1, inside + any(tmp_path.glob(f".{state.name}.*"))
     assert inside, "no kill left half a file: none has hit a write"
     if not target.exists():
         last = training(target, "--resume")

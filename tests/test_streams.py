@@ -158,14 +158,19 @@ def separable(**options):
     return with_statistics(Separable(**options))
 
 
+def twin_norms(model):
+    """The second channel of a Separable becomes the first one's twin in its BatchNorms."""
+    for bn in (model.norm, model.norm2):
+        for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+            tensor[1] = tensor[0]
+
+
 @torch.no_grad()
 def test_two_opposites_do_not_make_one_alike():
     """A channel written with the opposite weights and filtered with the opposite filter is nobody's partner behind a ReLU."""
     model = separable()
     model.a.weight[1], model.depth.weight[1] = -model.a.weight[0], -model.depth.weight[0]
-    for bn in (model.norm, model.norm2):
-        for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
-            tensor[1] = tensor[0]
+    twin_norms(model)
     (stream,) = [s for s in streams(model)[0] if s.layer == "a"]
     keep = torch.tensor([0, 2, 3, 4, 5])
     (Z,) = scaling_matrices(model, stream, keep, t=0.0001)
@@ -176,15 +181,12 @@ def test_two_opposites_do_not_make_one_alike():
 def test_constants_on_the_way_to_a_reader_count():
     """Of two channels with the same weights the one with the same constants is the partner; multiples in both are lossless."""
     model, x = separable(), torch.randn(4, 3, 12, 12)
-    for i, times in (
-        (1, 1.0),
-        (2, 2.0),
-    ):  # three times the same channel; the second has another constant, the third is double
+    for i, times in ((1, 1.0), (2, 2.0)):  # three times the same channel, the third doubled
         model.a.weight[i], model.depth.weight[i] = times * model.a.weight[0], model.depth.weight[0]
-        for bn, factor in ((model.norm, times), (model.norm2, times)):
-            bn.weight[i], bn.bias[i], bn.running_var[i] = bn.weight[0], factor * bn.bias[0], bn.running_var[0]
-            bn.running_mean[i] = factor * bn.running_mean[0]
-    model.norm.bias[1] += 3.0
+        for bn in (model.norm, model.norm2):
+            bn.weight[i], bn.bias[i], bn.running_var[i] = bn.weight[0], times * bn.bias[0], bn.running_var[0]
+            bn.running_mean[i] = times * bn.running_mean[0]
+    model.norm.bias[1] += 3.0  # the second has another constant
     (stream,) = [s for s in streams(model)[0] if s.layer == "a"]
     keep = torch.tensor([1, 2, 3, 4, 5])
     (Z,) = scaling_matrices(model, stream, keep, t=0.1)
@@ -203,9 +205,7 @@ def test_channels_that_differ_between_two_followers_are_not_alike(harm):
     model = separable(bias=True)
     for layer in (model.a, model.depth):
         layer.weight[1], layer.bias[1] = layer.weight[0], layer.bias[0]
-    for bn in (model.norm, model.norm2):
-        for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
-            tensor[1] = tensor[0]
+    twin_norms(model)
     (stream,) = [s for s in streams(model)[0] if s.layer == "a"]
     keep = torch.tensor([0, 2, 3, 4, 5])
     assert scaling_matrices(model, stream, keep, t=0.99)[0][0, 1] == 1
@@ -249,9 +249,7 @@ def test_one_reader_that_hardly_looks_does_not_harm_the_others():
 def test_a_filter_counts_once_however_many_read(more):
     model = separable(more=more)
     model.a.weight[1] = model.a.weight[0]
-    for bn in (model.norm, model.norm2):
-        for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
-            tensor[1] = tensor[0]
+    twin_norms(model)
     first = model.depth.weight[0] = F.normalize(model.depth.weight[0], dim=(1, 2))
     across = torch.randn_like(first)
     across -= (across * first).sum() * first
