@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from errors import NeuronMergingError, said
 from trace import CONVS, NORMS
-from walk import by_sample
+from walk import by_sample, precision
 
 CHUNK = 64  # samples that are normalised together in the class step
 PINK, WHITE = 1.2, 0.15  # standard deviations of the two kinds of noise
@@ -46,7 +46,7 @@ def make(
     noise = PROBES[kind](samples, shape, random).to(parameter.device)
     if step == 0:
         return noise
-    return noise + step * noise.std() * _class_direction(model, noise, random)
+    return noise + (step * noise.std() * _class_direction(model, noise, random)).to(noise)
 
 
 def default_samples(model: nn.Module) -> int:
@@ -92,15 +92,18 @@ def _frequency(sides: list[int], power: float) -> Tensor:
 
 def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Tensor:
     """The gradient of a random class's logit by every sample, smoothed (amplitude · f^−½), each of rms 1 (or 0)."""
-    model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    what = f"{type(model).__name__} does not take inputs of shape {list(x.shape)}"
+    with said(what):
+        x = x.to(precision(model, x))
+    model = copy.deepcopy(model).to(x.dtype).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, NORMS):
             module.train()
             module.momentum = 0.0
     gradients = []
-    for part in x.float().chunk(math.ceil(len(x) / CHUNK)):
+    for part in x.chunk(math.ceil(len(x) / CHUNK)):
         part = part.clone().requires_grad_()
-        with said(f"{type(model).__name__} does not take inputs of shape {list(x.shape)}"), torch.enable_grad():
+        with said(what), torch.enable_grad():
             logits = by_sample(model(part))
             chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
             gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])

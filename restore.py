@@ -25,7 +25,7 @@ from errors import said
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
-from walk import POSITIONS, Walk, as_weight, centre, channel, covariance, matrix, penalty, rows, steps
+from walk import POSITIONS, Walk, as_weight, centre, channel, covariance, matrix, penalty, precision, rows, steps
 
 ROUNDING = 1e-6  # of a neuron's largest output: what is left over below it is not fitted
 
@@ -55,12 +55,14 @@ def restore(
 
     `model` is left as it is. Raises NeuronMergingError where the network cannot be run on the probe.
     """
-    work = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    cannot = f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}"
+    with said(cannot):
+        work = precision(model, probe)
     teacher = copy.deepcopy(model).to(work).eval().requires_grad_(False)
     (alone, kept), coupled = apart(units, keep)
     student = rebuild(teacher, alone, [_start(teacher, *pair) for pair in zip(alone, kept)])
     cut_streams(teacher, student, coupled, t=0.999, strict=False)
-    with said(f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}"), torch.no_grad():
+    with said(cannot), torch.no_grad():
         _Lockstep(teacher, student, list(zip(alone, kept)), coupled, options).run(probe.to(work))
     for before, after in zip(model.modules(), student.modules(), strict=True):
         after.training = before.training

@@ -16,10 +16,21 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from errors import NeuronMergingError
+from evaluate import count_macs
 from trace import CONVS, NORMS, addition
 
 ENTRIES = 2**27  # numbers in a matrix of patches, at most: 512 MB
 POSITIONS = 128  # output positions that are looked at, for every feature of a patch
+EXACT = 2 * 10**8  # multiply-accumulates that float64 does in no time
+
+
+def precision(model: nn.Module, inputs: Tensor) -> torch.dtype:
+    """In what a walk over `inputs` [B, …] computes: the network's dtype, float32 at least; float64 if there is little to do.
+
+    In float64 the order of sums, and so the number of threads, is not felt.
+    """
+    little = len(inputs) * count_macs(model, tuple(inputs.shape[1:])) <= EXACT
+    return torch.float64 if little else torch.promote_types(next(model.parameters()).dtype, torch.float32)
 
 
 class Walk:

@@ -26,7 +26,7 @@ from decompose import CRITERIA, Decomposition, Neurons, ranked, read
 from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
 from trace import CONVS, Unit
-from walk import Walk, as_weight, by_sample, centre, channel, covariance, matrix, penalty, rows, steps
+from walk import Walk, as_weight, by_sample, centre, channel, covariance, matrix, penalty, precision, rows, steps
 
 MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept neurons at which sensitivity is measured
 STEPS = 16  # shares at which an error without a curve in closed form is computed
@@ -213,16 +213,15 @@ def curves(
     the greedy one of the regression. decompose: the compensation of one layer, or None for restoration's regression with
     this ridge. sensitivity=False: the cheap mode, D = E / the variance of the stream that the consumer writes to.
     """
-    work = copy.deepcopy(model).to(torch.promote_types(next(model.parameters()).dtype, torch.float32)).eval()
-    work.requires_grad_(False)
-    probe = probe.to(next(work.parameters()).dtype)
     held_out = round(len(probe) * HELD_OUT) if sensitivity else 0
     if len(probe) - held_out < 2 or (sensitivity and not held_out):
         raise NeuronMergingError(f"the choice of widths has to look at 3 inputs at least, not at {len(probe)}")
-    walk = Walk(work)
-    looks = _Looks(work, walk, units, criterion, decompose, ridge)
     what = f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}"
     with said(what), torch.no_grad():
+        probe = probe.to(precision(model, probe))
+        work = copy.deepcopy(model).to(probe.dtype).eval().requires_grad_(False)
+        walk = Walk(work)
+        looks = _Looks(work, walk, units, criterion, decompose, ridge)
         looks.run(probe[held_out:])
         changes = _sensitivity(walk, units, looks.thinned, probe[:held_out]) if sensitivity else None
     if changes is None:
