@@ -7,25 +7,29 @@ teacher computes there, by ridge regression on what the *student* sees there:
     W = W₀ + (R Uᵀ / n) (A + Λ)⁻¹,   R = T − W₀ U,   A = U Uᵀ / n,   Λ = λ diag(A) + λ/10 · mean(diag(A)) I
 
 with U [F, n] the student's centred input patches, T [M, n] the teacher's centred output and W₀ the weights after plain
-pruning and the folding of exact multiples. The intercept goes into the next BatchNorm or the bias. Kept neurons, widths
-and topology are those of pruning and merging. The walk is over the traced graph: no architecture is named here.
+pruning and the folding of exact multiples. The intercept goes into the next BatchNorm or the bias. A pruned layer then moves
+to where its consumer's output lacks less (adapt.py). Kept neurons, widths and topology are those of pruning and merging. The
+walk is over the traced graph: no architecture is named here.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from adapt import LITTLE, adapt
 from blocks import Constant, Silence
 from decompose import Decomposition, Neurons, effective, merge, merge_derived, only_twins, prune, read, rebuild
 from errors import said
+from ridge import Ridge
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit
-from walk import POSITIONS, Walk, as_weight, centre, channel, covariance, matrix, penalty, precision, rows, steps
+from walk import POSITIONS, Walk, as_weight, channel, matrix, outputs, places, precision, rows, steps
 
 ROUNDING = 1e-6  # of a neuron's largest output: what is left over below it is not fitted
 
@@ -41,6 +45,7 @@ class Options:
     repair: bool = True  # a consumer that feeds a stream makes up for the error that the stream carries already
     refit: bool = True  # fit the pruned layers too, not only their consumers
     relu_steps: int = 2  # further fits of a pruned layer that leave out what the ReLU cuts off
+    adaptations: int = 2  # steps by which a pruned layer moves to where its consumer's output lacks less
     positions: int = POSITIONS  # output positions that a fit looks at, for every feature; others are left out at random
 
 
@@ -91,33 +96,6 @@ def _start(model: nn.Module, unit: Unit, keep: Tensor) -> Decomposition:
     return Decomposition(keep, only_twins(merge(Neurons(effective(neurons), None, False), keep, t=0.999, lam=1.0).Z))
 
 
-class Ridge:
-    """Ridge regression on the rows of U [n, F], in float64 but for the products over n; any number of targets.
-
-    Takes the mean [F] off U itself: of neurons that hardly vary, the products would lose what they have to tell.
-    """
-
-    def __init__(self, U: Tensor, ridge: float) -> None:
-        n, features = U.shape
-        self.mean, self.U = centre(U), U
-        self.dual = n < features
-        if self.dual:  # (A + Λ)⁻¹ Uᵀ = Λ⁻¹ Uᵀ (U Λ⁻¹ Uᵀ / n + I)⁻¹, with n unknowns instead of F
-            self.U = U.double()
-            self.penalty = penalty(self.U.pow(2).mean(0), ridge)
-            scaled = self.U / (n * self.penalty).sqrt()
-            kernel = scaled @ scaled.T + torch.eye(n, dtype=torch.float64, device=U.device)
-        else:
-            kernel = covariance(U)
-            kernel.diagonal().add_(penalty(kernel.diagonal(), ridge))
-        self.factor = torch.linalg.cholesky(kernel)
-
-    def __call__(self, R: Tensor) -> Tensor:
-        """The coefficients [M, F] for the centred targets R [n, M]: to be added to the weights that left them over."""
-        if self.dual:
-            return (self.U.T @ torch.cholesky_solve(R.double(), self.factor) / (len(R) * self.penalty[:, None])).T
-        return torch.cholesky_solve((self.U.T @ R).double() / len(R), self.factor).T
-
-
 class _Lockstep:
     """One pass of teacher and student over the traced graph, node by node, fitting the student's layers on the way."""
 
@@ -138,9 +116,12 @@ class _Lockstep:
         self.norm |= {name: bn for stream, _ in coupled for name, bn in stream.norms.items()}
         self.producer = {unit.next: unit.layer for unit, _ in alone}
         self.consumers = {*self.producer, *(reader.module for stream, _ in coupled for reader in stream.readers)}
+        self.pruned = {unit.layer for unit, kept in alone if len(kept) < len(teacher.get_submodule(unit.layer).weight)}
+        self.solvers: dict[str, Ridge] = {}  # of pruned layers, for what they see; without their rows
+        self.between: dict[fx.Node, list[fx.Node]] = {}  # by consumer: its pruned layer, and all up to the consumer
         self.t: dict[fx.Node, Any] = {}
         self.s: dict[fx.Node, Any] = {}
-        self.fitted: list[str] = []
+        self.fitted: set[str] = set()
 
     def run(self, probe: Tensor) -> None:
         """Fit every layer; afterwards the student is ready for use."""
@@ -150,8 +131,12 @@ class _Lockstep:
             consumes = node.op == "call_module" and node.target in self.consumers
             found = consumes and self.teacher.addition(node, self.norm[node.target])
             summands[node] = found[0] if found else None
+            if consumes and self.producer.get(node.target) in self.pruned:
+                path = _between(self.producer[node.target], node)
+                if self._learned(path[0]):  # or what it sees is made up
+                    self.between[node] = path
         order = _order(graph, summands)
-        for node in steps(order, self.t, self.s, sources=lambda node: _sources(node, summands)):
+        for node in steps(order, self.t, self.s, sources=lambda node: self._read(node, summands)):
             if node.op == "output":
                 continue
             self.t[node] = self.teacher.run(node, self.t, probe)
@@ -189,28 +174,97 @@ class _Lockstep:
             return
         if name in self.producer and not self.options.closed_loop:
             x_s = _channels(x_t, self.keep[self.producer[name]], layer)
-        U, T = rows(layer, x_s, target, self.options.positions)
+        self.fitted.add(name)
         if name in self.producer and not self.options.patches:
+            U, T = rows(layer, x_s, target, self.options.positions)
             W = self._mixed(name, x_t, x_s)[slice(None) if kept is None else kept]
-            c = (T - U @ W.T).mean(0)
-        else:
-            solve, W0 = Ridge(U, self.options.ridge), matrix(layer)
-            before = U @ W0.T
+            _put(layer, W, (T - U @ W.T).mean(0))
+            return
+        rectified = kept is not None and self._rectified(node, bn)
+        self._regress(name, layer, x_s, target, partial(self._relu_aware, bn=bn, kept=kept) if rectified else None)
+        free = node in self.between and self.options.refit and self.options.closed_loop
+        if free and self.options.adaptations:
+            self._adapt(node, target)
 
-            def fit(aim: Tensor) -> tuple[Tensor, Tensor]:
-                mean = aim.mean(0)
-                R = aim - mean - before
-                rounding = R.abs().amax(0) <= ROUNDING * aim.abs().amax(0)
-                return W0 + solve(R.masked_fill(rounding, 0)).to(W0), mean  # [M, F], [M]
+    def _regress(self, name: str, layer: nn.Module, x: Tensor, target: Tensor, aware: Callable | None = None) -> None:
+        """Fit a layer that sees x to the target; `aware` makes a better one of a prediction and the target, both [n, M]."""
+        U, T = rows(layer, x, target, self.options.positions)
+        solve, W0 = Ridge(U, self.options.ridge), matrix(layer)
+        before = U @ W0.T
 
-            W, mean = fit(T)
-            if kept is not None and self._rectified(node, bn):
-                for _ in range(self.options.relu_steps):
-                    W, mean = fit(self._relu_aware(U @ W.T + mean, T, bn, kept))
-            c = mean - W @ solve.mean
-        layer.weight = nn.Parameter(as_weight(W, layer).contiguous(), requires_grad=False)
-        layer.bias = nn.Parameter(c, requires_grad=False)
-        self.fitted.append(name)
+        def fit(aim: Tensor) -> tuple[Tensor, Tensor]:
+            mean = aim.mean(0)
+            R = aim - mean - before
+            rounding = R.abs().amax(0) <= ROUNDING * aim.abs().amax(0)
+            return W0 + solve(R.masked_fill(rounding, 0)).to(W0), mean  # [M, F], [M]
+
+        W, mean = fit(T)
+        for _ in range(self.options.relu_steps if aware else 0):
+            W, mean = fit(aware(U @ W.T + mean, T))
+        _put(layer, W, mean - W @ solve.mean)
+        if name in self.pruned:
+            self.solvers[name] = solve.forget()
+
+    def _adapt(self, node: fx.Node, target: Tensor) -> None:
+        """Move the pruned layer in front of the consumer at `node`, and fit the consumer to what it then sees."""
+        first, *between = self.between[node]
+        (seen,), (source,) = first.all_input_nodes, node.all_input_nodes
+        modules, bn, x = self.student.modules, self.norm[node.target], self.s[seen]
+        layer, consumer = modules[first.target], modules[node.target]
+        solve = self.solvers.pop(first.target, None)
+        if solve is None:  # it sees what it saw in the teacher, and was not fitted
+            solve = Ridge(rows(layer, x, layer(x), self.options.positions)[0], self.options.ridge)
+        if solve.dual:  # fewer positions than features: it would learn the probe by heart
+            return
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
+        self.fitted.add(first.target)
+        slope = None if bn is None else self.teacher.slope(bn)[self.keep.get(node.target, slice(None))]
+        each = layer(x[:1]).numel() // len(layer.weight)  # positions of a sample
+        few = slice(
+            -(-self.options.positions * layer.weight[0].numel() // each)
+        )  # samples with as many as a fit looks at
+
+        def through(u: Tensor) -> Tensor:
+            values = {first: u}
+            for inner in between:
+                values[inner] = self.student.run(inner, self.s | values)
+            return values.get(source, u)
+
+        y = layer(x[few])
+        U, chosen = (
+            rows(layer, x[few], y, self.options.positions)[0].sub_(solve.mean),
+            places(layer, y, self.options.positions),
+        )
+
+        def regress(aim: Tensor) -> dict[str, Tensor]:
+            T = outputs(layer, aim, chosen)
+            mean = T.mean(0)
+            W = solve(T - mean, U).to(T)
+            return {"weight": as_weight(W, layer), "bias": mean - W @ solve.mean}
+
+        for step in range(self.options.adaptations):
+            if not adapt(layer, consumer, through, x[few], target[few], slope, regress, 0.0 if step else LITTLE):
+                break
+            self.s[source] = through(layer(x))
+            self._regress(node.target, consumer, self.s[source], target)
+
+    def _learned(self, node: fx.Node) -> bool:
+        """Whether a layer with weights stands anywhere before `node`."""
+        seen, stack = set(), list(node.all_input_nodes)
+        while stack:
+            source = stack.pop()
+            if source.op == "call_module" and next(self.teacher.modules[source.target].parameters(), None) is not None:
+                return True
+            if source not in seen:
+                seen.add(source)
+                stack += source.all_input_nodes
+        return False
+
+    def _read(self, node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
+        """The nodes whose values are looked at when it is `node`'s turn."""
+        again = self.between.get(node, [])
+        return [*_sources(node, summands), *(source for inner in again for source in inner.all_input_nodes)]
 
     def _relu_aware(self, y: Tensor, T: Tensor, bn: str | None, kept: Tensor) -> Tensor:
         """A target that a ReLU cannot tell from T [n, M], as near to the student's prediction y [n, M] as can be."""
@@ -262,6 +316,12 @@ class _Lockstep:
                 layer.bias = None
 
 
+def _put(layer: nn.Module, W: Tensor, c: Tensor) -> None:
+    """Give a layer the weights [M, F] and the bias [M]."""
+    layer.weight = nn.Parameter(as_weight(W, layer).contiguous(), requires_grad=False)
+    layer.bias = nn.Parameter(c, requires_grad=False)
+
+
 def _rows(y: Tensor, kept: Tensor, layer: nn.Module) -> Tensor:
     """The outputs of a layer that its kept neurons give."""
     return y.index_select(channel(layer, y), kept)
@@ -297,6 +357,21 @@ def _order(graph: fx.Graph, summands: dict[fx.Node, fx.Node | None]) -> list[fx.
         else:
             order[stack.pop()] = None
     return list(order)
+
+
+def _between(first: str, node: fx.Node) -> list[fx.Node]:
+    """The call of the layer `first` and, in their order, the nodes through which its output comes to `node`."""
+    before, stack = set(), [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in before:
+                before.add(source)
+                stack += [source] if source.target != first else []
+    path: dict[fx.Node, None] = {}
+    for inner in node.graph.nodes:
+        if inner in before and (inner.target == first or any(source in path for source in inner.all_input_nodes)):
+            path[inner] = None
+    return list(path)
 
 
 def _sources(node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:

@@ -78,7 +78,9 @@ class Walk:
         if node.op == "call_function":
             return node.target(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
+            sizes = node.target == "view" and not any(isinstance(arg, torch.dtype) for arg in args)
+            method = "reshape" if sizes else node.target  # activations in channels_last have no view of other sizes
+            return getattr(args[0], method)(*args[1:], **kwargs)
         module = self.modules[node.target]
         if isinstance(module, NORMS) and module.running_mean is not None:
             if node.target not in self.statistics:
@@ -154,13 +156,25 @@ def rows(layer: nn.Module, x: Tensor, y: Tensor, positions: int = POSITIONS) -> 
     """What `layer` sees, a copy [n, F], and the outputs y that belong to it, [n, M], at as many positions as a fit looks at."""
     if not isinstance(layer, CONVS):
         return x.flatten(0, -2).clone(), y.flatten(0, -2)
+    chosen = places(layer, y, positions)
+    return patches(x, layer, chosen), outputs(layer, y, chosen)
+
+
+def places(layer: nn.Module, y: Tensor, positions: int = POSITIONS) -> Tensor | slice:
+    """The output positions [n] of y, what `layer` gives, that a fit looks at: always the same random ones."""
+    if not isinstance(layer, CONVS):
+        return slice(None)
     count, features = y.numel() // y.shape[1], layer.weight[0].numel()
     most = min(positions * features, ENTRIES // features)
     chosen = torch.arange(count)
     if count > most:
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
-    chosen = chosen.to(x.device)
-    return patches(x, layer, chosen), y.movedim(1, -1).flatten(0, -2)[chosen]
+    return chosen.to(y.device)
+
+
+def outputs(layer: nn.Module, y: Tensor, chosen: Tensor | slice) -> Tensor:
+    """What `layer` gives, y, at the positions `chosen`: [n, M]."""
+    return y.movedim(channel(layer, y), -1).flatten(0, -2)[chosen]
 
 
 def patches(x: Tensor, conv: nn.Module, chosen: Tensor) -> Tensor:

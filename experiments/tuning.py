@@ -92,6 +92,7 @@ ABLATIONS = {
     "open loop": Variant({"closed_loop": False}),
     "no repair of the stream": Variant({"repair": False}),
     "pruned layers not refitted": Variant({"refit": False}),
+    "pruned layers not adapted": Variant({"adaptations": 0}),
     "no ReLU-aware target": Variant({"relu_steps": 0}),
     "no class step": Variant(probe={"step": 0.0}),
 }
@@ -104,6 +105,8 @@ SWEEP = {
     "class step 1.0": Variant(probe={"step": 1.0}),
     "white noise": Variant(probe={"kind": "white"}),
     "pink noise": Variant(probe={"kind": "pink"}),
+    "one step of adaptation": Variant({"adaptations": 1}),
+    "four steps of adaptation": Variant({"adaptations": 4}),
     "ReLU-aware target once": Variant({"relu_steps": 1}),
     "ReLU-aware target four times": Variant({"relu_steps": 4}),
     "32 positions a feature": Variant({"positions": 32}),

@@ -10,12 +10,14 @@ from sklearn.linear_model import Ridge as ScikitRidge
 from torch import nn
 
 import probe
+from adapt import adapt
 from data import calibration
 from decompose import choose, decompose, rebuild
 from errors import NeuronMergingError
 from methods import METHODS, Settings
 from models import build
-from restore import Options, Ridge, restore
+from restore import Options, restore
+from ridge import Ridge
 from rivals import fold, lbyl, reestimate
 from shrink import shrink
 from tests.conftest import example, with_statistics
@@ -279,6 +281,59 @@ def test_of_parallel_filters_the_one_with_the_same_batchnorm_stands_in():
         assert torch.allclose(small(x), model(x), atol=1e-4)
 
 
+class Pooled(nn.Module):
+    """Between the pruned layer and its consumer stand a BatchNorm, an activation, a pool and a flatten that asks for a size."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), activation
+        self.fc, self.last = nn.Linear(8 * 16, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.act(self.bn(self.conv(x))), 8)
+        return self.last(self.fc(x.view(x.size(0), -1)).relu())
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.GELU(), nn.Hardswish()])
+@torch.no_grad()
+def test_adaptation_lessens_what_the_consumers_lack(activation):
+    """Whatever stands between: on the probe itself the outputs come nearer with every step."""
+    torch.manual_seed(0)
+    model = with_statistics(Pooled(activation))
+    found, x = units(model), torch.randn(256, 3, 32, 32)
+    model.train()
+    model.bn.momentum = 1.0
+    model(x)  # the probe is what the network was normalised for
+    keep = choose(model.eval(), found, [4, 3], "l2-norm")
+    off = [distance(model, restore(model, found, keep, x, Options(adaptations=n)), x) for n in (0, 1, 2, 4)]
+    assert off == sorted(off, reverse=True) and off[-1] < 0.95 * off[0], off
+
+
+@torch.no_grad()
+def test_a_step_of_adaptation_is_the_one_of_its_formula():
+    """d and η from an explicit Jacobian, for two linear layers and a tanh."""
+    torch.manual_seed(0)
+    layer, consumer = nn.Linear(4, 3).double(), nn.Linear(3, 2).double()
+    x, target, s = (torch.randn(*shape, dtype=torch.float64) for shape in ((40, 4), (40, 2), (2,)))
+    W, c, u = layer.weight.clone(), layer.bias.clone(), layer(x)
+    J = s[:, None] * consumer.weight * (1 - u.tanh() ** 2)[:, None]  # [n, M, P]
+    R = s * (target - consumer(u.tanh()))
+    R -= R.mean(0)
+
+    def regress(aim):
+        A = torch.cat([x, torch.ones(40, 1, dtype=torch.float64)], 1)
+        solution = torch.linalg.lstsq(A, aim).solution.T
+        return {"weight": solution[:, :4], "bias": solution[:, 4]}
+
+    d = regress(torch.einsum("nmp,nm->np", J, R))
+    Jd = torch.einsum("nmp,np->nm", J, x @ d["weight"].T + d["bias"])
+    Jd -= Jd.mean(0)
+    eta = (R * Jd).sum() / (Jd * Jd).sum()
+    assert adapt(layer, consumer, torch.tanh, x, target, s, regress)
+    assert torch.allclose(layer.weight, W + eta * d["weight"]) and torch.allclose(layer.bias, c + eta * d["bias"])
+    assert eta > 0 and not adapt(layer, consumer, torch.tanh, x, consumer(layer(x).tanh()), s, regress)
+
+
 class Context(nn.Module):
     """A branch that looks at the whole image, or at all tokens, is added at every place."""
 
@@ -374,7 +429,7 @@ def test_patches_are_what_a_convolution_sees(conv):
 
 @pytest.mark.parametrize(
     "switch",
-    ["patches", "probe_statistics", "closed_loop", "repair", "refit", "relu_steps"],
+    ["patches", "probe_statistics", "closed_loop", "repair", "refit", "relu_steps", "adaptations"],
 )
 def test_every_part_can_be_left_out(switch):
     torch.manual_seed(0)
