@@ -216,14 +216,13 @@ class _Lockstep:
             solve = Ridge(rows(layer, x, layer(x), self.options.positions)[0], self.options.ridge)
         if solve.dual:  # fewer positions than features: it would learn the probe by heart
             return
-        if layer.bias is None:
-            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
-        self.fitted.add(first.target)
         slope = None if bn is None else self.teacher.slope(bn)[self.keep.get(node.target, slice(None))]
+        bare = layer.bias is None
+        if bare:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
         each = layer(x[:1]).numel() // len(layer.weight)  # positions of a sample
-        few = slice(
-            -(-self.options.positions * layer.weight[0].numel() // each)
-        )  # samples with as many as a fit looks at
+        samples = -(-self.options.positions * layer.weight[0].numel() // each)  # with as many as a fit looks at
+        few, T = x[:samples], target[:samples]
 
         def through(u: Tensor) -> Tensor:
             values = {first: u}
@@ -231,23 +230,24 @@ class _Lockstep:
                 values[inner] = self.student.run(inner, self.s | values)
             return values.get(source, u)
 
-        y = layer(x[few])
-        U, chosen = (
-            rows(layer, x[few], y, self.options.positions)[0].sub_(solve.mean),
-            places(layer, y, self.options.positions),
-        )
+        u = layer(few)
+        chosen = places(layer, u, self.options.positions)
+        U = rows(layer, few, u, self.options.positions)[0].sub_(solve.mean)
 
         def regress(aim: Tensor) -> dict[str, Tensor]:
-            T = outputs(layer, aim, chosen)
-            mean = T.mean(0)
-            W = solve(T - mean, U).to(T)
+            aim = outputs(layer, aim, chosen)
+            mean = aim.mean(0)
+            W = solve(aim - mean, U).to(aim)
             return {"weight": as_weight(W, layer), "bias": mean - W @ solve.mean}
 
         for step in range(self.options.adaptations):
-            if not adapt(layer, consumer, through, x[few], target[few], slope, regress, 0.0 if step else LITTLE):
+            if not adapt(layer, consumer, through, few, T, slope, regress, 0.0 if step else LITTLE):
                 break
+            self.fitted.add(first.target)
             self.s[source] = through(layer(x))
             self._regress(node.target, consumer, self.s[source], target)
+        if bare and first.target not in self.fitted:
+            layer.bias = None
 
     def _learned(self, node: fx.Node) -> bool:
         """Whether a layer with weights stands anywhere before `node`."""
