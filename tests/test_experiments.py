@@ -195,6 +195,27 @@ def test_merging_is_above_pruning_but_where_the_readme_says():
     assert len(blocks) == 9 and all(min(widths) > 0 for widths in blocks)
 
 
+def test_restoration_is_above_its_rivals_but_where_the_readme_says():
+    """In the mean over seeds, without data, with uniform or the paper's widths; fold against the selection by l1-norm."""
+    cells: dict = {}
+    for row in rows.load():
+        if row["widths_rule"] == "published" and not row.get("calibrate"):
+            cell = cells.setdefault((row["checkpoint_sha256"], row["arch"], row["ratio"]), {})
+            cell.setdefault((row["type"], row["criterion"]), []).append(row["accuracy"])
+    compared, fold_above = 0, set()
+    for (_, arch, ratio), found in cells.items():
+        means = {key: sum(values) / len(values) for key, values in found.items()}
+        for kind, criterion in means:
+            if kind == "restore":
+                rivals = [means.get((rival, criterion), 0) for rival in ("merge", "lbyl")]
+                assert means[kind, criterion] > max(rivals), (arch, ratio, criterion)
+                compared += 1
+        if means.get(("fold", None), 0) > means.get(("restore", "l1-norm"), 100):
+            fold_above.add((arch, ratio))
+    assert compared > 40
+    assert fold_above == {("LeNet_300_100", 0.5), ("LeNet_300_100", 0.6)}
+
+
 @torch.no_grad()
 def test_feature_errors_are_those_at_the_consumers():
     """Lossless where nothing is dropped; where the consumer itself is pruned, its kept neurons are compared."""
