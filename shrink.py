@@ -86,6 +86,7 @@ def _name(unit: Unit | Stream) -> str:
     return f"{unit.layer}{more} -> {len(unit.readers)} layers"
 
 
+@torch.inference_mode(False)  # restoration follows gradients
 def shrink(
     model: nn.Module,
     ratio: Ratio = 0.5,

@@ -204,6 +204,13 @@ def test_a_batchnorm_over_places_is_not_one_over_features():
     assert not square[1]._forward_pre_hooks
 
 
+def test_a_call_in_inference_mode_gives_an_ordinary_network():
+    model = build("ResNet", (8,)).eval()
+    with torch.inference_mode():
+        small, _ = shrink(model, 0.5, example_input=(3, 32, 32), compensation="restore", probe_samples=32)
+    assert not any(tensor.is_inference() for tensor in small.state_dict().values())
+
+
 def test_what_stays_whole_keeps_its_width():
     """Whatever widths are rounded to."""
     model = nn.Sequential(nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3))
