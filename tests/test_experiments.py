@@ -117,7 +117,9 @@ def test_the_tables_match_their_rows():
 def test_a_row_with_other_settings_is_in_no_table():
     """A ridge or split of somebody's own, appended to the same file, is no fourth seed."""
     lenet, everything = GRIDS["lenet"], rows.load()
-    restored = next(row for row in everything if (row["arch"], row["type"], row.get("seed")) == (lenet.arch, "restore", 1))
+    restored = next(
+        row for row in everything if (row["arch"], row["type"], row.get("seed")) == (lenet.arch, "restore", 1)
+    )
     for change in ({"ridge": 0.5}, {"split": "val"}, {"seed": 9}, {"checkpoint_sha256": "another"}):
         assert tables.of_grid(lenet, [*everything, restored | change]) == tables.of_grid(lenet, everything)
     assert restored in tables.of_grid(lenet, everything)
