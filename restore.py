@@ -251,15 +251,8 @@ class _Lockstep:
 
     def _learned(self, node: fx.Node) -> bool:
         """Whether a layer with weights stands anywhere before `node`."""
-        seen, stack = set(), list(node.all_input_nodes)
-        while stack:
-            source = stack.pop()
-            if source.op == "call_module" and next(self.teacher.modules[source.target].parameters(), None) is not None:
-                return True
-            if source not in seen:
-                seen.add(source)
-                stack += source.all_input_nodes
-        return False
+        modules = (self.teacher.modules[source.target] for source in _before(node) if source.op == "call_module")
+        return any(next(module.parameters(), None) is not None for module in modules)
 
     def _read(self, node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
         """The nodes whose values are looked at when it is `node`'s turn."""
@@ -349,7 +342,7 @@ def _order(graph: fx.Graph, summands: dict[fx.Node, fx.Node | None]) -> list[fx.
     while stack:
         node = stack[-1]
         summand = summands.get(node)
-        if summand is not None and node not in order and _depends(summand, node, summands):
+        if summand is not None and node not in order and node in _before(summand, partial(_sources, summands=summands)):
             summands[node] = None
         waiting = [source for source in _sources(node, summands) if source not in order]
         if waiting:
@@ -359,15 +352,21 @@ def _order(graph: fx.Graph, summands: dict[fx.Node, fx.Node | None]) -> list[fx.
     return list(order)
 
 
+def _before(
+    node: fx.Node, sources: Callable[[fx.Node], list[fx.Node]] = lambda node: node.all_input_nodes
+) -> set[fx.Node]:
+    """All nodes that have to be computed before `node`."""
+    seen, stack = set(), [node]
+    while stack:
+        new = [source for source in sources(stack.pop()) if source not in seen]
+        seen.update(new)
+        stack += new
+    return seen
+
+
 def _between(first: str, node: fx.Node) -> list[fx.Node]:
     """The call of the layer `first` and, in their order, the nodes through which its output comes to `node`."""
-    before, stack = set(), [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in before:
-                before.add(source)
-                stack += [source] if source.target != first else []
-    path: dict[fx.Node, None] = {}
+    before, path = _before(node), {}
     for inner in node.graph.nodes:
         if inner in before and (inner.target == first or any(source in path for source in inner.all_input_nodes)):
             path[inner] = None
@@ -377,15 +376,3 @@ def _between(first: str, node: fx.Node) -> list[fx.Node]:
 def _sources(node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
     """What has to be computed before `node`: what it reads and, of a consumer, the summand that it repairs."""
     return [*node.all_input_nodes, *filter(None, [summands.get(node)])]
-
-
-def _depends(node: fx.Node, on: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> bool:
-    seen, stack = set(), [node]
-    while stack:
-        node = stack.pop()
-        if node is on:
-            return True
-        if node not in seen:
-            seen.add(node)
-            stack += _sources(node, summands)
-    return False
