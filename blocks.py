@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trace import CONVS, Unit
+from trace import CONVS, Unit, put_module
 
 
 class _Sized(nn.Module):
@@ -55,6 +55,6 @@ def drop(model: nn.Module, unit: Unit) -> None:
         bn = model.get_submodule(unit.next_bn)
         value = F.batch_norm(value[None], bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)[0]
     for name in filter(None, (unit.bn, unit.next_bn)):
-        model.set_submodule(name, nn.Identity())
-    model.set_submodule(unit.layer, Silence(model.get_submodule(unit.layer)))
-    model.set_submodule(unit.next, Constant(consumer, value))
+        put_module(model, name, nn.Identity())
+    put_module(model, unit.layer, Silence(model.get_submodule(unit.layer)))
+    put_module(model, unit.next, Constant(consumer, value))

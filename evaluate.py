@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data import Images
 from errors import NeuronMergingError
-from trace import CONVS, Graph, NotAUnit, next_norm
+from trace import CONVS, Graph, NotAUnit, next_norm, put_module
 
 CPU_BATCH = 64
 
@@ -66,8 +66,8 @@ def fused(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for conv, bn in norms.items():
         if bn:
-            model.set_submodule(conv, fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(bn)))
-            model.set_submodule(bn, nn.Identity())
+            put_module(model, conv, fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(bn)))
+            put_module(model, bn, nn.Identity())
     return model.to(memory_format=torch.channels_last)
 
 
@@ -80,5 +80,5 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of convolutions and matrix products for one input of `shape` (without the batch)."""
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape))
+        model(torch.zeros(1, *shape, dtype=torch.float32, device="cpu"))
     return counter.get_total_flops() // 2

@@ -27,7 +27,7 @@ from restore import Options
 from shrink import check_choice, parse_budget, prunable, width
 from shrink import shrink as shrink_network
 from streams import Stream
-from trace import Unit, units
+from trace import Unit
 from widths import Curve
 
 MODEL_TYPES = ("original", *METHODS)
@@ -181,11 +181,6 @@ def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
         found = checkpoint.about.get(name, wanted)
         if found != wanted:
             raise NeuronMergingError(f"{path} is a checkpoint of {found}, not of {wanted}: check --{name}")
-    coupled = checkpoint.about.get("coupled")
-    if checkpoint.widths is not None and not coupled:
-        if not _are_widths(checkpoint.widths, network):
-            raise NeuronMergingError(f"{path} does not fit {experiment.arch}: its kept widths are {checkpoint.widths}")
-        network = experiment.network(checkpoint.widths)
     return load_weights(network, checkpoint), checkpoint
 
 
@@ -279,11 +274,12 @@ def row(
     seconds_evaluate = time.perf_counter() - start
     original, shape = experiment.network(), DATASETS[experiment.dataset].shape
     pruned_before = checkpoint.widths if checkpoint else None
+    comparable = checkpoint and not pruned_before and checkpoint.about.get("split", images.split) == images.split
     return {
         **experiment.settings(),
         "widths": shrunk.widths or pruned_before,
         "accuracy": round(100 * correct / total, 2),
-        "accuracy_checkpoint": checkpoint.accuracy if checkpoint and not pruned_before else None,
+        "accuracy_checkpoint": checkpoint.accuracy if comparable else None,
         "correct": correct,
         "total": total,
         "split": images.split,
@@ -341,12 +337,6 @@ def _one_of(what: str, name: str, known: Any) -> None:
 
 def _times(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
-
-
-def _are_widths(widths: Any, network: nn.Module) -> bool:
-    bounds = [(0 if u.branch else 1, len(network.get_submodule(u.layer).weight)) for u in units(network)]
-    fits = isinstance(widths, list) and len(widths) == len(bounds) and all(type(w) is int for w in widths)
-    return fits and all(least <= w <= most for w, (least, most) in zip(widths, bounds))
 
 
 def _training_command(experiment: Experiment) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import settings
-from errors import NeuronMergingError
+from errors import NeuronMergingError, out_of_memory
 from files import check_writable, remove_partials, write_atomically
 from options import check, from_scratch, parser, recipe
 
@@ -28,7 +28,10 @@ HERE = Path(__file__).resolve().parent
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the checked command line says; returns the result row."""
     import experiment as xp
+    import train as trainer
 
+    if trainer.launched() and (args.model or args.summary or args.evaluate):
+        raise NeuronMergingError("torchrun is for training: run this without it")
     device = xp.choose_device("cpu" if args.no_cuda else args.device)
     if args.model:
         import own
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.summary:
         from shrink import prunable, summary
 
-        network = experiment.network()
+        network = xp.load(experiment)[0] if args.pretrained else experiment.network()
         kept = xp.kept_widths(network, prunable(network, args.coupled)[0], experiment) if args.thins else None
         return {"summary": summary(network, kept, coupled=args.coupled, multiple=args.multiple)}
     return (evaluate if args.evaluate else train)(args, experiment, device)
@@ -54,11 +57,8 @@ def evaluate(args: argparse.Namespace, experiment: "Experiment", device: "torch.
     """Measure what the experiment leaves of the checkpoint, as the file holds it if it is saved."""
     import data
     import experiment as xp
-    import train as trainer
     from models import stored
 
-    if trainer.launched():
-        raise NeuronMergingError("--evaluate is for one process: run it without torchrun")
     model, checkpoint = xp.load(experiment)
     shrunk = xp.shrink(xp.placed(model, device), experiment, xp.calibration(experiment, args.data))
     images = data.load(args.dataset, args.split, args.data)  # last: no download for a command that cannot work
@@ -96,10 +96,15 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
         name = name.replace("original", "_".join([*made, "retrained"]))
     target = args.save or HERE / "saves" / name
     check_writable(target)
+    state, curve = (target.with_name(target.name + ending) for ending in (".state", ".csv"))
+    if not args.resume:
+        if state.exists():
+            raise NeuronMergingError(f"{state} is a training that was stopped: go on with --resume, or delete it first")
+        if args.save is None and target.exists():
+            raise NeuronMergingError(f"{target} is there already: give --save FILE, or delete it first")
     remove_partials(target)
     splits = ("fit", "val") if args.split == "val" else ("train", "test")
     images, test = (data.load(args.dataset, split, args.data) for split in splits)
-    state, curve = (target.with_name(target.name + ending) for ending in (".state", ".csv"))
     identity = experiment.settings() | {"start": start and start.sha256, "split": args.split}
     with trainer.process_group(device) as (device, rank):
         last = trainer.train(
@@ -128,7 +133,19 @@ def save(path: Path, model: "torch.nn.Module", row: dict[str, Any], before: str 
     """
     from models import save_checkpoint
 
-    names = ("arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths", "coupled", "epochs", "versions")
+    names = (
+        "arch",
+        "depth_wide",
+        "dataset",
+        "type",
+        "criterion",
+        "ratio",
+        "widths",
+        "coupled",
+        "split",
+        "epochs",
+        "versions",
+    )
     about = {name: row[name] for name in names if row.get(name) is not None}
     command = shlex.join(["python", "main.py", *sys.argv[1:]])
     save_checkpoint(path, model, acc=row["accuracy"], command=f"{before} && {command}" if before else command, **about)
@@ -183,17 +200,19 @@ def taken_out(row: dict[str, Any]) -> list[str]:
 def report(args: argparse.Namespace, row: dict[str, Any]) -> None:
     """Print the summary and write the row where the command line wants it."""
     text = json.dumps(row, ensure_ascii=False) + "\n"
-    print(summary(row), file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
-    if args.append:
-        from experiments.rows import append
+    try:
+        if args.append:
+            from experiments.rows import append
 
-        append(row, args.append)
+            append(row, args.append)
+        if args.json not in (None, "-"):
+            write_atomically(Path(args.json), lambda file: file.write(text.encode()))
+    finally:  # a full disk does not hide what was measured, a closed pipe does not lose it
+        print(summary(row), file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     if args.json == "-":
         if sys.stdout is None:
             raise NeuronMergingError("--json -: standard output is closed")
         print(text, end="", flush=True)
-    elif args.json:
-        write_atomically(Path(args.json), lambda file: file.write(text.encode()))
 
 
 def complain(message: object) -> None:
@@ -225,6 +244,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         complain(f"the package {error.name} is missing: run make demo once and use .venv/bin/python")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        complain("out of memory: a smaller --batch-size, --test-batch-size, --probe-samples or --calibrate needs less")
         return 2
     except KeyboardInterrupt as stop:
         complain(stop if str(stop) else "stopped")

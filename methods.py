@@ -41,8 +41,10 @@ class Settings:
             raise NeuronMergingError(f"--lamda {self.lam} is outside [0, 1]")
         if self.probe not in probe.KINDS:
             raise NeuronMergingError(f"unknown --probe {self.probe!r}: choose one of {', '.join(probe.KINDS)}")
-        if not 0 <= self.ridge < math.inf or (self.samples is not None and self.samples < 2):
-            raise NeuronMergingError("--ridge cannot be negative, --probe-samples has to be at least 2")
+        if not 0 <= self.ridge < math.inf:
+            raise NeuronMergingError(f"--ridge {self.ridge} has to be a number that is not negative")
+        if self.samples is not None and self.samples < 2:
+            raise NeuronMergingError(f"--probe-samples {self.samples} has to be at least 2")
 
     def inputs(self, model: nn.Module, share: float = 1.0) -> Tensor:
         """What a method looks at: the real images, or else a probe of `share` times as many samples as it asks for."""

@@ -1,6 +1,8 @@
 """The command line: its flags, and what can be said of them before PyTorch is there."""
 
 import argparse
+import os
+import sys
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -331,8 +333,17 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--model-args, --weights, --input-size, --ratios and --ignore belong to --model")
     if args.model and (args.retrain or args.pretrained or args.resume):
         raise NeuronMergingError("--pretrained, --retrain and --resume are for --arch: with --model give --weights")
-    for path in (args.save, args.append, args.export, None if args.json in (None, "-") else Path(args.json)):
-        if path is not None:
-            check_writable(path)
+    if args.append and args.summary:
+        raise NeuronMergingError("--append is for rows of results: --summary has none")
+    written = [args.save, args.append, args.export, None if args.json in (None, "-") else Path(args.json)]
+    written = [path for path in written if path is not None]
+    for path in written:
+        check_writable(path)
+    if len({path.resolve() for path in written}) < len(written):
+        raise NeuronMergingError("--save, --append, --export and --json are to be different files")
     if args.append:
         rows.keys(rows.load(args.append), args.append)  # what it holds has to be rows
+        if args.append.exists() and not os.access(args.append, os.W_OK):
+            raise NeuronMergingError(f"cannot write {args.append}: check its permission")
+    if args.model_type == "original" and not args.summary and (args.thins or args.widths in settings.CHOSEN_WIDTHS):
+        print("warning: nothing is dropped: without --model-type a network stays as it is", file=sys.stderr)

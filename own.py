@@ -46,7 +46,9 @@ def build(spec: str, arguments: str | None = None) -> nn.Module:
     if not isinstance(keywords, dict):
         raise NeuronMergingError(f"--model-args {arguments}: give a JSON object, such as '{{\"num_classes\": 10}}'")
     top = module.partition(".")[0]
-    if _lies_in(HERE, top) and _lies_in(Path.cwd(), top) and Path.cwd() != HERE:
+    ours = (HERE / f"{top}.py").is_file() or (HERE / top / "__init__.py").is_file()
+    theirs = (Path.cwd() / f"{top}.py").is_file() or (Path.cwd() / top).is_dir()
+    if ours and theirs and Path.cwd() != HERE:
         raise NeuronMergingError(f"--model {spec}: this program has a module {top} too; give yours another name")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(1, str(Path.cwd()))  # behind this program's own folder
@@ -58,10 +60,6 @@ def build(spec: str, arguments: str | None = None) -> nn.Module:
         raise NeuronMergingError(f"--model {spec} gives a network without parameters")
     check_sizes(made)
     return made
-
-
-def _lies_in(folder: Path, module: str) -> bool:
-    return (folder / f"{module}.py").is_file() or (folder / module / "__init__.py").is_file()
 
 
 def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint | None:
@@ -189,7 +187,9 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     measure = (
         _measurement(args, began, device) if args.evaluate else None
     )  # nothing is made for images that are not there
-    looked_at = _looked_at(args.calibrate, transforms(args.model, began, shape), args.seed) if args.calibrate else None
+    looked_at = (
+        data.pictures(args.calibrate, transforms(args.model, began, shape), args.seed) if args.calibrate else None
+    )
     told = _told(args)
     row = {
         "model": args.model, "weights": args.weights, "checkpoint_sha256": checkpoint and checkpoint.sha256,
@@ -268,22 +268,6 @@ def _measurement(
         }  # fmt: skip
 
     return measure
-
-
-def _looked_at(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor:
-    """The images of a folder, "DIR" or "DIR:N", as inputs [N, …]."""
-    from torchvision.datasets.folder import default_loader
-
-    folder, number = data.counted(text)
-    files, needed = data.image_files(Path(folder)), 2 if number is None else number
-    if needed < 2:
-        raise NeuronMergingError(f"--calibrate {text}: at least 2 images are needed")
-    if len(files) < needed:
-        raise NeuronMergingError(f"--calibrate {text}: {len(files)} images are there, at least {needed} are needed")
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:number]
-    chosen, what = [files[i] for i in order], f"--calibrate {text}"
-    with said(what, typed=True):
-        return torch.stack([*data.readable((transform(default_loader(file)) for file in chosen), what, chosen)])
 
 
 def text(row: dict[str, Any]) -> str:

@@ -43,7 +43,8 @@ def make(
     samples = samples or default_samples(model)
     random = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
-    noise = PROBES[kind](samples, shape, random).to(parameter.device)
+    with torch.device("cpu"):
+        noise = PROBES[kind](samples, shape, random).float().to(parameter.device)
     if step == 0:
         return noise
     return noise + (step * noise.std() * _class_direction(model, noise, random)).to(noise)
@@ -104,7 +105,7 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
     for part in x.chunk(math.ceil(len(x) / CHUNK)):
         part = part.clone().requires_grad_()
         with said(what), torch.enable_grad():
-            logits = by_sample(model(part))
+            logits = by_sample(model(part.clone()))  # which it may overwrite
             chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
             gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
     g = torch.cat(gradients)

@@ -46,7 +46,7 @@ class Options:
     refit: bool = True  # fit the pruned layers too, not only their consumers
     relu_steps: int = 2  # further fits of a pruned layer that leave out what the ReLU cuts off
     adaptations: int = 2  # steps by which a pruned layer moves to where its consumer's output lacks less
-    positions: int = POSITIONS  # output positions that a fit looks at, for every feature; others are left out at random
+    positions: int = POSITIONS  # output positions of a convolution that a fit looks at, for every feature, by lot
 
 
 def restore(
@@ -117,7 +117,7 @@ class _Lockstep:
         self.producer = {unit.next: unit.layer for unit, _ in alone}
         self.consumers = {*self.producer, *(reader.module for stream, _ in coupled for reader in stream.readers)}
         self.pruned = {unit.layer for unit, kept in alone if len(kept) < len(teacher.get_submodule(unit.layer).weight)}
-        self.solvers: dict[str, Ridge] = {}  # of pruned layers, for what they see; without their rows
+        self.solvers: dict[str, Ridge] = {}  # of pruned layers, for what they see; their rows have been let go
         self.between: dict[fx.Node, list[fx.Node]] = {}  # by consumer: its pruned layer, and all up to the consumer
         self.t: dict[fx.Node, Any] = {}
         self.s: dict[fx.Node, Any] = {}
@@ -133,7 +133,7 @@ class _Lockstep:
             summands[node] = found[0] if found else None
             if consumes and self.producer.get(node.target) in self.pruned:
                 path = _between(self.producer[node.target], node)
-                if self._learned(path[0]):  # or what it sees is made up
+                if self._learned(path[0]):  # else it sees the probe itself, which is made up
                     self.between[node] = path
         order = _order(graph, summands)
         for node in steps(order, self.t, self.s, sources=lambda node: self._read(node, summands)):
@@ -164,7 +164,7 @@ class _Lockstep:
         kept = self.keep.get(name)
         whole = self.teacher.modules[name]
         target = self.t[node] if kept is None else _rows(self.t[node], kept, whole)
-        if summand is not None and self.options.repair:
+        if summand is not None and self.options.repair and self.s[summand] is not self.t[summand]:
             target = target + _shaped(self._error(summand, bn, kept, whole), target)
         if isinstance(layer, Constant):
             target = target if bn is None else self.teacher.normalise(bn, target)
@@ -206,7 +206,10 @@ class _Lockstep:
             self.solvers[name] = solve.forget()
 
     def _adapt(self, node: fx.Node, target: Tensor) -> None:
-        """Move the pruned layer in front of the consumer at `node`, and fit the consumer to what it then sees."""
+        """Move the pruned layer in front of the consumer at `node`, and fit the consumer to what it then sees.
+
+        From its weights as they are then, and to the target itself, whatever a ReLU makes of it.
+        """
         first, *between = self.between[node]
         (seen,), (source,) = first.all_input_nodes, node.all_input_nodes
         modules, bn, x = self.student.modules, self.norm[node.target], self.s[seen]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from walk import centre, covariance, penalty
+from walk import centre, cholesky, covariance, penalty
 
 
 class Ridge:
@@ -24,7 +24,7 @@ class Ridge:
         else:
             kernel = covariance(U)
             kernel.diagonal().add_(penalty(kernel.diagonal(), ridge))
-        self.factor = torch.linalg.cholesky(kernel)
+        self.factor = cholesky(kernel)
 
     def forget(self) -> "Ridge":
         """Let go of the rows, which are many; calls have to bring their own."""

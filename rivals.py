@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decompose import Decomposition, Neurons, effective, others, read, rebuild
+from errors import said
 from trace import NORMS, Unit
 
 LBYL_RIDGE = 1e-2  # λ₁ and λ₂
@@ -41,7 +42,7 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
         g, b = gamma_p / sigma_p, gamma_p * mu_p / sigma_p - beta_p  # [Q]
         k = torch.where(usable, g[:, None] * sigma / gamma, 0)
     size = X.pow(2).sum(1).mean()  # the ridge is relative to the filters' own scale
-    penalty = (LBYL_RIDGE * k**2).clamp(min=1e-8 * size)
+    penalty = (LBYL_RIDGE * k**2).clamp(min=max(1e-8 * float(size), 1e-30))
     right = Y @ X.T + LBYL_RIDGE * (g * b)[:, None] * a  # [Q, P]
     if neurons.bn is None:  # one matrix for all
         alpha = torch.linalg.solve(X @ X.T + penalty[:1].diag_embed()[0], right.T).T if len(drop) else right
@@ -143,19 +144,26 @@ def _replace_norm(bn: nn.Module, gamma: Tensor, beta: Tensor, mean: Tensor) -> N
 
 
 def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
-    """Measure the statistics of every BatchNorm anew on `images` [B, …]; changes and returns `model`."""
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    """Measure the statistics of every BatchNorm that evaluation uses anew on `images` [B, …]; changes and returns `model`.
+
+    Raises NeuronMergingError where the network does not run on the images.
+    """
+    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.running_mean is not None]
+    before = [(bn.running_mean.clone(), bn.running_var.clone()) for bn in norms]
     momenta, training = [bn.momentum for bn in norms], {module: module.training for module in model.modules()}
     model.eval()
     for bn in norms:
         bn.reset_running_stats()
         bn.momentum = None  # the plain average over batches
         bn.train()
-    with torch.no_grad():
+    what = f"{type(model).__name__} does not run in batches on images of shape {list(images.shape)}"
+    with torch.no_grad(), said(what, typed=True):
         for part in images.chunk(math.ceil(len(images) / batch_size)):
             model(part)
-    for bn, momentum in zip(norms, momenta):
+    for bn, momentum, (mean, var) in zip(norms, momenta, before):
         bn.momentum = momentum
+        if not bn.num_batches_tracked:  # only training uses it
+            bn.running_mean, bn.running_var = mean, var
     for module, mode in training.items():
         module.training = mode
     return model

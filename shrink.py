@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from math import inf, nan
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ class Report:
 
     units, widths, full: the prunable units with their kept and original widths. cosine: by unit the mean over the dropped
     neurons of their cosine with the most similar kept one (NaN where there is none, or the method keeps no neurons but
-    centroids). left_out: other layers and the reasons. params, macs: original
-    and now (macs None where no input is known). seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb:
-    the most memory held, in MB. curves: what was found of the units, to be given to another call.
+    centroids). left_out: other layers and the reasons. params, macs: original and now (macs None where no input is known).
+    seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb: the most memory held, in MB. curves: what was
+    found of the units, to be given to another call.
     """
 
     units: list[Unit | Stream]
@@ -116,7 +117,7 @@ def shrink(
     ratio: share of neurons to drop in every unit; or by layer name or glob, others staying whole; or the kept widths.
     example_input: inputs [B, …] or the shape of one, without the batch; restoration and the choice of widths need it.
     criterion: of decompose.CRITERIA, or "auto" (widths.py). compensation: of methods.METHODS; those that look at real images
-    take them from `images` [B, …], which restoration and the choice of widths then look at instead of a probe.
+    take them from `images` [B, …], in random order, which restoration and the choice of widths then look at instead of a probe.
     widths: "uniform", or "auto" or "quick": chosen for no more parameters and MACs than the ratio would leave, or for
     `budget`, the shares to keep: {"params": 0.5, "macs": 0.4}. multiple: widths are multiples of it, or full. drop_blocks: the
     choice may leave residual blocks out. coupled: also drop channels that several layers share (streams.py). ignore: layer
@@ -126,10 +127,16 @@ def shrink(
     """
     check_names(criterion, compensation, widths)
     check_choice(widths != "uniform", budget, multiple, drop_blocks)
+    if budget is not None:
+        _check_budget(budget, budget)
     first = next(model.parameters(), None)
     if first is None:
         raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: it has no parameters")
     device = first.device
+    if device.type == "mps":
+        raise NeuronMergingError(
+            "this is computed in float64, which mps does not have: move the network to the CPU first"
+        )
     shape = _shape(example_input, images)
     looks = widths != "uniform" or criterion == "auto"
     if shape is None and (looks or compensation == "restore"):
@@ -137,6 +144,10 @@ def shrink(
                                  " give example_input")  # fmt: skip
     if images is not None and not looks and compensation not in (*LOOKING, "restore"):
         raise NeuronMergingError(f"images are for restore, {' and '.join(LOOKING)}: {compensation} needs no data")
+    if images is not None and (len(images) < 2 or tuple(images.shape[1:]) != shape):
+        raise NeuronMergingError(
+            f"images of shape {list(images.shape)}: give two or more inputs [B, {str([*shape])[1:]}"
+        )
     if images is None and compensation in LOOKING:
         raise NeuronMergingError(f"{compensation} measures BatchNorm on real images: give images")
     if coupled and looks:
@@ -163,9 +174,11 @@ def shrink(
         _check_vectors(model, found, shape)
     told = Settings(shape or (), threshold, lamda, probe, probe_samples, ridge, seed, images)
     kept = full
-    if budget is None or widths == "uniform":
+    if budget is None:
         kept = _uniform(model, ratio, found, full, left_out, multiple if widths == "uniform" else 1)
     seconds_widths = None
+    if looks and known is not None and [len(curve.order) for curve in known] != full:
+        raise NeuronMergingError("known: these curves are of another network, or of one with other layers to ignore")
     if looks and known is None:
         began = time.perf_counter()
         inputs = told.inputs(model, share=1 / (1 - HELD_OUT) if widths == "auto" else 1.0)
@@ -177,7 +190,6 @@ def shrink(
         cost = Cost(model, found, shape, biases=compensation == "restore")
         limit = cost(kept)
         if budget is not None:
-            _check_budget(budget, dict(budget))
             limit = cost(full) * (budget.get("params", inf), budget.get("macs", inf))
         kept = allocate(known, cost, limit, multiple=multiple, droppable=[drop_blocks and u.branch for u in found])
     if criterion == "auto":
@@ -315,6 +327,10 @@ def _shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) 
     if isinstance(example_input, Tensor):
         return tuple(example_input.shape[1:])
     if example_input is not None:
+        if not isinstance(example_input, Sequence):
+            raise NeuronMergingError(
+                f"example_input {example_input!r}: give inputs [B, …] or the shape of one, (3, 32, 32)"
+            )
         return tuple(example_input)
     return None if images is None else tuple(images.shape[1:])
 
@@ -359,7 +375,8 @@ def _kept(
     model: nn.Module, ratio: Ratio, found: list[Unit | Stream], full: list[int], left_out: dict[str, str]
 ) -> list[int]:
     """Kept width of every unit. Raises NeuronMergingError for ratios and widths that make no sense, with the layer's name."""
-    if isinstance(ratio, str):
+    ratio = ratio.tolist() if hasattr(ratio, "tolist") else ratio  # tensors and arrays
+    if not isinstance(ratio, Mapping | Sequence | Real) or isinstance(ratio, str):
         raise NeuronMergingError(f"ratio {ratio!r} is no number")
     if isinstance(ratio, Mapping):
         ratios = [0.0] * len(found)
@@ -373,7 +390,7 @@ def _kept(
                     f"no convolution or linear layer is called {pattern}" if out is None
                     else f"{out} cannot be pruned: {left_out[out]}"
                 )  # fmt: skip
-    elif isinstance(ratio, Sequence | Tensor):
+    elif isinstance(ratio, Sequence):
         if len(ratio) != len(found):
             raise NeuronMergingError(f"{len(ratio)} widths for {len(found)} units: {', '.join(u.layer for u in found)}")
         if any(width % 1 != 0 for width in ratio):  # also NaN
@@ -427,9 +444,14 @@ def check_choice(chosen: bool, budget: object, multiple: int, drop_blocks: bool)
         raise NeuronMergingError("--budget and --drop-blocks are for --widths auto (or quick)")
 
 
-def _check_budget(budget: Mapping[str, float], said: object) -> None:
-    if not budget or not set(budget) <= {"params", "macs"} or not all(0 < share <= 1 for share in budget.values()):
-        raise NeuronMergingError(f"budget {said}: say the shares to keep, such as params=0.5,macs=0.4")
+def _check_budget(budget: Mapping[str, float], given: object) -> None:
+    if (
+        not isinstance(budget, Mapping)
+        or not budget
+        or not set(budget) <= {"params", "macs"}
+        or not all(0 < share <= 1 for share in budget.values())
+    ):
+        raise NeuronMergingError(f"budget {given}: say the shares to keep, such as params=0.5,macs=0.4")
 
 
 def _cosine(W: Tensor, keep: Tensor) -> float:

@@ -481,9 +481,9 @@ def cut_streams(
     """
     columns: dict[str, list[tuple[int, int, Tensor]]] = {}
     for stream, keep in kept:
-        one_hot = torch.eye(stream.width, dtype=torch.float64, device=keep.device)[keep]
-        matrices = [one_hot] * len(stream.readers)
-        if t is not None:
+        if t is None:
+            matrices = [torch.eye(stream.width, dtype=torch.float64, device=keep.device)[keep]] * len(stream.readers)
+        else:
             matrices = scaling_matrices(model, stream, keep, t=t, strict=strict)
         for reader, Z in zip(stream.readers, matrices):
             columns.setdefault(reader.module, []).append((reader.offset, reader.channels, Z))

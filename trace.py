@@ -28,7 +28,7 @@ from errors import NeuronMergingError, reason
 class Unit:
     """Neurons that can be pruned, by module name: `layer` → `bn` → … → `next` → `next_bn`.
 
-    `relu`: the neurons are rectified on their way. `next_bn`: the BatchNorm that reads nothing but `next`, if any.
+    `relu`: the neurons are rectified on their way. `next_bn`: the BatchNorm that is all that reads `next`, if any.
     `activation`: one on the way that a positive scale does not pass, by name; None where there is none.
     `branch`: what `next` gives is added to something: without neurons it would be a constant.
     """
@@ -96,6 +96,14 @@ def _line(error: Exception) -> str:
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
+def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module `name`, under every other name that it has in `model` too."""
+    old = model.get_submodule(name)
+    for known_as, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            model.set_submodule(known_as, new)
+
+
 class NotAUnit(Exception):
     """Why a layer is left out."""
 
@@ -105,8 +113,7 @@ class Graph:
 
     def __init__(self, model: nn.Module) -> None:
         """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model` (in evaluation mode)."""
-        training = {module: module.training for module in model.modules()}
-        before = set(vars(model))
+        before = {module: dict(vars(module)) for module in model.modules()}
         try:
             self.nodes = list(fx.Tracer().trace(model.eval()).nodes)
         except Exception as error:  # tracing runs the user's forward(), which can raise anything
@@ -114,10 +121,9 @@ class Graph:
                 f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason(error)}"
             ) from error
         finally:
-            for module, mode in training.items():
-                module.training = mode
-            for constant in set(vars(model)) - before:  # tracing keeps tensors that forward() makes as attributes
-                delattr(model, constant)
+            for module, attributes in before.items():  # of which tracing, and forward() itself, make new ones
+                vars(module).clear()
+                vars(module).update(attributes)
         self.modules = dict(model.named_modules())
         self.calls = Counter(self.modules[n.target] for n in self.nodes if n.op == "call_module")
         owners: dict[nn.Parameter, set[nn.Module]] = {}

@@ -133,7 +133,9 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         for group in optimizer.param_groups:
             group["fused"] = optimizer.defaults["fused"]  # the state may come from another device
-        epoch, step, rows, seen = saved["epoch"], saved["step"], saved["rows"], saved["seen"].to(device)
+        epoch, step, rows = saved["epoch"], saved["step"], saved["rows"]
+        if rank == 0:  # all processes' are added up
+            seen = saved["seen"].to(device)
         torch.set_rng_state(saved["rng"])
         if device.type == "cuda" and "rng_cuda" in saved:  # not in the state of a run that began on a CPU
             torch.cuda.set_rng_state(saved["rng_cuda"], device)
@@ -233,13 +235,13 @@ def _read_state(state: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
         raise NeuronMergingError(f"there is nothing to resume: cannot read {state}; run it without --resume") from error
     except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
         raise NeuronMergingError(
-            f"{state} is not a training state that can be read; run it without --resume"
+            f"{state} is not a training state that can be read: delete it and begin anew without --resume"
         ) from error
     if (
         not isinstance(saved, dict)
         or not {*identity, "model", "optimizer", "epoch", "step", "seen", "rows", "rng"} <= saved.keys()
     ):
-        raise NeuronMergingError(f"{state} is not a training state; run it without --resume")
+        raise NeuronMergingError(f"{state} is not a training state: delete it and begin anew without --resume")
     for key, value in identity.items():
         if saved[key] != value:
             raise NeuronMergingError(

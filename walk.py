@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from errors import NeuronMergingError
 from evaluate import count_macs
-from trace import CONVS, NORMS, addition
+from trace import CONVS, DROPOUT, NORMS, addition
 
 ENTRIES = 2**27  # numbers in a matrix of patches, at most: 512 MB
 POSITIONS = 128  # output positions that are looked at, for every feature of a patch
@@ -161,14 +161,14 @@ def rows(layer: nn.Module, x: Tensor, y: Tensor, positions: int = POSITIONS) -> 
 
 
 def places(layer: nn.Module, y: Tensor, positions: int = POSITIONS) -> Tensor | slice:
-    """The output positions [n] of y, what `layer` gives, that a fit looks at: always the same random ones."""
+    """The output positions [n] of y, what `layer` gives, that a fit looks at: of a convolution always the same random ones."""
     if not isinstance(layer, CONVS):
         return slice(None)
     count, features = y.numel() // y.shape[1], layer.weight[0].numel()
     most = min(positions * features, ENTRIES // features)
-    chosen = torch.arange(count)
+    chosen = torch.arange(count, device="cpu")
     if count > most:
-        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].sort().values
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:most].sort().values
     return chosen.to(y.device)
 
 
@@ -225,6 +225,14 @@ def covariance(U: Tensor) -> Tensor:
     return gram(U).double() / len(U)
 
 
+def cholesky(A: Tensor) -> Tensor:
+    """The factor of A + Λ. Raises NeuronMergingError where rounding leaves nothing that is positive definite."""
+    try:
+        return torch.linalg.cholesky(A)
+    except torch.linalg.LinAlgError as error:
+        raise NeuronMergingError("the regression is singular: choose a larger --ridge (ridge=…)") from error
+
+
 def penalty(energy: Tensor, ridge: float) -> Tensor:
     """The diagonal of Λ for the features' variances `energy` [F]: λ of each, and λ/10 of their mean."""
     return ridge * energy + 0.1 * ridge * energy.mean() + 1e-10
@@ -236,11 +244,24 @@ IN_PLACE = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
     torch.relu_: torch.relu,
+    F.leaky_relu_: F.leaky_relu,
+    F.elu_: F.elu,
+    F.selu_: F.selu,
+    F.celu_: F.celu,
+    F.hardtanh_: F.hardtanh,
 }
 
 
 def out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Rewrite operations that overwrite their input, and let what reads that input later read their output instead."""
+    """Rewrite operations that overwrite their input, and let what reads that input later read their output instead.
+
+    What hands its input on as it is (nn.Identity, dropout in evaluation) leaves the graph: another name of the same tensor.
+    """
+    for node in graph.nodes:
+        module = modules[node.target] if node.op == "call_module" else None
+        if type(module) in DROPOUT and not module._forward_hooks and not module._forward_pre_hooks:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if not _overwrites(node, modules):

@@ -26,7 +26,20 @@ from decompose import CRITERIA, Decomposition, Neurons, ranked, read
 from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
 from trace import CONVS, Unit
-from walk import Walk, as_weight, by_sample, centre, channel, covariance, matrix, penalty, precision, rows, steps
+from walk import (
+    Walk,
+    as_weight,
+    by_sample,
+    centre,
+    channel,
+    cholesky,
+    covariance,
+    matrix,
+    penalty,
+    precision,
+    rows,
+    steps,
+)
 
 MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept neurons at which sensitivity is measured
 STEPS = 16  # shares at which an error without a curve in closed form is computed
@@ -352,7 +365,7 @@ class _Seen:
         by_place = self.columns[order].flatten()
         R = self.A[by_place][:, by_place]
         R.diagonal().add_(self.penalty[by_place])
-        L = torch.linalg.cholesky(R)
+        L = cholesky(R)
         W = self.W[:, by_place]
         left = self.slope[:, None] * W
         each = (left @ L).pow(2).sum(0) - left.pow(2).sum(0) * self.penalty[by_place]
@@ -437,7 +450,7 @@ class _Seen:
             R = self.A[self.columns[j]][:, self.columns].clone()  # [taps, N, taps]
             R[torch.arange(taps), j, torch.arange(taps)] += self.penalty[self.columns[j]]
             R -= torch.einsum("ri,rnk->ink", L[done, j], L[done])
-            factor = torch.linalg.cholesky(R[:, j])
+            factor = cholesky(R[:, j])
             row = torch.linalg.solve_triangular(factor, R.reshape(taps, -1), upper=False).view(taps, N, taps)
             along = torch.linalg.solve_triangular(factor, G[:, j].T, upper=False)  # [taps, M]
             L[step * taps : (step + 1) * taps] = row
@@ -465,7 +478,6 @@ def _sensitivity(
     consumer = {unit.next: i for i, unit in enumerate(units)}
     nodes = list(walk.graph.nodes)
     changes: list[dict[int, float]] = [{} for _ in units]
-    outputs: list[tuple[int, int, Tensor]] = []
 
     def finish(place: int, values: dict[Any, Any]) -> Tensor:
         """The network's output from the values at nodes[: place + 1] on."""
@@ -473,6 +485,7 @@ def _sensitivity(
             values[node] = walk.run(node, values, probe)
         return _centred(values[nodes[-1]])
 
+    original = finish(-1, {})
     values: dict[Any, Any] = {}
     walked = tqdm(steps(nodes, values), "sensitivities", len(nodes), leave=False, disable=None)
     for place, node in enumerate(walked):
@@ -482,10 +495,7 @@ def _sensitivity(
             for form in thinned[i]:
                 y = functional_call(layer, {"weight": as_weight(form.W.to(layer.weight), layer)}, (values[source],))
                 y = y + form.c.to(y).view(-1, *[1] * (y.ndim - 1 - channel(layer, y)))
-                outputs.append((i, form.k, finish(place, {**values, node: y})))
-    original = _centred(values[nodes[-1]])
-    for i, k, output in outputs:
-        changes[i][k] = float((output - original).pow(2).sum(1).mean())
+                changes[i][form.k] = float((finish(place, {**values, node: y}) - original).pow(2).sum(1).mean())
     return changes
 
 

@@ -1,5 +1,5 @@
 """FashionMNIST and CIFAR as tensors: `load(name, split)`; the data sets lie beside this file or where --data says."""
 
-from data.loader import DATASETS, Dataset, Images, calibration, counted, image_files, load, readable
+from data.loader import DATASETS, Dataset, Images, calibration, load, pictures, readable
 
-__all__ = ["DATASETS", "Dataset", "Images", "calibration", "counted", "image_files", "load", "readable"]
+__all__ = ["DATASETS", "Dataset", "Images", "calibration", "load", "pictures", "readable"]

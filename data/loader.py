@@ -127,8 +127,8 @@ def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1)
     elif source in DATASETS:
         raise NeuronMergingError(f"--calibrate {text}: the network was trained on {dataset}; use that, or a folder")
     else:
-        pixels = _pictures(Path(source), DATASETS[dataset].shape)
-        images = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), DATASETS[dataset], "calibrate")
+        pixels = pictures(text, _cut(DATASETS[dataset].shape), seed)
+        return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), DATASETS[dataset], "calibrate")
     if number is not None and number > len(images):
         raise NeuronMergingError(f"--calibrate {text}: there are only {len(images)} images")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -166,26 +166,35 @@ def readable(images: Iterable[T], what: str, files: Iterable[str | Path]) -> Ite
         yield image
 
 
-def _pictures(folder: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Every image below `folder`, cut to `shape`: uint8 [N, C, H, W]."""
-    from torchvision import transforms
+def pictures(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor:
+    """Images of a folder, "DIR" or, N of them by lot, "DIR:N", each as `transform` makes it of a PIL image: [N, …].
+
+    Raises NeuronMergingError where there are fewer, or one cannot be read.
+    """
     from torchvision.datasets.folder import default_loader
 
-    files = image_files(folder)
+    source, number = counted(text)
+    files, needed, what = image_files(Path(source)), 2 if number is None else number, f"--calibrate {text}"
+    if needed < 2:
+        raise NeuronMergingError(f"{what}: at least 2 images are needed")
     if len(files) < 2:
-        raise NeuronMergingError(
-            f"--calibrate {folder}: neither a data set's name nor a folder with two images or more"
-        )
+        raise NeuronMergingError(f"{what}: neither a data set's name nor a folder with two images or more")
+    if len(files) < needed:
+        raise NeuronMergingError(f"{what}: there are only {len(files)} images")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:number]
+    chosen = [files[i] for i in order]
+    with said(what, typed=True):
+        return torch.stack([*readable((transform(default_loader(file)) for file in chosen), what, chosen)])
+
+
+def _cut(shape: tuple[int, int, int]) -> Callable[[Any], Tensor]:
+    """What makes pixels of this shape, uint8, of a PIL image."""
+    from torchvision import transforms
+
     channels, height, width = shape
-    cut = transforms.Compose(
-        [
-            transforms.Resize(min(height, width)),
-            transforms.CenterCrop((height, width)),
-            *([transforms.Grayscale()] if channels == 1 else []),
-            transforms.PILToTensor(),
-        ]
-    )
-    return torch.stack([*readable((cut(default_loader(file)) for file in files), f"--calibrate {folder}", files)])
+    gray = [transforms.Grayscale()] if channels == 1 else []
+    size = [transforms.Resize(min(height, width)), transforms.CenterCrop((height, width))]
+    return transforms.Compose([*size, *gray, transforms.PILToTensor()])
 
 
 def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except NeuronMergingError as error:
             print(error, file=sys.stderr)
             return 2
+        except OSError as error:
+            print(f"{error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130

@@ -93,7 +93,7 @@ def run(
     Interrupt it when you like: every row is on disk before the next begins. `pretrained`: another checkpoint than shipped.
     root: folder of the data sets.
     """
-    done = {rows.key(row) for row in rows.load(path)}
+    done = rows.keys(rows.load(path), path)
     checkpoint = sha256(pretrained or grid.checkpoint)
     wanted = [replace(e, pretrained=pretrained or grid.checkpoint) for e in experiments or grid.experiments()]
     known = {}  # what is found of the units serves all budgets

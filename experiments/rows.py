@@ -53,7 +53,11 @@ def key(row: Row) -> str:
 
 def load(path: Path = ROWS) -> list[Row]:
     """All rows of a file, none where there is no file. Raises NeuronMergingError where a line is no JSON object."""
-    return _rows(path.read_bytes(), path) if path.exists() else []
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # no line that is half written
+        return _rows(file.read(), path)
 
 
 def keys(measured: Iterable[Row], path: Path, key: Callable[[Row], Hashable] = key) -> set[Hashable]:

@@ -36,7 +36,7 @@ class Checkpoint:
 
     @property
     def accuracy(self) -> float | None:
-        """What the file says of its accuracy on the test set in %, if it says anything sensible."""
+        """What the file says of its accuracy in %, on its `split` or else the test set, if it says anything sensible."""
         acc = self.about.get("acc")
         acc = float(acc) if isinstance(acc, int | float | Tensor) and torch.as_tensor(acc).numel() == 1 else math.nan
         return acc if math.isfinite(acc) else None

@@ -14,9 +14,11 @@ import options
 import settings
 from decompose import COMPENSATIONS, CRITERIA
 from errors import NeuronMergingError
+from experiment import Experiment, load
 from files import write_atomically
 from methods import METHODS
-from models import NETWORKS
+from models import NETWORKS, build, load_checkpoint, save_checkpoint
+from shrink import shrink
 from tests.conftest import ROOT
 from tests.literal import FORMS
 
@@ -263,8 +265,6 @@ def damaged(tmp_path: Path, pretrained: Path, how: str) -> Path:
                 return os.system, (f"touch {tmp_path / 'executed'}",)
 
         path.write_bytes(pickle.dumps({"state_dict": Evil()}))
-    elif how == "wide":
-        torch.save(content | {"widths": [10**9, 3]}, path)
     elif how == "sparse":
         content["state_dict"]["ip2.weight"] = content["state_dict"]["ip2.weight"].to_sparse()
         torch.save(content, path)
@@ -311,7 +311,6 @@ BAD = {
     "a name too long": (["--pretrained", "x" * 5000], "File name too long"),
     "a name of two lines": (["--pretrained", "no\nthing"], "is not there"),
     "a pipe to save into": (["--save", "/dev/null"], "no regular file"),
-    "widths beyond the network": (["--pretrained", "{wide}"], "its kept widths are [1000000000, 3]"),
     "sparse": (["--pretrained", "{sparse}"], "sparse or quantised"),
     "recipe": (["--recipe", "slow"], "unknown recipe 'slow'"),
     "epochs": (["--epochs", "0"], "at least 1"),
@@ -325,9 +324,9 @@ BAD = {
     "multiple": (["--model-type", "merge", "--multiple", "0"], "--multiple 0 has to be at least 1"),
     "split": (["--split", "train"], "unknown --split 'train': choose test or val"),
     "probe": (["--model-type", "restore", "--probe", "brown"], "unknown --probe 'brown'"),
-    "ridge": (["--model-type", "restore", "--ridge", "-1"], "--ridge cannot be negative"),
-    "ridge nan": (["--model-type", "restore", "--ridge", "nan"], "--ridge cannot be negative"),
-    "probe samples": (["--model-type", "restore", "--probe-samples", "1"], "--probe-samples has to be at least 2"),
+    "ridge": (["--model-type", "restore", "--ridge", "-1"], "not negative"),
+    "ridge nan": (["--model-type", "restore", "--ridge", "nan"], "not negative"),
+    "probe samples": (["--model-type", "restore", "--probe-samples", "1"], "--probe-samples 1 has to be at least 2"),
     "nothing to look at": (["--model-type", "merge-bn"], "give --calibrate, such as FashionMNIST:512"),
     "nobody who looks": (["--model-type", "merge", "--calibrate", "FashionMNIST:9"], "merge needs no data"),
     "another network's images": (["--model-type", "restore", "--calibrate", "cifar10:9"], "was trained on FashionMNIST"),
@@ -337,13 +336,16 @@ BAD = {
     "save into nowhere": (["--save", "/proc/nowhere/small.pth.tar"], "cannot write"),
     "save onto a folder": (["--save", "{tmp}"], "is a folder"),
     "json into nowhere": (["--json", "/proc/nowhere/row.json"], "cannot write"),
+    "two outputs, one file": (["--json", "{tmp}/a", "--append", "{tmp}/x/../a"], "are to be different files"),
+    "rows of a summary": (["--summary", "--append", "{tmp}/rows.jsonl"], "--summary has none"),
+    "memory": (["--model-type", "restore", "--probe-samples", "1000000000000"], "out of memory: a smaller"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_in_one_line_and_exit_code_2(cli, pretrained, tmp_path, name):
     options, message = BAD[name]
-    harms = ("truncated", "empty", "text", "nan", "code", "no-weights", "wide", "sparse")
+    harms = ("truncated", "empty", "text", "nan", "code", "no-weights", "sparse")
     files = {how: damaged(tmp_path, pretrained, how) for how in harms}
     places = {"tmp": tmp_path, "lenet": pretrained, **files}
     target = tmp_path / "small.pth.tar"
@@ -449,6 +451,48 @@ def test_a_result_is_appended_as_a_row(cli, pretrained, tmp_path):
         assert cli("--pretrained", pretrained, "--evaluate", "--append", tmp_path / "rows.jsonl").code == 0
     (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()  # the same measurement is one row
     assert json.loads(line)["checkpoint"] == pretrained.name
+
+
+def test_a_ratio_without_a_type_is_no_silent_nothing(cli, pretrained):
+    done = cli("--pretrained", pretrained, "--pruning-ratio", "0.5", "--evaluate", "--json", "-")
+    assert done.code == 0 and json.loads(done.out)["params"] == 266_610
+    assert "warning: nothing is dropped: without --model-type" in done.err
+
+
+def test_a_closed_pipe_does_not_lose_the_row(pretrained, tmp_path):
+    done = shell(f"--pretrained {pretrained} --evaluate --append {tmp_path / 'rows.jsonl'} | true")
+    assert "Traceback" not in done.stderr
+    (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["total"] == 10_000
+
+
+def test_the_summary_is_of_the_file_that_is_named(cli, pretrained, tmp_path):
+    small = tmp_path / "small.pth.tar"
+    cli("--pretrained", pretrained, "--model-type", "prune", "--widths", "90,30", "--evaluate", "--save", small)
+    assert cli("--pretrained", small, "--summary").out.startswith("ip1 -> ip2: 90\nip2 -> ip3: 30\n")
+    assert "is not there" in cli("--pretrained", tmp_path / "none", "--summary").err
+
+
+@torch.no_grad()
+def test_a_coupled_file_can_be_saved_again(tmp_path):
+    """What it says of its widths counts channels of several layers too: its shapes are what is read."""
+    small, _ = shrink(build("ResNet", (20,), 10), 0.4, compensation="prune", coupled=True)
+    save_checkpoint(tmp_path / "small", small, widths=[1, 2, 3], coupled=True)
+    xs = torch.randn(2, 3, 32, 32)
+    for file in ("small", "again"):
+        experiment = Experiment("ResNet", "cifar10", tmp_path / file, (20,))
+        model, checkpoint = load(experiment)
+        assert torch.equal(model.eval()(xs), small.eval()(xs))
+        save_checkpoint(tmp_path / "again", model, widths=checkpoint.widths)
+
+
+def test_an_accuracy_on_other_images_is_not_set_beside(cli, pretrained, tmp_path):
+    checkpoint = load_checkpoint(pretrained)
+    for split, known in (("test", 50.0), ("val", None), (None, 50.0)):
+        about = {"acc": 50.0} | ({} if split is None else {"split": split})
+        torch.save({**about, "state_dict": checkpoint.state_dict}, tmp_path / "file")
+        row = json.loads(cli("--pretrained", tmp_path / "file", "--evaluate", "--json", "-").out)
+        assert row["accuracy_checkpoint"] == known
 
 
 def test_a_pruned_file_is_not_called_the_original(cli, pretrained, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,12 @@ from torch.nn.utils import parametrizations
 import rivals
 from decompose import choose, decompose, read, rebuild
 from errors import NeuronMergingError
+from evaluate import count_macs, fused
 from methods import METHODS, Settings
 from models import build, load_checkpoint, save_checkpoint, stored
 from shrink import prunable, shrink, width
 from trace import units
+from walk import Walk, cholesky
 
 KINDS = ("prune", "merge", "restore")
 
@@ -143,17 +146,31 @@ def test_what_a_network_asserts_is_said():
         ({"budget": {"params": 0.3}}, "--budget and --drop-blocks are for"),
         ({"drop_blocks": True}, "--budget and --drop-blocks are for"),
         ({"widths": "auto", "multiple": 0}, "--multiple 0 has to be at least 1"),
-        ({"probe_samples": -3}, "--probe-samples has to be at least 2"),
-        ({"probe_samples": 0}, "--probe-samples has to be at least 2"),
+        ({"probe_samples": -3}, "--probe-samples -3 has to be at least 2"),
+        ({"probe_samples": 0}, "--probe-samples 0 has to be at least 2"),
+        ({"ridge": -1.0}, "--ridge -1.0 has to be a number that is not negative"),
         ({"probe": "pink"}, "is for images"),
         ({"threshold": 3.0}, "is no cosine"),
         ({"images": torch.randn(4, 8), "compensation": "merge"}, "merge needs no data"),
+        ({"images": torch.randn(4, 9)}, r"images of shape \[4, 9\]: give two or more inputs \[B, 8\]"),
+        ({"images": torch.randn(1, 8)}, r"images of shape \[1, 8\]: give two or more"),
+        ({"widths": "auto", "budget": {"parms": 0.5}}, "say the shares to keep"),
+        ({"widths": "auto", "budget": 0.5}, "say the shares to keep"),
+        ({"widths": "auto", "known": []}, "these curves are of another network"),
+        ({"ratio": None}, "ratio None is no number"),
+        ({"example_input": 8}, "example_input 8: give inputs"),
     ],
 )
 def test_arguments_that_do_not_go_together(changes, message):
     model = Outputs(lambda y: y).eval()
     with pytest.raises(NeuronMergingError, match=message):
-        shrink(model, 0.5, **({"example_input": (8,), "compensation": "restore"} | changes))
+        shrink(model, **({"ratio": 0.5, "example_input": (8,), "compensation": "restore"} | changes))
+
+
+@pytest.mark.parametrize("ratio", [torch.tensor(0.5), np.float32(0.5), np.array([8]), torch.tensor([8])])
+def test_ratios_and_widths_of_any_kind(ratio):
+    _, report = shrink(Outputs(lambda y: y).eval(), ratio, compensation="prune")
+    assert report.widths == [8]
 
 
 def test_tied_weights_are_saved_as_safetensors(tmp_path):
@@ -236,3 +253,142 @@ def test_half_precision_is_for_neurons_that_keep_their_weights():
         assert stored(layer, 0)["weight"].dtype == torch.float32
         layer.weight[1] = 0
         assert stored(layer, 0)["weight"].dtype == torch.float16
+
+
+class TwoNames(nn.Module):
+    """A residual network whose layers are known by two names each, of which the second is the one that is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.input, self.output = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.conv1, self.bn1 = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.body = nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.conv2, self.bn2)
+
+    def forward(self, x):
+        x = self.input(x)
+        return self.output((x + self.body(x)).relu().mean((2, 3)))
+
+
+@torch.no_grad()
+def test_layers_with_two_names_are_replaced_under_both():
+    model = TwoNames().eval()
+    for bn in (model.bn1, model.bn2):
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(fused(model)(x), model(x), rtol=1e-4, atol=1e-5)
+    for kind in KINDS:
+        small, _ = shrink(model, [0], example_input=(3, 8, 8), compensation=kind, probe_samples=32)
+        assert count_macs(small, (3, 8, 8)) < count_macs(model, (3, 8, 8)) / 4
+        assert small(x).shape == (2, 4)
+
+
+class Overwritten(nn.Module):
+    """What `shortcut` hands on is rectified with its input, being the same tensor; `shift` has no samples."""
+
+    def __init__(self, activation=F.relu_, shift=(8, 1, 1)):
+        super().__init__()
+        self.input, self.output = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.conv1, self.conv2 = nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
+        self.shortcut, self.shift, self.activation = nn.Identity(), nn.Parameter(torch.randn(shift)), activation
+
+    def forward(self, x):
+        x = self.input(x)
+        s = self.shortcut(x)
+        y = self.conv2(self.activation(self.conv1(self.activation(x)))) + self.shift
+        return self.output((s + y).mean((2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [F.relu_, F.leaky_relu_, F.elu_, F.selu_, F.celu_, F.hardtanh_])
+def test_a_walk_gives_what_the_network_gives_where_it_overwrites(activation):
+    torch.manual_seed(0)
+    model, x = Overwritten(activation).eval(), torch.randn(4, 3, 8, 8)
+    walk, values = Walk(copy.deepcopy(model)), {}
+    for node in walk.graph.nodes:
+        values[node] = walk.run(node, values, x)
+    torch.testing.assert_close(values[node], model(x))
+
+
+@pytest.mark.parametrize("shift", [(8, 1, 1), (1,), ()])
+@pytest.mark.parametrize("activation", [F.relu_, F.leaky_relu_])
+def test_restoration_goes_through_what_is_overwritten_and_added_once_for_all(activation, shift):
+    torch.manual_seed(0)
+    model, x = Overwritten(activation, shift).eval(), torch.randn(64, 3, 8, 8)
+    lost = {}
+    for kind in ("prune", "restore"):
+        small, _ = shrink(model, 0.5, example_input=(3, 8, 8), compensation=kind)
+        lost[kind] = float((small(x) - model(x)).detach().norm())
+    assert lost["restore"] < 0.7 * lost["prune"]
+
+
+def test_a_network_that_overwrites_its_input_has_a_probe():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    small, _ = shrink(model, 0.5, example_input=(8,))
+    assert small[1].out_features == 8
+
+
+class Remembers(nn.Module):
+    """A layer that keeps what it saw last."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.last = nn.Linear(8, 8), None
+
+    def forward(self, x):
+        self.last, self.first = x, x + torch.ones(8)
+        return self.fc(x)
+
+
+def test_tracing_leaves_a_network_as_it_was():
+    model = nn.Sequential(Remembers(), nn.ReLU(), nn.Linear(8, 3)).train()
+    model[2].eval()
+    before = {module: dict(vars(module)) for module in model.modules()}
+    small, _ = shrink(model, 0.5, compensation="merge")
+    assert {module: vars(module) for module in model.modules()} == before
+    assert small[0].last is None and not hasattr(small[0], "first")
+
+
+@pytest.mark.parametrize("kind", ["restore", "merge"])
+def test_the_defaults_of_the_process_are_not_those_of_the_network(kind):
+    model = build("ResNet", (8,)).eval()
+    torch.set_default_dtype(torch.float64)
+    try:
+        small, _ = shrink(model, 0.5, example_input=(3, 32, 32), compensation=kind, probe_samples=16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in small.parameters()} == {torch.float32}
+
+
+class Auxiliary(nn.Module):
+    """Has a second head that only training looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        self.aux = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_statistics_that_evaluation_does_not_use_stay():
+    model = Auxiliary().eval()
+    model.aux.running_mean.fill_(5)
+    small, _ = shrink(model, 0.5, compensation="prune-bn", images=torch.randn(40, 6) + 1)
+    assert small.aux.running_mean.eq(5).all() and not small.body[3].running_mean.eq(0).any()
+
+
+@torch.no_grad()
+def test_lbyl_of_filters_of_zeros():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    model[0].weight.zero_()
+    model[0].bias.zero_()
+    small, _ = shrink(model, 0.5, compensation="lbyl")
+    assert all(p.isfinite().all() for p in small.parameters())
+
+
+def test_a_regression_that_has_no_single_solution_is_said():
+    with pytest.raises(NeuronMergingError, match="larger --ridge"):
+        cholesky(-torch.eye(3))

@@ -364,7 +364,7 @@ def test_what_is_added_at_every_place_is_repaired_on_the_average(images):
 
 def test_one_image_for_a_network_that_normalises_features_is_named():
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
-    with pytest.raises(NeuronMergingError, match=r"on inputs of shape \[1, 6\]: Expected more than 1 value"):
+    with pytest.raises(NeuronMergingError, match=r"images of shape \[1, 6\]: give two or more"):
         shrink(model.eval(), 0.5, images=torch.randn(1, 6))
 
 

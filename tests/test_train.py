@@ -326,6 +326,20 @@ def test_ctrl_c_on_the_command_line(cli, fashion, tmp_path, monkeypatch):
     short = ["--epochs", 1, "--schedule", 1, "--gammas", 1]
     assert "another recipe" in cli("--save", tmp_path / "x", "--resume", *short).err
     assert main.main(["--save", str(tmp_path / "y"), "--resume", *map(str, short)]) == 2
+    state = (tmp_path / "x.state").read_bytes()
+    done = cli("--save", tmp_path / "x", *short)  # the same without --resume would lose what was trained
+    assert (done.code, done.err.count("\n")) == (2, 1) and "go on with --resume, or delete it" in done.err
+    assert (tmp_path / "x.state").read_bytes() == state
+
+
+def test_a_default_name_that_is_taken_is_not_overwritten(cli, fashion, tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "HERE", tmp_path)
+    options = ["--epochs", 1, "--schedule", 1, "--gammas", 1]
+    assert cli(*options).code == 0
+    (made,) = (tmp_path / "saves").glob("*.tar")
+    before = made.read_bytes()
+    done = cli(*options)
+    assert done.code == 2 and "is there already: give --save" in done.err and made.read_bytes() == before
 
 
 def test_the_fast_recipe_shows_small_images_first():
