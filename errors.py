@@ -29,5 +29,7 @@ def said(what: str, typed: bool = False) -> Iterator[None]:
     except NeuronMergingError:
         raise
     except Exception as error:  # it can be anything
+        if out_of_memory(error):  # which is nobody's fault
+            raise
         kind = f"{type(error).__name__}: " if typed else ""
         raise NeuronMergingError(f"{what}: {kind}{reason(error)}") from error

@@ -155,9 +155,9 @@ class Experiment:
             },
         }
 
-    def network(self, widths: list[int] | None = None) -> nn.Module:
+    def network(self) -> nn.Module:
         """The network of this experiment, freshly initialised."""
-        return build(self.arch, self.depth_wide, DATASETS[self.dataset].classes, widths)
+        return build(self.arch, self.depth_wide, DATASETS[self.dataset].classes)
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def row(
     seconds_evaluate = time.perf_counter() - start
     original, shape = experiment.network(), DATASETS[experiment.dataset].shape
     pruned_before = checkpoint.widths if checkpoint else None
-    comparable = checkpoint and not pruned_before and checkpoint.about.get("split", images.split) == images.split
+    comparable = checkpoint and not pruned_before and checkpoint.about.get("split", "test") == images.split
     return {
         **experiment.settings(),
         "widths": shrunk.widths or pruned_before,

@@ -33,7 +33,8 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
         raise NeuronMergingError(f"{path}: name a file that ends in {', '.join(EXPORTS)}")
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     random = torch.Generator().manual_seed(0)
-    example, *batches = (torch.randn(count, *shape, generator=random) for count in (2, *CHECKED))
+    here = {"generator": random, "dtype": torch.float32, "device": "cpu"}
+    example, *batches = (torch.randn(count, *shape, **here) for count in (2, *CHECKED))
     write = {".onnx": _onnx, ".pt2": _pt2, ".pt": _torchscript}[path.suffix]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of interest to PyTorch's developers

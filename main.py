@@ -84,13 +84,9 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
 
     torch.manual_seed(args.seed)
     name = settings.checkpoint_name(args.arch, experiment.depth_wide, args.dataset)
-    if from_scratch(args):
-        start, shrunk = None, xp.Shrunk(experiment.network(), None, 0.0)
-    else:
-        model, start = xp.load(experiment)
-        shrunk = xp.shrink(xp.placed(model, device), experiment, xp.calibration(experiment, args.data))
+    if not from_scratch(args):
         made = [args.model_type]
-        if shrunk.widths is not None:
+        if args.model_type != "original":
             ratio = experiment.effective_ratio
             made += [args.criterion, "widths" if ratio is None else str(ratio)]
         name = name.replace("original", "_".join([*made, "retrained"]))
@@ -99,10 +95,17 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
     state, curve = (target.with_name(target.name + ending) for ending in (".state", ".csv"))
     if not args.resume:
         if state.exists():
-            raise NeuronMergingError(f"{state} is a training that was stopped: go on with --resume, or delete it first")
+            raise NeuronMergingError(
+                f"{state} is a training that was stopped: go on with --resume, or delete it to begin anew"
+            )
         if args.save is None and target.exists():
             raise NeuronMergingError(f"{target} is there already: give --save FILE, or delete it first")
     remove_partials(target)
+    if from_scratch(args):
+        start, shrunk = None, xp.Shrunk(experiment.network(), None, 0.0)
+    else:
+        model, start = xp.load(experiment)
+        shrunk = xp.shrink(xp.placed(model, device), experiment, xp.calibration(experiment, args.data))
     splits = ("fit", "val") if args.split == "val" else ("train", "test")
     images, test = (data.load(args.dataset, split, args.data) for split in splits)
     identity = experiment.settings() | {"start": start and start.sha256, "split": args.split}

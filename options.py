@@ -112,9 +112,8 @@ def parser() -> Parser:
     method = p.add_argument_group("method")
     method.add_argument(
         "--model-type",
-        default="original",
         help="original; prune, merge (the published form), merge-derived; restore (ours); lbyl, fold (others');"
-        " prune-bn, merge-bn (BatchNorm measured anew on real images) [%(default)s]",
+        " prune-bn, merge-bn (BatchNorm measured anew on real images) [original]",
     )
     method.add_argument(
         "--criterion",
@@ -243,12 +242,12 @@ def parser() -> Parser:
 def thins(args: argparse.Namespace) -> bool:
     """Whether the command line says how many neurons stay: it names a method, a ratio or widths, and leaves no choice."""
     told = args.pruning_ratio is not None or args.ratios or not isinstance(args.widths, str)
-    return bool(told or args.model_type != "original") and args.widths not in settings.CHOSEN_WIDTHS
+    return bool(told or args.model_type not in (None, "original")) and args.widths not in settings.CHOSEN_WIDTHS
 
 
 def from_scratch(args: argparse.Namespace) -> bool:
     """Whether training would start from random weights, not from a checkpoint."""
-    return args.model_type == "original" and args.pretrained is None and not args.retrain
+    return args.model_type in (None, "original") and args.pretrained is None and not args.retrain
 
 
 def recipe(args: argparse.Namespace) -> settings.Recipe:
@@ -286,7 +285,8 @@ def check(args: argparse.Namespace) -> None:
     """What can be said of the command line before PyTorch is there. Raises NeuronMergingError."""
     if args.arch not in settings.NETWORKS:
         raise NeuronMergingError(f"unknown network {args.arch!r}: choose one of {', '.join(settings.NETWORKS)}")
-    args.thins = thins(args)
+    args.thins, silent = thins(args), args.model_type is None
+    args.model_type = args.model_type or "original"
     args.pruning_ratio = RATIO if args.pruning_ratio is None else args.pruning_ratio
     if not 0 <= args.pruning_ratio < 1:
         raise NeuronMergingError(f"--pruning-ratio {args.pruning_ratio} is outside [0, 1)")
@@ -345,5 +345,5 @@ def check(args: argparse.Namespace) -> None:
         rows.keys(rows.load(args.append), args.append)  # what it holds has to be rows
         if args.append.exists() and not os.access(args.append, os.W_OK):
             raise NeuronMergingError(f"cannot write {args.append}: check its permission")
-    if args.model_type == "original" and not args.summary and (args.thins or args.widths in settings.CHOSEN_WIDTHS):
+    if silent and not args.summary and (args.thins or args.widths in settings.CHOSEN_WIDTHS):
         print("warning: nothing is dropped: without --model-type a network stays as it is", file=sys.stderr)

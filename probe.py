@@ -14,6 +14,7 @@ from errors import NeuronMergingError, said
 from trace import CONVS, NORMS
 from walk import by_sample, precision
 
+MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
 CHUNK = 64  # samples that are normalised together in the class step
 PINK, WHITE = 1.2, 0.15  # standard deviations of the two kinds of noise
 
@@ -43,8 +44,7 @@ def make(
     samples = samples or default_samples(model)
     random = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
-    with torch.device("cpu"):
-        noise = PROBES[kind](samples, shape, random).float().to(parameter.device)
+    noise = PROBES[kind](samples, shape, random).to(parameter.device)
     if step == 0:
         return noise
     return noise + (step * noise.std() * _class_direction(model, noise, random)).to(noise)
@@ -65,10 +65,10 @@ def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tenso
     channels, *sides = shape
     large = [2 * side for side in sides]
     axes = tuple(range(2, 2 + len(sides)))
-    white = torch.randn(samples, 1 + channels, *large, generator=random)
+    white = torch.randn(samples, 1 + channels, *large, generator=random, **MADE)
     spectrum = torch.fft.rfftn(white, dim=axes)
     noise = torch.fft.irfftn(spectrum * _frequency(large, 1.0), s=large, dim=axes)
-    corner = [torch.randint(0, side + 1, (1,), generator=random).item() for side in sides]
+    corner = [torch.randint(0, side + 1, (1,), generator=random, device="cpu").item() for side in sides]
     for axis, start, side in zip(axes, corner, sides):
         noise = noise.narrow(axis, start, side)
     noise = math.sqrt(0.9) * noise[:, :1] + math.sqrt(0.1) * noise[:, 1:]
@@ -77,7 +77,7 @@ def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tenso
 
 def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     """[samples, …]: independent Gaussian values of std `WHITE`."""
-    return WHITE * torch.randn(samples, *shape, generator=random)
+    return WHITE * torch.randn(samples, *shape, generator=random, **MADE)
 
 
 PROBES = {"pink": pink, "white": white}
@@ -86,7 +86,7 @@ KINDS = ("auto", *PROBES)
 
 def _frequency(sides: list[int], power: float) -> Tensor:
     """|f|^−power on the grid of rfftn, 0 at f = 0."""
-    grids = [torch.fft.fftfreq(side) for side in sides[:-1]] + [torch.fft.rfftfreq(sides[-1])]
+    grids = [torch.fft.fftfreq(side, **MADE) for side in sides[:-1]] + [torch.fft.rfftfreq(sides[-1], **MADE)]
     f = sum(g**2 for g in torch.meshgrid(*grids, indexing="ij")).sqrt()
     return torch.where(f > 0, f.clamp(min=1e-12) ** -power, 0)
 
@@ -106,7 +106,7 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
         part = part.clone().requires_grad_()
         with said(what), torch.enable_grad():
             logits = by_sample(model(part.clone()))  # which it may overwrite
-            chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random).to(logits.device)
+            chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random, device="cpu").to(logits.device)
             gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
     g = torch.cat(gradients)
     sides = list(g.shape[2:])

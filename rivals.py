@@ -51,7 +51,7 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
         parts = zip(*(x.split(several) for x in (g**2, penalty, right)))
         alpha = torch.cat([torch.linalg.solve(G + s[:, None, None] * aa + p.diag_embed(), r) for s, p, r in parts])
     Z = W.new_zeros(len(keep), N)
-    Z[torch.arange(len(keep)), keep] = 1
+    Z[torch.arange(len(keep), device=keep.device), keep] = 1
     Z[:, drop] = (k * alpha).T
     return Decomposition(keep, Z)
 
@@ -67,7 +67,9 @@ def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: i
     for unit, P in zip(units, widths):
         neurons = read(model, unit)
         if P == 0:  # a block that is left out
-            parts.append(Decomposition(torch.arange(0), neurons.W.new_zeros(0, len(neurons.W))))
+            parts.append(
+                Decomposition(torch.arange(0, device=neurons.W.device), neurons.W.new_zeros(0, len(neurons.W)))
+            )
             continue
         bn = neurons.bn
         W, shift = _scaled(neurons)
@@ -149,7 +151,7 @@ def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     Raises NeuronMergingError where the network does not run on the images.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) and module.running_mean is not None]
-    before = [(bn.running_mean.clone(), bn.running_var.clone()) for bn in norms]
+    before = [{name: value.clone() for name, value in bn._buffers.items()} for bn in norms]
     momenta, training = [bn.momentum for bn in norms], {module: module.training for module in model.modules()}
     model.eval()
     for bn in norms:
@@ -159,11 +161,11 @@ def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     what = f"{type(model).__name__} does not run in batches on images of shape {list(images.shape)}"
     with torch.no_grad(), said(what, typed=True):
         for part in images.chunk(math.ceil(len(images) / batch_size)):
-            model(part)
-    for bn, momentum, (mean, var) in zip(norms, momenta, before):
+            model(part.clone())  # which it may overwrite
+    for bn, momentum, buffers in zip(norms, momenta, before):
         bn.momentum = momentum
         if not bn.num_batches_tracked:  # only training uses it
-            bn.running_mean, bn.running_var = mean, var
+            bn._buffers.update(buffers)
     for module, mode in training.items():
         module.training = mode
     return model

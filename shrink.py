@@ -144,9 +144,9 @@ def shrink(
                                  " give example_input")  # fmt: skip
     if images is not None and not looks and compensation not in (*LOOKING, "restore"):
         raise NeuronMergingError(f"images are for restore, {' and '.join(LOOKING)}: {compensation} needs no data")
-    if images is not None and (len(images) < 2 or tuple(images.shape[1:]) != shape):
+    if images is not None and (images.ndim != len(shape) + 1 or images.shape[1] != shape[0]):
         raise NeuronMergingError(
-            f"images of shape {list(images.shape)}: give two or more inputs [B, {str([*shape])[1:]}"
+            f"images of shape {list(images.shape)} are not [B, {str([*shape])[1:]} as example_input has it"
         )
     if images is None and compensation in LOOKING:
         raise NeuronMergingError(f"{compensation} measures BatchNorm on real images: give images")

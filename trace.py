@@ -8,6 +8,7 @@ consumer, an operation that is not in this file) leaves the layer out, with a re
 Inputs are batches: dimension 0 is the batch, dimension 1 of a convolution's output its filters.
 """
 
+import copy
 import operator
 import traceback
 from collections import Counter
@@ -96,6 +97,11 @@ def _line(error: Exception) -> str:
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
+def _apart(name: str, value: Any) -> Any:
+    """An attribute as it is now: a copy of a list, dict or set of the user's, which a forward pass may add to."""
+    return copy.copy(value) if type(value) in (list, dict, set) and not name.startswith("_") else value
+
+
 def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module `name`, under every other name that it has in `model` too."""
     old = model.get_submodule(name)
@@ -113,7 +119,7 @@ class Graph:
 
     def __init__(self, model: nn.Module) -> None:
         """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model` (in evaluation mode)."""
-        before = {module: dict(vars(module)) for module in model.modules()}
+        before = {module: {k: _apart(k, v) for k, v in vars(module).items()} for module in model.modules()}
         try:
             self.nodes = list(fx.Tracer().trace(model.eval()).nodes)
         except Exception as error:  # tracing runs the user's forward(), which can raise anything
@@ -122,8 +128,9 @@ class Graph:
             ) from error
         finally:
             for module, attributes in before.items():  # of which tracing, and forward() itself, make new ones
-                vars(module).clear()
                 vars(module).update(attributes)
+                for name in vars(module).keys() - attributes:
+                    del vars(module)[name]
         self.modules = dict(model.named_modules())
         self.calls = Counter(self.modules[n.target] for n in self.nodes if n.op == "call_module")
         owners: dict[nn.Parameter, set[nn.Module]] = {}

@@ -124,7 +124,7 @@ def train(
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = sgd(model, recipe)
-    epoch, step, rows = 0, 0, []
+    epoch, step, rows, earlier = 0, 0, [], 0.0  # seconds of the epoch before this run
     # Loss, correct and images of the epoch so far: on the device and read rarely, since reading waits for it.
     seen = torch.zeros(3, device=device)
     if resume:
@@ -133,7 +133,7 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         for group in optimizer.param_groups:
             group["fused"] = optimizer.defaults["fused"]  # the state may come from another device
-        epoch, step, rows = saved["epoch"], saved["step"], saved["rows"]
+        epoch, step, rows, earlier = saved["epoch"], saved["step"], saved["rows"], saved.get("seconds", 0.0)
         if rank == 0:  # all processes' are added up
             seen = saved["seen"].to(device)
         torch.set_rng_state(saved["rng"])
@@ -151,6 +151,7 @@ def train(
         if state is not None and rank == 0:
             content = {**identity, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             content |= {"epoch": epoch, "step": step, "seen": seen, "rows": rows, "rng": torch.get_rng_state()}
+            content["seconds"] = time.monotonic() - started if step else 0.0
             if device.type == "cuda":
                 content["rng_cuda"] = torch.cuda.get_rng_state(device)
             write_atomically(state, lambda file: torch.save(content, file))
@@ -160,7 +161,7 @@ def train(
         remove_partials(state)
     with _StopRequest() as stop:
         while epoch < recipe.epochs:
-            started = time.monotonic()
+            started, earlier = time.monotonic() - earlier, 0.0
             forward.train()
             share = image_share(recipe, epoch / recipe.epochs)
             bar = tqdm(
@@ -193,7 +194,8 @@ def train(
                     raise KeyboardInterrupt(f"stopped in epoch {epoch + 1} of {recipe.epochs}{where}")
             loss, hits, shown = _summed(seen)
             if not math.isfinite(loss):
-                raise NeuronMergingError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr")
+                anew = f" and delete {state}" if state is not None and state.exists() else ""
+                raise NeuronMergingError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr{anew}")
             if world > 1:
                 for buffer in model.buffers():  # the running statistics that are saved are those that are measured
                     dist.broadcast(buffer, 0)

@@ -243,24 +243,20 @@ IN_PLACE = {
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
-    torch.relu_: torch.relu,
-    F.leaky_relu_: F.leaky_relu,
-    F.elu_: F.elu,
-    F.selu_: F.selu,
-    F.celu_: F.celu,
-    F.hardtanh_: F.hardtanh,
+    operator.ipow: operator.pow,
 }
 
 
 def out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Rewrite operations that overwrite their input, and let what reads that input later read their output instead.
 
-    What hands its input on as it is (nn.Identity, dropout in evaluation) leaves the graph: another name of the same tensor.
+    Modules that hand their input on as it is (nn.Identity, dropout) leave the graph: another name of the same tensor.
     """
     for node in graph.nodes:
         module = modules[node.target] if node.op == "call_module" else None
-        if type(module) in DROPOUT and not module._forward_hooks and not module._forward_pre_hooks:
-            node.replace_all_uses_with(node.all_input_nodes[0])
+        hooked = module is not None and (module._forward_hooks or module._forward_pre_hooks)
+        if type(module) in DROPOUT and not hooked and [*node.args] == node.all_input_nodes:
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
@@ -284,8 +280,10 @@ def _overwrites(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return True
     if node.op != "call_function":
         return False
-    if node.target in IN_PLACE:
-        node.target = IN_PLACE[node.target]
+    name = getattr(node.target, "__name__", "")  # of F.leaky_relu_ and its like
+    elsewhere = getattr(F, name[:-1], None) or getattr(torch, name[:-1], None) if name.endswith("_") else None
+    if node.target in IN_PLACE or elsewhere:
+        node.target = IN_PLACE.get(node.target, elsewhere)
         return True
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)

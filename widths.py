@@ -448,7 +448,7 @@ class _Seen:
             j = int(_explained(G, blocks).where(free, -1).argmax())
             done = slice(0, step * taps)
             R = self.A[self.columns[j]][:, self.columns].clone()  # [taps, N, taps]
-            R[torch.arange(taps), j, torch.arange(taps)] += self.penalty[self.columns[j]]
+            R[:, j].diagonal().add_(self.penalty[self.columns[j]])
             R -= torch.einsum("ri,rnk->ink", L[done, j], L[done])
             factor = cholesky(R[:, j])
             row = torch.linalg.solve_triangular(factor, R.reshape(taps, -1), upper=False).view(taps, N, taps)

@@ -178,7 +178,7 @@ def pictures(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor
     if needed < 2:
         raise NeuronMergingError(f"{what}: at least 2 images are needed")
     if len(files) < 2:
-        raise NeuronMergingError(f"{what}: neither a data set's name nor a folder with two images or more")
+        raise NeuronMergingError(f"{what}: there is no folder {source} with two images or more")
     if len(files) < needed:
         raise NeuronMergingError(f"{what}: there are only {len(files)} images")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:number]

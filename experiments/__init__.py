@@ -1,6 +1,7 @@
 """The paper's experiments: which there are, their rows, tables, figures and benchmarks."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,6 +18,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except NeuronMergingError as error:
             print(error, file=sys.stderr)
             return 2
+        except BrokenPipeError:  # who reads our output has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except OSError as error:
             print(f"{error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
             return 2

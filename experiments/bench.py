@@ -269,9 +269,10 @@ Made by `make bench`, with random weights of the published shapes; {report["thre
 
 ## Merging
 
-`decompose` and `rebuild`, l1-norm, half of every unit's neurons, against the same by a loop over neurons in NumPy
-(tests/literal.py), both checked to give the same. *Of the product*: of the time of the one thing that cannot be left out, the
-float64 matrix product of kept and dropped neurons. Memory: the most held meanwhile, over that of all weights.
+`decompose` and `rebuild` (median of runs after one to warm up), l1-norm, half of every unit's neurons, against the same by
+a loop over neurons in NumPy (tests/literal.py, run once), both checked to give the same. *Of the product*: of the time of the
+one thing that cannot be left out, the float64 matrix product of kept and dropped neurons. Memory: the most held meanwhile,
+over that of all weights.
 
 {markdown(["network", "compensation", "units", "decompose + rebuild s", *of_loop, *of_product], merged, 2)}
 
@@ -303,7 +304,7 @@ too small to keep the machine busy.
 ## Evaluation
 
 Images a second in float32, against the usual loop: a DataLoader with two workers, ToTensor, Normalize, batches of 128.
-More than 100 % of the peak: PyTorch's convolutions are faster on this machine than its matrix product.
+Where it is more than 100 % of the peak, PyTorch's convolutions are faster than its matrix product.
 
 {markdown(["network", "images", "usual loop, images/s", "ours", "ratio", "of the GEMM peak", both], evaluated)}
 

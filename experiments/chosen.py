@@ -55,7 +55,7 @@ def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str
     lines = []
     for label in dict.fromkeys(ratio(row) for row in measured if rule(grid, row) == "auto"):
         here = [row for row in measured if ratio(row) == label and rule(grid, row)]
-        sizes = [f"{max(row[size] for row in here if rule(grid, row) == 'auto'):,}" for size in ("params", "macs")]
+        sizes = [f"{max(row[size] for row in here if rule(grid, row) in RULES):,}" for size in ("params", "macs")]
         cells = (cell([row for row in here if (row["type"], rule(grid, row)) == column]) for column in columns)
         restored = [row for row in here if (row["type"], rule(grid, row)) == ("restore", "auto")]
         taken = (seconds(restored, key) for key in ("seconds_widths", "seconds_decompose"))

@@ -150,7 +150,7 @@ def chosen_widths(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) ->
     axis.set_ylabel("neurons kept (%)")
     axis.set_ylim(0, 105)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, title="in the budget of", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(frameon=False, title="dropped, or budget", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set_title(f"{grid.title}: widths chosen for restoration")
     write(figure, paths)
 

@@ -31,8 +31,9 @@ class Checkpoint:
 
     @property
     def widths(self) -> list[int] | None:
-        """Kept width of every unit if the file holds a pruned network."""
-        return self.about.get("widths")
+        """Kept width of every unit if the file holds a pruned network and says so in sensible numbers."""
+        widths = self.about.get("widths")
+        return widths if isinstance(widths, list) and all(type(width) is int for width in widths) else None
 
     @property
     def accuracy(self) -> float | None:
@@ -102,7 +103,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     Raises NeuronMergingError that names the first mismatch of each kind.
     """
     weights = checkpoint.state_dict
-    if checkpoint.widths is not None:
+    if "widths" in checkpoint.about:
         fit(model, weights)
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
@@ -145,7 +146,7 @@ def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
         if found.shape != own.shape and smaller and found.shape[2:] == own.shape[2:]:
             _resize(module, found.shape)
         if not isinstance(module, NORMS) and module.bias is None and f"{name}.bias" in weights:
-            module.bias = nn.Parameter(torch.zeros(len(found)))
+            module.bias = nn.Parameter(module.weight.new_zeros(len(found)))
     return model
 
 

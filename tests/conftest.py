@@ -43,6 +43,12 @@ def _folder(variable: str, what: str) -> Path:
     return Path(folder)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test's random numbers are its own, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def pretrained() -> Path:
     return ROOT / "pretrained" / "LeNet_300_100.original.300_100.bias.pth.tar"

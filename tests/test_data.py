@@ -143,7 +143,11 @@ sys.exit(len(data.load("cifar10", "test", here / "root")) != 20)
 def test_two_processes_that_download_at_once_both_have_it(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path), i], env=env) for i in "12"]
-    assert [process.wait(120) for process in both] == [0, 0]
+    try:
+        assert [process.wait(120) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
     assert [path.name for path in (tmp_path / "root").iterdir()] == [CIFAR10.base_folder]
 
 

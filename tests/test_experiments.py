@@ -14,6 +14,7 @@ from torch import nn
 from data import load
 from decompose import decompose, rebuild
 from errors import NeuronMergingError
+from experiment import load as load_checkpoint_of
 from experiment import measure
 from experiments import beyond, chosen, demo, features, figures, grid, manifest, rows, tables, tuning
 from experiments.grid import GRIDS
@@ -148,6 +149,28 @@ def test_the_manifest_describes_the_files_as_they_are():
     for name, entry in entries.items():
         assert grid.sha256(grid.PRETRAINED / name) == entry["sha256"]
         assert entry["command"].startswith("python main.py --arch")
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_shipped_networks_load(name):
+    names = {  # of the published checkpoints
+        "lenet": "ip2.weight", "vgg": "feature.40.weight", "resnet": "layer2.0.downsample.0.weight",
+        "wideresnet": "block2.layer.0.convShortcut.weight",
+    }  # fmt: skip
+    model, checkpoint = load_checkpoint_of(next(GRIDS[name].experiments()))
+    assert abs(checkpoint.accuracy - manifest.read()[checkpoint.path.name]["accuracy"]) < 0.1
+    assert torch.equal(model.state_dict()[names[name]], checkpoint.state_dict[names[name]])
+
+
+def test_chosen_widths_are_within_the_budget():
+    """The committed rows: no more parameters and MACs than the uniform (VGG-16: published) widths of the same cell."""
+    measured = [row for row in rows.load() if row["type"] == "prune" and row["widths_rule"] == "published"]
+    limits = {(row["checkpoint_sha256"], row["ratio"]): row for row in measured}
+    chosen_rows = [row for row in rows.load() if row["widths_rule"] == "auto" and not row.get("budget")]
+    assert len(chosen_rows) > 50
+    for row in chosen_rows:
+        limit = limits[row["checkpoint_sha256"], row["ratio"]]
+        assert row["params"] <= limit["params"] and row["macs"] <= limit["macs"], row
 
 
 def test_the_shipped_lenet_is_as_good_as_the_manifest_says(cli, pretrained):

@@ -15,6 +15,7 @@ import settings
 from decompose import COMPENSATIONS, CRITERIA
 from errors import NeuronMergingError
 from experiment import Experiment, load
+from experiments import tuning
 from files import write_atomically
 from methods import METHODS
 from models import NETWORKS, build, load_checkpoint, save_checkpoint
@@ -242,6 +243,30 @@ def test_settings_are_chosen_on_held_out_images(cli, pretrained, data_folder):
     assert (row["split"], row["total"]) == ("val", 5000)
 
 
+def test_training_for_a_choice_and_looking_leave_the_held_out_images_alone(cli, pretrained, tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, split, root):
+        asked.append(split)
+        raise NeuronMergingError("enough")
+
+    for place in ("data.load", "data.loader.load", "experiments.tuning.load"):
+        monkeypatch.setattr(place, load)
+    look = ["--model-type", "restore", "--calibrate", "FashionMNIST:9"]
+    for told, splits in (
+        (["--split", "val", "--save", tmp_path / "net"], ["fit"]),
+        (["--save", tmp_path / "net"], ["train"]),
+        (["--pretrained", pretrained, *look, "--evaluate"], ["fit"]),
+        (["--pretrained", pretrained, "--evaluate", "--split", "val"], ["val"]),
+        (["--pretrained", pretrained, "--evaluate"], ["test"]),
+    ):
+        asked.clear()
+        assert "enough" in cli(*told).err and asked == splits
+    asked.clear()
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)  # where nothing is measured yet
+    assert tuning.main([]) == 2 and set(asked) == {"val"}
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -330,7 +355,7 @@ BAD = {
     "nothing to look at": (["--model-type", "merge-bn"], "give --calibrate, such as FashionMNIST:512"),
     "nobody who looks": (["--model-type", "merge", "--calibrate", "FashionMNIST:9"], "merge needs no data"),
     "another network's images": (["--model-type", "restore", "--calibrate", "cifar10:9"], "was trained on FashionMNIST"),
-    "no images": (["--model-type", "restore", "--calibrate", "{tmp}:9"], "neither a data set's name nor a folder"),
+    "no images": (["--model-type", "restore", "--calibrate", "{tmp}:9"], "there is no folder"),
     "one image": (["--model-type", "restore", "--calibrate", "{tmp}:1"], "at least 2 images"),
     "save into a file's folder": (["--save", "{lenet}/small.pth.tar"], "cannot write"),
     "save into nowhere": (["--save", "/proc/nowhere/small.pth.tar"], "cannot write"),
@@ -457,6 +482,26 @@ def test_a_ratio_without_a_type_is_no_silent_nothing(cli, pretrained):
     done = cli("--pretrained", pretrained, "--pruning-ratio", "0.5", "--evaluate", "--json", "-")
     assert done.code == 0 and json.loads(done.out)["params"] == 266_610
     assert "warning: nothing is dropped: without --model-type" in done.err
+    said = cli("--pretrained", pretrained, "--model-type", "original", "--pruning-ratio", "0.5", "--evaluate")
+    assert said.code == 0 and "warning" not in said.err
+
+
+@pytest.mark.parametrize("widths", [[10**9, 3], torch.tensor([90, 30]), [torch.tensor(90), 30], "90,30"])
+def test_a_file_that_says_odd_things_of_its_widths_is_read_by_its_shapes(cli, pretrained, tmp_path, widths):
+    small = tmp_path / "small.pth.tar"
+    cli("--pretrained", pretrained, "--model-type", "prune", "--widths", "90,30", "--evaluate", "--save", small)
+    torch.save(torch.load(small, weights_only=True) | {"widths": widths}, small)
+    row = json.loads(cli("--pretrained", small, "--evaluate", "--json", "-").out)
+    assert row["params"] == 73_690
+
+
+def test_no_memory_in_the_middle_of_restoration_is_one_line(cli, pretrained, monkeypatch):
+    def run(self, *_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes")
+
+    monkeypatch.setattr("walk.Walk.run", run)
+    done = cli("--pretrained", pretrained, "--model-type", "restore", "--evaluate")
+    assert (done.code, done.err.count("\n")) == (2, 1) and "out of memory: a smaller --batch-size" in done.err
 
 
 def test_a_closed_pipe_does_not_lose_the_row(pretrained, tmp_path):
@@ -488,7 +533,7 @@ def test_a_coupled_file_can_be_saved_again(tmp_path):
 
 def test_an_accuracy_on_other_images_is_not_set_beside(cli, pretrained, tmp_path):
     checkpoint = load_checkpoint(pretrained)
-    for split, known in (("test", 50.0), ("val", None), (None, 50.0)):
+    for split, known in (("test", 50.0), ("val", None), (None, 50.0)):  # what says nothing is of the test set
         about = {"acc": 50.0} | ({} if split is None else {"split": split})
         torch.save({**about, "state_dict": checkpoint.state_dict}, tmp_path / "file")
         row = json.loads(cli("--pretrained", tmp_path / "file", "--evaluate", "--json", "-").out)

@@ -152,8 +152,8 @@ def test_what_a_network_asserts_is_said():
         ({"probe": "pink"}, "is for images"),
         ({"threshold": 3.0}, "is no cosine"),
         ({"images": torch.randn(4, 8), "compensation": "merge"}, "merge needs no data"),
-        ({"images": torch.randn(4, 9)}, r"images of shape \[4, 9\]: give two or more inputs \[B, 8\]"),
-        ({"images": torch.randn(1, 8)}, r"images of shape \[1, 8\]: give two or more"),
+        ({"images": torch.randn(4, 9)}, r"images of shape \[4, 9\] are not \[B, 8\] as example_input has it"),
+        ({"images": torch.randn(0, 8)}, "cannot be restored"),
         ({"widths": "auto", "budget": {"parms": 0.5}}, "say the shares to keep"),
         ({"widths": "auto", "budget": 0.5}, "say the shares to keep"),
         ({"widths": "auto", "known": []}, "these curves are of another network"),
@@ -334,31 +334,42 @@ class Remembers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc, self.last = nn.Linear(8, 8), None
+        self.fc, self.last, self.seen = nn.Linear(8, 8), None, []
 
     def forward(self, x):
         self.last, self.first = x, x + torch.ones(8)
+        self.seen.append(x)
         return self.fc(x)
 
 
 def test_tracing_leaves_a_network_as_it_was():
     model = nn.Sequential(Remembers(), nn.ReLU(), nn.Linear(8, 3)).train()
     model[2].eval()
-    before = {module: dict(vars(module)) for module in model.modules()}
+    modes = [module.training for module in model.modules()]
     small, _ = shrink(model, 0.5, compensation="merge")
-    assert {module: vars(module) for module in model.modules()} == before
-    assert small[0].last is None and not hasattr(small[0], "first")
+    for network in (model, small):
+        assert network[0].last is None and network[0].seen == [] and not hasattr(network[0], "first")
+        assert [module.training for module in network.modules()] == modes
 
 
-@pytest.mark.parametrize("kind", ["restore", "merge"])
+@pytest.mark.parametrize("kind", ["restore", "merge", "lbyl", "prune-bn"])
 def test_the_defaults_of_the_process_are_not_those_of_the_network(kind):
     model = build("ResNet", (8,)).eval()
+    told = {"example_input": (3, 32, 32), "compensation": kind, "probe_samples": 48}
+    if kind == "prune-bn":
+        told["images"] = torch.randn(48, 3, 32, 32)
+    (usual, _), (restored, _) = shrink(model, 0.5, **told), shrink(model, 0.5, widths="auto", criterion="auto", **told)
     torch.set_default_dtype(torch.float64)
     try:
-        small, _ = shrink(model, 0.5, example_input=(3, 32, 32), compensation=kind, probe_samples=16)
+        with torch.device("meta"):  # what is made without saying where ends in no numbers
+            small, _ = shrink(model, 0.5, **told)
+            chosen, _ = shrink(model, 0.5, widths="auto", criterion="auto", **told)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {p.dtype for p in small.parameters()} == {torch.float32}
+    for network, expected in ((small, usual), (chosen, restored)):
+        for a, b in zip(network.parameters(), expected.parameters(), strict=True):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a, b)
 
 
 class Auxiliary(nn.Module):
@@ -376,8 +387,13 @@ class Auxiliary(nn.Module):
 def test_statistics_that_evaluation_does_not_use_stay():
     model = Auxiliary().eval()
     model.aux.running_mean.fill_(5)
+    model.aux.num_batches_tracked.fill_(7)
     small, _ = shrink(model, 0.5, compensation="prune-bn", images=torch.randn(40, 6) + 1)
-    assert small.aux.running_mean.eq(5).all() and not small.body[3].running_mean.eq(0).any()
+    assert (
+        small.aux.running_mean.eq(5).all()
+        and small.aux.num_batches_tracked == 7
+        and not small.body[3].running_mean.eq(0).any()
+    )
 
 
 @torch.no_grad()
@@ -392,3 +408,30 @@ def test_lbyl_of_filters_of_zeros():
 def test_a_regression_that_has_no_single_solution_is_said():
     with pytest.raises(NeuronMergingError, match="larger --ridge"):
         cholesky(-torch.eye(3))
+
+
+def test_images_to_look_at_are_not_overwritten():
+    model = nn.Sequential(
+        nn.ReLU(inplace=True), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    ).eval()
+    images = torch.randn(40, 3, 4, 4)
+    before = images.clone()
+    for kind in ("prune-bn", "restore"):
+        shrink(model, 0.5, compensation=kind, images=images)
+        assert torch.equal(images, before)
+
+
+@torch.no_grad()
+def test_identity_of_several_values_stays():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.same, self.a, self.b = nn.Identity(), nn.Linear(8, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            x, y = self.same((x, 2 * x))
+            return self.b(F.relu(self.a(x + y)))
+
+    model, x = Pair().eval(), torch.randn(64, 8)
+    small, _ = shrink(model, 0.0, example_input=(8,))
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)

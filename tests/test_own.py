@@ -345,7 +345,7 @@ BAD_COMMANDS = {
     "ratios of nothing": ([*OWN, "--ratios", "0=0.5", "--json", "-"], "give --model-type too"),
     "no data set": ([*OWN, "--evaluate"], "give imagefolder:DIR"),
     "ratios": ([*OWN, "--ratios", "0", "--json", "-"], "give a share for every layer"),
-    "too few images": ([*OWN, "--model-type", "restore", "--calibrate", "gone:9", "--json", "-"], "nor a folder with two"),
+    "too few images": ([*OWN, "--model-type", "restore", "--calibrate", "gone:9", "--json", "-"], "there is no folder gone"),
     "ratios and widths": ([*OWN, "--ratios", "0=0.5", "--widths", "3,4", "--json", "-"], "give one of them"),
     "rows of its own": ([*OWN, "--json", "-", "--append", "rows.jsonl"], "--append is for the rows of --arch"),
     "budget of uniform widths": (

@@ -58,6 +58,11 @@ def test_the_published_command_from_another_folder(tmp_path):
     assert (row["threshold"], row["total"]) == (0.45, 10_000)
 
 
+def test_the_original_is_evaluated_without_a_warning():
+    done = run("LeNet_300_100_FashionMNIST", "-t", "original")
+    assert done.returncode == 0 and done.stderr == "" and "89.36 %" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["VGG16_CIFAR10", "VGG16_CIFAR100", "ResNet56_CIFAR10", "WideResNet_40_4_CIFAR10"])
 def test_a_checkpoint_that_is_not_there_says_how_to_train_it(name, tmp_path):
     done = run(name, "-t", "merge", "--", "--pretrained", str(tmp_path / "missing.pth.tar"))
