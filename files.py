@@ -43,6 +43,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise cannot_write(path, error) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def remove_partials(path: Path) -> None:
     """Remove what killed writers of `path` have left behind. For a process that is alone in writing it."""
     path = path.resolve()

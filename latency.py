@@ -43,10 +43,9 @@ def compare(networks: dict[str, nn.Module], shape: tuple[int, ...], batch: int =
     for name, model in networks.items():
         parameter = next(model.parameters())
         device = parameter.device
-        memory.reset(device)
-        before = memory.peak(device)
+        forgets, before = memory.reset(device), memory.peak(device)
         _time(model, shape, batch, 1)
-        found[name]["memory_mb"] = round(memory.peak(device) - before, 1)
+        found[name]["memory_mb"] = round(memory.peak(device) - before, 1) if forgets else None
         found[name]["device"] = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
         found[name]["dtype"] = str(parameter.dtype).removeprefix("torch.")
     return found
@@ -82,6 +81,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "latency_ms": "latency of one, ms", "images_per_second": "inputs a second",
     }  # fmt: skip
     for key, label in labels.items():
+        if first[key] is None:  # not known here
+            continue
         ratio = f"{second[key] / first[key]:.2f}" if first[key] else ""
         lines.append(f"{label:<22}{first[key]:>16,}{second[key]:>16,}   {ratio}".rstrip())
     return "\n".join(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import settings
 from errors import NeuronMergingError, out_of_memory
-from files import check_writable, remove_partials, write_atomically
+from files import check_writable, remove_partials, write_text
 from options import check, from_scratch, parser, recipe
 
 if TYPE_CHECKING:  # PyTorch is imported where it is needed: --help and a wrong flag do not wait for it
@@ -209,7 +209,7 @@ def report(args: argparse.Namespace, row: dict[str, Any]) -> None:
 
             append(row, args.append)
         if args.json not in (None, "-"):
-            write_atomically(Path(args.json), lambda file: file.write(text.encode()))
+            write_text(Path(args.json), text)
     finally:  # a full disk does not hide what was measured, a closed pipe does not lose it
         print(summary(row), file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     if args.json == "-":

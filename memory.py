@@ -11,15 +11,18 @@ import torch
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def reset(device: torch.device) -> None:
-    """Begin to measure; where the system cannot forget an earlier peak (not Linux, not CUDA), it stays part of the answer."""
+def reset(device: torch.device) -> bool:
+    """Begin to measure. False where the system (not Linux, not CUDA) cannot forget an earlier peak: `peak` includes it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return True
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free, or using it again would not show
-    with contextlib.suppress(OSError):
+    try:
         CLEAR.write_text("5")
+        return True
+    except OSError:
+        return False
 
 
 def peak(device: torch.device) -> float:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import Images
 from errors import NeuronMergingError
 from evaluate import accuracy
-from files import remove_partials, write_atomically
+from files import remove_partials, write_atomically, write_text
 from settings import Recipe
 
 SAVE_SECONDS = 300  # within an epoch, the state is written this often
@@ -271,7 +271,7 @@ def _write_curve(curve: Path | None, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(curve, lambda file: file.write(text.getvalue().encode()))
+    write_text(curve, text.getvalue())
 
 
 class _StopRequest:

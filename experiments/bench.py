@@ -27,13 +27,13 @@ from data import DATASETS, Images
 from decompose import COMPENSATIONS, BatchNorm, choose, compensate, decompose, others, read, rebuild
 from errors import NeuronMergingError
 from evaluate import accuracy, count_macs
-from experiment import Experiment, kept_widths, versions
+from experiment import kept_widths, versions
 from experiments import command
 from experiments.bench_train import usual
 from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
 from experiments.tables import FIGURES, markdown
-from files import write_atomically
+from files import write_text
 from latency import compare
 from models import build
 from restore import restore
@@ -148,8 +148,7 @@ def slope(measured: Sequence[Measured], key: str) -> float:
 
 def kept(model: nn.Module, found: Sequence[Unit], grid: Grid) -> list[torch.Tensor]:
     """Half of every unit's neurons, or the paper's widths where it fixes them, by l2-norm."""
-    experiment = Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, "restore")
-    return choose(model, found, kept_widths(model, found, experiment), "l2-norm")
+    return choose(model, found, kept_widths(model, found, grid.experiment("restore")), "l2-norm")
 
 
 def restoration(grid: Grid) -> Measured:
@@ -340,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = measured(GRIDS)
     text = document(report)
     for path, content in ((RESULTS / "bench.json", json.dumps(report, indent=2) + "\n"), (RESULTS / "BENCH.md", text)):
-        write_atomically(path, lambda file, content=content: file.write(content.encode()))
+        write_text(path, content)
     draw(report["growth"], [FIGURES / f"growth.{ending}" for ending in ("png", "svg")])
     print(text)
     return 0

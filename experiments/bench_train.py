@@ -20,7 +20,7 @@ from experiment import choose_device, versions
 from experiments import command
 from experiments.rows import RESULTS
 from experiments.tables import markdown
-from files import write_atomically
+from files import write_text
 from models import build
 from train import autocast_dtype, batches, sgd
 
@@ -123,14 +123,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     header = ["network", "usual loop, images/s", "trainer", "--compile", "fast recipe"]
     table = markdown([*header, *(f"{name}, ratio" for name in header[2:])], lines)
     dtype = autocast_dtype(device)
+    precision = "float32 (this hardware has no bfloat16)" if dtype is None else dtype
     text = (
         f"# Training speed\n\nMade by `make bench-train`: {args.batches} batches of {size} on {device}, "
-        f"{torch.get_num_threads()} threads, PyTorch {versions()['torch']}.\nThe trainer computes in "
-        f"{'float32 (this hardware has no bfloat16)' if dtype is None else dtype} here. *Trainer* and *--compile*: at "
-        f"full size, as the published recipe trains.\n*Fast recipe*: over a whole training by it, which shows smaller "
-        f"images at first (not compiled).\n\n{table}\n"
+        f"{torch.get_num_threads()} threads, PyTorch {versions()['torch']}.\n"
+        f"*Usual loop*: a DataLoader with two workers, in float32. The trainer computes in {precision} here.\n"
+        "*Trainer* and *--compile*: at full size, as the published recipe trains.\n"
+        "*Fast recipe*: over a whole training by it, which shows smaller images at first (not compiled).\n\n"
+        f"{table}\n"
     )
-    write_atomically(RESULTS / "BENCH_TRAIN.md", lambda file: file.write(text.encode()))
+    write_text(RESULTS / "BENCH_TRAIN.md", text)
     print(text)
     return 0
 

@@ -25,16 +25,12 @@ def experiments(grid: Grid) -> Iterator[Experiment]:
     for criterion, ratio, widths in cells:
         about = {"criterion": criterion, "ratio": ratio, "widths": widths}
         if widths == "uniform":
-            yield from (_experiment(grid, kind, **about) for kind in ("prune", "merge"))
-        yield from (_experiment(grid, "restore", seed=seed, **about) for seed in SEEDS)
+            yield from (grid.experiment(kind, **about) for kind in ("prune", "merge"))
+        yield from (grid.experiment("restore", seed=seed, **about) for seed in SEEDS)
         if criterion == grid.criterion:
-            yield _experiment(grid, "lbyl", **about)
-            yield from (_experiment(grid, "fold", seed=seed, **about) for seed in SEEDS)
-            yield from (_experiment(grid, kind, calibrate=f"{grid.dataset}:{IMAGES}", **about) for kind in LOOKS)
-
-
-def _experiment(grid: Grid, kind: str, **about: object) -> Experiment:
-    return Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, kind, **about)
+            yield grid.experiment("lbyl", **about)
+            yield from (grid.experiment("fold", seed=seed, **about) for seed in SEEDS)
+            yield from (grid.experiment(kind, calibrate=f"{grid.dataset}:{IMAGES}", **about) for kind in LOOKS)
 
 
 def criterion_of(grid: Grid, row: Row) -> str:

@@ -33,7 +33,7 @@ def experiments(grid: Grid) -> Iterator[Experiment]:
 
 def _experiment(grid: Grid, kind: str, seed: int, budget: dict, rule: dict) -> Experiment:
     about = {"criterion": grid.criterion, "widths": "auto", "seed": seed} | budget | rule
-    return Experiment(grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, kind, **about)
+    return grid.experiment(kind, **about)
 
 
 def rule(grid: Grid, row: Row) -> str | None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from data import Images, load
 from decompose import COMPENSATIONS, Decomposition, decompose, rebuild
-from experiment import Experiment, kept_widths
+from experiment import kept_widths
 from experiment import load as load_network
 from experiments import command
 from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
-from files import write_atomically
+from files import write_text
 from settings import data_folder
 from trace import Unit, units
 
@@ -57,9 +57,7 @@ def relative_errors(
 
 def measure(grid: Grid, images: Images) -> dict[str, Any]:
     """The errors of every type of compensation on the first test images: one row of features.jsonl."""
-    experiment = Experiment(
-        grid.arch, grid.dataset, grid.checkpoint, grid.depth_wide, "prune", criterion=CRITERION, ratio=RATIO
-    )
+    experiment = grid.experiment("prune", criterion=CRITERION, ratio=RATIO)
     model, checkpoint = load_network(experiment)
     model.eval()
     found = units(model)
@@ -94,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     there = [grid for grid in GRIDS.values() if grid.checkpoint.exists()]
     measured = [measure(grid, load(grid.dataset, "test", data_folder())) for grid in there]
     text = "".join(json.dumps(row) + "\n" for row in measured)
-    write_atomically(FEATURES, lambda file: file.write(text.encode()))
+    write_text(FEATURES, text)
     return 0
 
 

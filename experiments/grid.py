@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -50,15 +51,17 @@ class Grid:
         """Name of the figure's files, without their ending."""
         return "_".join([self.arch, *map(str, self.depth_wide), self.dataset])
 
+    def experiment(self, kind: str = "original", **about: Any) -> Experiment:
+        """An experiment with the grid's own checkpoint."""
+        return Experiment(self.arch, self.dataset, self.checkpoint, self.depth_wide, kind, **about)
+
     def experiments(self) -> Iterator[Experiment]:
         """The paper's: the original, then every compensation by criterion and ratio."""
-        yield Experiment(self.arch, self.dataset, self.checkpoint, self.depth_wide)
+        yield self.experiment()
         for criterion in CRITERIA:
             for ratio in self.ratios:
                 for compensation in COMPENSATIONS:
-                    yield Experiment(
-                        self.arch, self.dataset, self.checkpoint, self.depth_wide, compensation, criterion, ratio
-                    )
+                    yield self.experiment(compensation, criterion=criterion, ratio=ratio)
 
 
 GRIDS = {

@@ -15,7 +15,7 @@ from data import load
 from experiment import Experiment, measure
 from experiments import command
 from experiments.grid import GRIDS, PRETRAINED
-from files import write_atomically
+from files import write_text
 from models import load_checkpoint
 
 MANIFEST = PRETRAINED / "MANIFEST.json"
@@ -70,11 +70,11 @@ def workbench() -> Experiment:
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild the manifest from the checkpoints in pretrained/."""
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
-    files = [(g.title, Experiment(g.arch, g.dataset, g.checkpoint, g.depth_wide), "test") for g in GRIDS.values()]
+    files = [(g.title, g.experiment(), "test") for g in GRIDS.values()]
     files.append(("ResNet-20 on CIFAR-10 without the val images, to choose settings on", workbench(), "val"))
     entries = {e.pretrained.name: entry(title, e, split) for title, e, split in files if e.pretrained.exists()}
     text = json.dumps(entries, indent=2) + "\n"
-    write_atomically(MANIFEST, lambda file: file.write(text.encode()))
+    write_text(MANIFEST, text)
     print(text, end="")
     return 0
 

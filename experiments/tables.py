@@ -11,7 +11,7 @@ from experiments import beyond, chosen, command, features, rows
 from experiments.grid import GRIDS, Grid
 from experiments.manifest import shipped
 from experiments.rows import Row
-from files import write_atomically
+from files import write_text
 
 TABLES = rows.RESULTS / "TABLES.md"
 FIGURES = rows.RESULTS / "figures"
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     everything = rows.load()
     for path, text in documents(everything).items():
         if not args.check:
-            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+            write_text(path, text)
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             raise NeuronMergingError(f"{path.name} does not match results/rows.jsonl: run make tables")
     if not args.check:

@@ -28,7 +28,7 @@ from experiments.beyond import cell
 from experiments.grid import PRETRAINED
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown, replaced
-from files import write_atomically
+from files import write_text
 from models.checkpoint import sha256
 from restore import Options, restore
 from trace import units
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     torch.manual_seed(0)
     for path, text in documents(run(FOLDER / "rows.jsonl")).items():
-        write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        write_text(path, text)
         print(f"wrote {path}")
     return 0
 

@@ -23,7 +23,7 @@ from evaluate import count_parameters
 from experiments import command, rows
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown
-from files import write_atomically
+from files import write_text
 from methods import METHODS, Settings
 from shrink import prunable, shrink, width
 from streams import Stream
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in tqdm([n for n in args.names or networks() if n not in done], "zoo", leave=False, disable=None):
         rows.append(tried(name, args.largest), path, key=lambda row: (row["network"], row.get("not_tried")))
     text = table(rows.load(path))
-    write_atomically(TABLE, lambda file: file.write(text.encode()))
+    write_text(TABLE, text)
     print(f"wrote {TABLE}")
     return 0
 
