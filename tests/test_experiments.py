@@ -224,7 +224,7 @@ def test_restoration_is_above_its_rivals_but_where_the_readme_says():
     """In the mean over seeds, without data, with uniform or the paper's widths; fold against the selection by l1-norm."""
     cells: dict = {}
     for row in rows.load():
-        if row["widths_rule"] == "published" and not row.get("calibrate"):
+        if row["widths_rule"] in ("published", "uniform") and not row.get("calibrate"):
             cell = cells.setdefault((row["checkpoint_sha256"], row["arch"], row["ratio"]), {})
             cell.setdefault((row["type"], row["criterion"]), []).append(row["accuracy"])
     compared, fold_above = 0, set()

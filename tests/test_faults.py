@@ -26,13 +26,26 @@ sys.exit(main.main(["--epochs", "20", "--schedule", "5", "--gammas", "0.1", "--s
 """
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """A test that fails leaves no process behind."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def training(*arguments, limit=None):
     """A process that trains. limit: bytes that a file can have."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    run = subprocess.Popen(
         [sys.executable, "-c", TRAIN, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
     )  # fmt: skip
+    STARTED.append(run)
+    return run
 
 
 def test_a_run_killed_between_and_inside_writes_goes_on_to_the_same_network(tmp_path):
