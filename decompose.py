@@ -334,9 +334,8 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
         raise NeuronMergingError(f"{len(parts)} decompositions for {len(units)} units")
     left = [(unit, part) for unit, part in zip(units, parts) if len(part.keep)]
     replaced = [model.get_submodule(name).weight for unit, _ in left for name in (unit.layer, unit.next)]
-    small = copy.deepcopy(
-        model, {id(w): nn.Parameter(w.detach(), w.requires_grad) for w in replaced}
-    )  # these would be copied for nothing
+    shared = {id(w): nn.Parameter(w.detach(), w.requires_grad) for w in replaced}  # else copied, only to be replaced
+    small = copy.deepcopy(model, shared)
     for unit, part in left:
         for name in filter(None, (unit.layer, unit.bn)):
             cut(small.get_submodule(name), part.keep)

@@ -1,7 +1,9 @@
-"""The one exception that ends in a line for the user instead of a traceback."""
+"""The one exception that ends in a line for the user instead of a traceback, and how commands end."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 
 
 class NeuronMergingError(Exception):
@@ -33,3 +35,29 @@ def said(what: str, typed: bool = False) -> Iterator[None]:
             raise
         kind = f"{type(error).__name__}: " if typed else ""
         raise NeuronMergingError(f"{what}: {kind}{reason(error)}") from error
+
+
+def ending(work: Callable[[], int], complain: Callable[[object], None]) -> int:
+    """The exit code of a command: its own, 2 after one line for what the user can mend, 130 for Ctrl-C, 1 if nobody reads."""
+    try:
+        return work()
+    except NeuronMergingError as error:
+        complain(error)
+        return 2
+    except BrokenPipeError:  # who reads our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        complain(f"{error.filename or 'output'}: {error.strerror or error}")
+        return 2
+    except ModuleNotFoundError as error:
+        complain(f"the package {error.name} is missing: run make demo once and use .venv/bin/python")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        complain("out of memory: a smaller --batch-size, --test-batch-size, --probe-samples or --calibrate needs less")
+        return 2
+    except KeyboardInterrupt as stop:
+        complain(stop if str(stop) else "stopped")
+        return 130

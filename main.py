@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import settings
-from errors import NeuronMergingError, out_of_memory
+from errors import NeuronMergingError, ending
 from files import check_writable, remove_partials, write_text
 from options import check, from_scratch, parser, recipe
 
@@ -137,18 +137,8 @@ def save(path: Path, model: "torch.nn.Module", row: dict[str, Any], before: str 
     from models import save_checkpoint
 
     names = (
-        "arch",
-        "depth_wide",
-        "dataset",
-        "type",
-        "criterion",
-        "ratio",
-        "widths",
-        "coupled",
-        "split",
-        "epochs",
-        "versions",
-    )
+        "arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths", "coupled", "split", "epochs", "versions",
+    )  # fmt: skip
     about = {name: row[name] for name in names if row.get(name) is not None}
     command = shlex.join(["python", "main.py", *sys.argv[1:]])
     save_checkpoint(path, model, acc=row["accuracy"], command=f"{before} && {command}" if before else command, **about)
@@ -231,31 +221,14 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
-    try:
+
+    def work() -> int:
         args = parser().parse_args(argv)
         check(args)
         report(args, run(args))
         return 0
-    except NeuronMergingError as error:
-        complain(error)
-        return 2
-    except BrokenPipeError:  # who reads our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        complain(f"{error.filename or 'output'}: {error.strerror or error}")
-        return 2
-    except ModuleNotFoundError as error:
-        complain(f"the package {error.name} is missing: run make demo once and use .venv/bin/python")
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        complain("out of memory: a smaller --batch-size, --test-batch-size, --probe-samples or --calibrate needs less")
-        return 2
-    except KeyboardInterrupt as stop:
-        complain(stop if str(stop) else "stopped")
-        return 130
+
+    return ending(work, complain)
 
 
 if __name__ == "__main__":

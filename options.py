@@ -242,7 +242,7 @@ def parser() -> Parser:
 def thins(args: argparse.Namespace) -> bool:
     """Whether the command line says how many neurons stay: it names a method, a ratio or widths, and leaves no choice."""
     told = args.pruning_ratio is not None or args.ratios or not isinstance(args.widths, str)
-    return bool(told or args.model_type not in (None, "original")) and args.widths not in settings.CHOSEN_WIDTHS
+    return bool(told or args.model_type != "original") and args.widths not in settings.CHOSEN_WIDTHS
 
 
 def from_scratch(args: argparse.Namespace) -> bool:
@@ -285,8 +285,9 @@ def check(args: argparse.Namespace) -> None:
     """What can be said of the command line before PyTorch is there. Raises NeuronMergingError."""
     if args.arch not in settings.NETWORKS:
         raise NeuronMergingError(f"unknown network {args.arch!r}: choose one of {', '.join(settings.NETWORKS)}")
-    args.thins, silent = thins(args), args.model_type is None
+    silent = args.model_type is None
     args.model_type = args.model_type or "original"
+    args.thins = thins(args)
     args.pruning_ratio = RATIO if args.pruning_ratio is None else args.pruning_ratio
     if not 0 <= args.pruning_ratio < 1:
         raise NeuronMergingError(f"--pruning-ratio {args.pruning_ratio} is outside [0, 1)")

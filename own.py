@@ -184,9 +184,8 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     shape, small, report = args.input_size, model, None
     macs = network_macs(model, shape)  # or a line that says that it does not run
     began = args.weights if checkpoint is None else origin(checkpoint)
-    measure = (
-        _measurement(args, began, device) if args.evaluate else None
-    )  # nothing is made for images that are not there
+    # Before anything is made: images may not be there.
+    measure = _measurement(args, began, device) if args.evaluate else None
     looked_at = (
         data.pictures(args.calibrate, transforms(args.model, began, shape), args.seed) if args.calibrate else None
     )

@@ -119,9 +119,7 @@ def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1)
     A folder's images ("DIR" or "DIR:N") are cut to the shape of `dataset`; their labels, unknown, are 0.
     Raises NeuronMergingError where there are none.
     """
-    source, number = counted(text)
-    if number is not None and number < 2:
-        raise NeuronMergingError(f"--calibrate {text}: at least 2 images are needed")
+    source, number = _counted(text)
     if source == dataset:
         images = load(dataset, "fit", root)
     elif source in DATASETS:
@@ -129,19 +127,27 @@ def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1)
     else:
         pixels = pictures(text, _cut(DATASETS[dataset].shape), seed)
         return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), DATASETS[dataset], "calibrate")
-    if number is not None and number > len(images):
-        raise NeuronMergingError(f"--calibrate {text}: there are only {len(images)} images")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images[order[:number]]
+    return images[_drawn(text, len(images), number, seed)]
 
 
-def counted(text: str) -> tuple[str, int | None]:
-    """SOURCE:N → the source and the number, None where there is none."""
+def _counted(text: str) -> tuple[str, int | None]:
+    """SOURCE:N → the source and the number, None where there is none. Raises NeuronMergingError for less than two images."""
     source, _, number = text.rpartition(":")
-    return (source, int(number)) if source and number.isdigit() else (text, None)
+    if not source or not number.isdigit():
+        return text, None
+    if int(number) < 2:
+        raise NeuronMergingError(f"--calibrate {text}: at least 2 images are needed")
+    return source, int(number)
 
 
-def image_files(folder: Path) -> list[Path]:
+def _drawn(text: str, there: int, number: int | None, seed: int) -> Tensor:
+    """Indices of `number` images (all, if None) of those that are there, by lot. Raises NeuronMergingError for too few."""
+    if number is not None and number > there:
+        raise NeuronMergingError(f"--calibrate {text}: there are only {there} images")
+    return torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:number]
+
+
+def _image_files(folder: Path) -> list[Path]:
     """Every image file below `folder`, none where there is no folder."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -173,16 +179,11 @@ def pictures(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor
     """
     from torchvision.datasets.folder import default_loader
 
-    source, number = counted(text)
-    files, needed, what = image_files(Path(source)), 2 if number is None else number, f"--calibrate {text}"
-    if needed < 2:
-        raise NeuronMergingError(f"{what}: at least 2 images are needed")
+    source, number = _counted(text)
+    files, what = _image_files(Path(source)), f"--calibrate {text}"
     if len(files) < 2:
         raise NeuronMergingError(f"{what}: there is no folder {source} with two images or more")
-    if len(files) < needed:
-        raise NeuronMergingError(f"{what}: there are only {len(files)} images")
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:number]
-    chosen = [files[i] for i in order]
+    chosen = [files[i] for i in _drawn(text, len(files), number, seed)]
     with said(what, typed=True):
         return torch.stack([*readable((transform(default_loader(file)) for file in chosen), what, chosen)])
 
