@@ -28,11 +28,13 @@ HERE = Path(__file__).resolve().parent
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Do what the checked command line says; returns the result row."""
     import experiment as xp
+    import memory
     import train as trainer
 
     if trainer.launched() and (args.model or args.summary or args.evaluate):
         raise NeuronMergingError("torchrun is for training: run this without it")
     device = xp.choose_device("cpu" if args.no_cuda else args.device)
+    memory.keep_freed()
     if args.model:
         import own
 

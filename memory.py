@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, in MB (10⁶ bytes)."""
+"""Peak memory of a piece of work, in MB (10⁶ bytes); and memory that a command keeps, to be faster."""
 
 import contextlib
 import ctypes
@@ -9,6 +9,19 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed() -> None:
+    """Let this process keep the memory that it frees, for what it makes next. Where the C library is not glibc: nothing.
+
+    As it comes, glibc hands large tensors back to the system, which clears the pages of the next ones anew. For commands,
+    not for a library: it holds for the whole process.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def reset(device: torch.device) -> bool:

@@ -336,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
     from experiments.figures import growth as draw
 
+    memory.keep_freed()  # as main.py does
     report = measured(GRIDS)
     text = document(report)
     for path, content in ((RESULTS / "bench.json", json.dumps(report, indent=2) + "\n"), (RESULTS / "BENCH.md", text)):

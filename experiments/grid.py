@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import memory
 import settings
 from data import Images, load
 from decompose import COMPENSATIONS, CRITERIA
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.pretrained and (args.network is None or not args.pretrained.exists()):
         raise NeuronMergingError(f"--pretrained {args.pretrained}: name a file that is there, and the network it is of")
     device = choose_device(args.device)
+    memory.keep_freed()
     for name, grid in GRIDS.items():
         if args.network not in (None, name):
             continue

@@ -1,6 +1,11 @@
 """The benchmark on a small network: it compares what is the same, and its document says what was measured."""
 
 import json
+import platform
+import subprocess
+import sys
+
+import pytest
 
 from experiments import bench, bench_train
 from experiments.grid import Grid
@@ -41,3 +46,23 @@ def test_the_trainer_that_is_timed_takes_steps(monkeypatch, tmp_path, capsys):
     assert bench_train.main(["ResNet", "--batches", "1", "--batch-size", "8"]) == 0
     text = (tmp_path / "BENCH_TRAIN.md").read_text()
     assert text in capsys.readouterr().out and text.count("| ResNet |") == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library: memory.keep_freed does nothing there")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_command_keeps_the_memory_that_it_frees(keeps):
+    work = f"""if True:
+        import ctypes, re, memory
+        held = lambda: int(re.search(r"VmRSS:\\s*(\\d+)", memory.STATUS.read_text())[1]) * 1024
+        if {keeps}:
+            memory.keep_freed()
+        before = held()
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+        tensor = libc.malloc(100_000_000)
+        ctypes.memset(tensor, 1, 100_000_000)
+        libc.free(tensor)
+        print(held() - before > 90_000_000)
+    """
+    done = subprocess.run([sys.executable, "-c", work], cwd=bench.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(keeps)
