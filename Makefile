@@ -19,7 +19,7 @@ fuzz: .venv/test ## random networks and command lines, FUZZ of each kind, with c
 lint: .venv/test ## ruff
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
-rows: .venv/runtime ## measure every experiment of the paper that results/rows.jsonl does not hold yet
+rows: .venv/runtime ## measure every experiment, of the paper and beyond, that results/rows.jsonl does not hold yet
 	@$(RUN) -m experiments.grid
 
 features: .venv/runtime ## measure the error of every feature map (results/features.jsonl)

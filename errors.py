@@ -37,8 +37,15 @@ def said(what: str, typed: bool = False) -> Iterator[None]:
         raise NeuronMergingError(f"{what}: {kind}{reason(error)}") from error
 
 
-def ending(work: Callable[[], int], complain: Callable[[object], None]) -> int:
-    """The exit code of a command: its own, 2 after one line for what the user can mend, 130 for Ctrl-C, 1 if nobody reads."""
+def ending(work: Callable[[], int], prefix: str = "") -> int:
+    """The exit code of a command: its own, 2 after one line for what the user can mend, 130 for Ctrl-C, 1 if nobody reads.
+
+    The line goes to stderr, behind `prefix`, whatever is in the message.
+    """
+
+    def complain(message: object) -> None:
+        print(prefix + " ".join(str(message).split("\n")), file=sys.stderr)
+
     try:
         return work()
     except NeuronMergingError as error:

@@ -3,6 +3,7 @@
 import argparse
 import platform
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -307,6 +308,12 @@ def taken_out(args: argparse.Namespace, model: nn.Module, small: nn.Module, shap
         with said("--benchmark: the networks do not run on one input and on a batch of them"):
             found["benchmark"] = compare({"original": model, "smaller": small}, shape)
     return found
+
+
+def about(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What a file that is saved says of itself: of its row what is known of `names`, and the command that made it."""
+    command = shlex.join(["python", "main.py", *sys.argv[1:]])
+    return {name: row[name] for name in names if row.get(name) is not None} | {"command": command}
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from errors import NeuronMergingError, reason
 from files import write_atomically
-from settings import EXPORTS
+from settings import EXPORTS, ONNX
 
 TOLERANCE = 1e-4  # of the largest output
 CHECKED = (1, 3)  # inputs a batch
@@ -40,10 +40,12 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
         warnings.simplefilter("ignore")  # of interest to PyTorch's developers
         try:
             content, again = write(model, example)
-            off = torch.stack([_off(again(x), model(x)) for x in batches]).max().item()  # NaN, if any is
+            off = (
+                torch.stack([_off(again(x.clone()), model(x.clone())) for x in batches]).max().item()
+            )  # NaN, if any is
         except ModuleNotFoundError as error:
             raise NeuronMergingError(
-                f"{EXPORTS[path.suffix]} needs the package {error.name}: pip install onnx onnxscript onnxruntime"
+                f"{EXPORTS[path.suffix]} needs the package {error.name}: pip install {' '.join(ONNX)}"
             ) from error
         except Exception as error:  # the exporters run the user's code and raise whatever it does
             raise NeuronMergingError(

@@ -13,7 +13,7 @@ import memory
 from evaluate import count_macs, count_parameters
 from models import stored
 
-SECONDS = 2.0  # of every measurement, at least
+SECONDS = 2.0  # of every measurement, about
 REPEATS = 7
 
 

@@ -6,9 +6,9 @@ python main.py --arch LeNet_300_100 --pretrained FILE --model-type merge --crite
 import argparse
 import json
 import os
-import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # PyTorch is imported where it is needed: --help and a wrong 
 HERE = Path(__file__).resolve().parent
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Do what the checked command line says; returns the result row."""
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """Do what the checked command line says; returns the result row, and what makes the rest of it: exports, comparisons."""
     import experiment as xp
     import memory
     import train as trainer
@@ -51,19 +51,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         network = xp.load(experiment)[0] if args.pretrained else experiment.network()
         kept = xp.kept_widths(network, prunable(network, args.coupled)[0], experiment) if args.thins else None
-        return {"summary": summary(network, kept, coupled=args.coupled, multiple=args.multiple)}
-    return (evaluate if args.evaluate else train)(args, experiment, device)
+        return {"summary": summary(network, kept, coupled=args.coupled, multiple=args.multiple)}, dict
+    return evaluate(args, experiment, device) if args.evaluate else (train(args, experiment, device), dict)
 
 
-def evaluate(args: argparse.Namespace, experiment: "Experiment", device: "torch.device") -> dict[str, Any]:
-    """Measure what the experiment leaves of the checkpoint, as the file holds it if it is saved."""
+def evaluate(
+    args: argparse.Namespace, experiment: "Experiment", device: "torch.device"
+) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """Measure what the experiment leaves of the checkpoint, as the file holds it if it is saved; returns as `run`."""
     import data
     import experiment as xp
     from models import stored
+    from shrink import prunable
 
     model, checkpoint = xp.load(experiment)
-    shrunk = xp.shrink(xp.placed(model, device), experiment, xp.calibration(experiment, args.data))
-    images = data.load(args.dataset, args.split, args.data)  # last: no download for a command that cannot work
+    if args.model_type != "original":
+        xp.kept_widths(model, prunable(model, args.coupled)[0], experiment)  # no download where there are none
+    looked_at, images = xp.calibration(experiment, args.data), data.load(args.dataset, args.split, args.data)
+    shrunk = xp.shrink(xp.placed(model, device), experiment, looked_at)
     if args.save:
         shrunk.model.load_state_dict(stored(shrunk.model))
     row = xp.row(experiment, checkpoint, shrunk, images, device, args.test_batch_size)
@@ -71,7 +76,8 @@ def evaluate(args: argparse.Namespace, experiment: "Experiment", device: "torch.
         save(args.save, shrunk.model, row)
     if args.benchmark and shrunk.widths is None:  # the file may hold a smaller network already
         model = experiment.network().eval()
-    return row | xp.taken_out(args, model.to(device), shrunk.model, settings.NETWORKS[experiment.arch].shape)
+    shape = settings.NETWORKS[experiment.arch].shape
+    return row, lambda: xp.taken_out(args, model.to(device), shrunk.model, shape)
 
 
 def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.device") -> dict[str, Any]:
@@ -136,14 +142,15 @@ def save(path: Path, model: "torch.nn.Module", row: dict[str, Any], before: str 
 
     `before`: the command that made the network which this one was trained from.
     """
+    from experiment import about
     from models import save_checkpoint
 
     names = (
         "arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths", "coupled", "split", "epochs", "versions",
     )  # fmt: skip
-    about = {name: row[name] for name in names if row.get(name) is not None}
-    command = shlex.join(["python", "main.py", *sys.argv[1:]])
-    save_checkpoint(path, model, acc=row["accuracy"], command=f"{before} && {command}" if before else command, **about)
+    known = about(row, names)
+    known["command"] = " && ".join(filter(None, (before, known["command"])))
+    save_checkpoint(path, model, acc=row["accuracy"], **known)
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -153,7 +160,7 @@ def summary(row: dict[str, Any]) -> str:
     if "model" in row:
         from own import text
 
-        return "\n".join([text(row), *taken_out(row)])
+        return "\n".join([text(row), *extras(row)])
     network = " ".join([row["arch"], "-".join(map(str, row["depth_wide"]))]).strip()
     shrunk = row["type"] != "original"
     title = f"{network} on {row['dataset']}: {row['type'] if shrunk else row['checkpoint']}"
@@ -177,10 +184,10 @@ def summary(row: dict[str, Any]) -> str:
     peak = "" if row["peak_mb"] is None else f"   peak memory {row['peak_mb']:,.0f} MB"
     lines.append(f"{'decompose':<12}{'':>16}{row['seconds_decompose']:>14.3f} s{peak}")
     lines.append(f"{'evaluate':<12}{'':>16}{row['seconds_evaluate']:>14.3f} s   on {row['device']}")
-    return "\n".join([*lines, *taken_out(row)])
+    return "\n".join([*lines, *extras(row)])
 
 
-def taken_out(row: dict[str, Any]) -> list[str]:
+def extras(row: dict[str, Any]) -> list[str]:
     """What a row says of exports and speed, for people."""
     lines = []
     if row.get("export"):
@@ -199,7 +206,8 @@ def report(args: argparse.Namespace, row: dict[str, Any]) -> None:
         if args.append:
             from experiments.rows import append
 
-            append(row, args.append)
+            if not append(row, args.append):
+                print(f"{args.append} holds a row of these settings already: it is left as it is", file=sys.stderr)
         if args.json not in (None, "-"):
             write_text(Path(args.json), text)
     finally:  # a full disk does not hide what was measured, a closed pipe does not lose it
@@ -208,11 +216,6 @@ def report(args: argparse.Namespace, row: dict[str, Any]) -> None:
         if sys.stdout is None:
             raise NeuronMergingError("--json -: standard output is closed")
         print(text, end="", flush=True)
-
-
-def complain(message: object) -> None:
-    """One line on stderr, whatever is in the message."""
-    print("main.py:", " ".join(str(message).split("\n")), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,10 +230,14 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         args = parser().parse_args(argv)
         check(args)
-        report(args, run(args))
+        row, rest = run(args)
+        try:
+            row |= rest()
+        finally:  # what is measured is not lost where an export fails
+            report(args, row)
         return 0
 
-    return ending(work, complain)
+    return ending(work, "main.py: ")
 
 
 if __name__ == "__main__":

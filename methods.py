@@ -110,6 +110,7 @@ METHODS |= {"restore": _restored, "lbyl": _lbyl, "fold": _folded}
 METHODS |= {f"{name}-bn": partial(_reestimated, name) for name in ("prune", "merge")}
 SEEDED = ("restore", "fold")  # whose result depends on the seed
 LOOKING = ("prune-bn", "merge-bn")  # that cannot do without real images
+ALONE = ("lbyl", "fold")  # that have no form for coupled channels
 
 
 def layerwise(name: str, settings: Settings) -> Callable[[Neurons, Tensor], Decomposition] | None:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """A wrong command line. Raises NeuronMergingError."""
-        raise NeuronMergingError(f"{message}; main.py --help lists the options")
+        raise NeuronMergingError(f"{message}; {self.prog} --help lists the options")
 
 
 def depth_wide(text: str) -> tuple[int, ...]:
@@ -66,6 +67,7 @@ def ratios(text: str) -> dict[str, float]:
 def parser() -> Parser:
     """All flags: the published ones keep their names and meanings."""
     p = Parser(
+        prog="main.py",
         description="Neuron Merging: train a network, make it smaller without data, measure what is left.",
         allow_abbrev=False,
     )
@@ -287,7 +289,7 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError(f"unknown network {args.arch!r}: choose one of {', '.join(settings.NETWORKS)}")
     silent = args.model_type is None
     args.model_type = args.model_type or "original"
-    args.thins = thins(args)
+    args.thins, told_ratio = thins(args), args.pruning_ratio is not None
     args.pruning_ratio = RATIO if args.pruning_ratio is None else args.pruning_ratio
     if not 0 <= args.pruning_ratio < 1:
         raise NeuronMergingError(f"--pruning-ratio {args.pruning_ratio} is outside [0, 1)")
@@ -303,6 +305,9 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError(f"unknown --split {args.split!r}: choose test or val")
     if args.export and args.export.suffix not in settings.EXPORTS:
         raise NeuronMergingError(f"--export {args.export}: name a file that ends in {', '.join(settings.EXPORTS)}")
+    missing = [name for name in settings.ONNX if find_spec(name) is None] if args.export else []
+    if missing and args.export.suffix == ".onnx":  # said before anything is measured
+        raise NeuronMergingError(f"--export {args.export} needs more packages: pip install {' '.join(missing)}")
     recipe(args)
     args.data = args.data or settings.data_folder()
     if not args.model:
@@ -315,6 +320,8 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--append is for the rows of --arch: with --model write --json FILE")
     if args.ratios and not isinstance(args.widths, str):
         raise NeuronMergingError("--ratios and a list of --widths both say what is kept: give one of them")
+    if args.ratios and (told_ratio or args.budget):
+        raise NeuronMergingError("--ratios stands instead of --pruning-ratio and --budget: give one of them")
     if args.multiple > 1 and not isinstance(args.widths, str):
         raise NeuronMergingError(
             "--multiple is for widths that a ratio or a budget leaves: a list of --widths is as it is"
@@ -334,8 +341,11 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--model-args, --weights, --input-size, --ratios and --ignore belong to --model")
     if args.model and (args.retrain or args.pretrained or args.resume):
         raise NeuronMergingError("--pretrained, --retrain and --resume are for --arch: with --model give --weights")
-    if args.append and args.summary:
-        raise NeuronMergingError("--append is for rows of results: --summary has none")
+    if args.summary:
+        told = ("save", "export", "benchmark", "append")
+        useless = next((name for name in told if getattr(args, name)), None)
+        if useless:
+            raise NeuronMergingError(f"--{useless} is for results, and --summary has none: leave one of them out")
     written = [args.save, args.append, args.export, None if args.json in (None, "-") else Path(args.json)]
     written = [path for path in written if path is not None]
     for path in written:

@@ -1,11 +1,11 @@
 """A network of the user's own on the command line: imported, loaded, made smaller, measured on a folder of images."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ import settings
 from errors import NeuronMergingError, said
 from evaluate import CPU_BATCH, count_parameters, fused
 from evaluate import accuracy as on_images
-from experiment import placed, taken_out, versions
+from experiment import about, placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
 from shrink import check_choice, check_names, check_sizes, network_macs, parse_budget, shrink, summary
 
@@ -52,7 +52,7 @@ def build(spec: str, arguments: str | None = None) -> nn.Module:
         raise NeuronMergingError(f"--model {spec}: this program has a module {top} too; give yours another name")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(1, str(Path.cwd()))  # behind this program's own folder
-    with said(f"--model {spec} cannot be made", typed=True):
+    with said(f"--model {spec} cannot be made", typed=True), contextlib.redirect_stdout(sys.stderr):
         made = getattr(importlib.import_module(module), name)(**keywords)
     if not isinstance(made, nn.Module):
         raise NeuronMergingError(f"--model {spec} gives {type(made).__name__}, no torch.nn.Module")
@@ -75,8 +75,9 @@ def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint
         if weights not in known:
             names = f", nor one of {', '.join(known)}" if known else ""
             raise NeuronMergingError(f"--weights {weights} is no file that is there{names}")
-        with said(f"--weights {weights}", typed=True):
-            model.load_state_dict(known[weights].get_state_dict(progress=sys.stderr.isatty()))
+        with said(f"--weights {weights}", typed=True), contextlib.redirect_stdout(sys.stderr):  # says what it downloads
+            theirs = known[weights].get_state_dict(progress=sys.stderr.isatty())
+        load_weights(model, Checkpoint(path, "", theirs))
         _as_torchvision_made(model, spec, weights)
         return None
     checkpoint = load_checkpoint(path)
@@ -166,8 +167,8 @@ def accuracy(model: nn.Module, images: "ImageFolder", device: torch.device, batc
     return correct, len(images)
 
 
-def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Do what the command line says with the user's network; the result row."""
+def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """Do what the command line says with the user's network; the result row, and what makes the rest of it (main.run)."""
     model = build(args.model, args.model_args)
     checkpoint = with_weights(model, args.model, args.weights)
     ignore = args.ignore.split(",") if args.ignore else ()
@@ -177,7 +178,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         check_choice(args.widths in settings.CHOSEN_WIDTHS, args.budget, args.multiple, args.drop_blocks)
         ratio = args.ratios or (args.pruning_ratio if isinstance(args.widths, str) else args.widths)
         told = {"coupled": args.coupled, "ignore": ignore, "multiple": args.multiple}
-        return {"summary": summary(model, ratio if args.thins else None, **told)}
+        return {"summary": summary(model, ratio if args.thins else None, **told)}, dict
     if args.weights is None:
         print("warning: no --weights: the network is as its code makes it", file=sys.stderr)
     model = placed(model, device).eval()
@@ -219,12 +220,11 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         row |= measure({"smaller": small} | ({} if report is None else {"original": model}))
     if args.save:
         names = ("type", "criterion", "ratio", "budget", "widths", "input_size")
-        about = {name: row[name] for name in names if row.get(name) is not None} | ({"weights": began} if began else {})
-        command = shlex.join(["python", "main.py", *sys.argv[1:]])
-        save_checkpoint(args.save, small, math.inf, network=args.model, command=command, **about)
+        known = about(row, names) | ({"weights": began} if began else {})
+        save_checkpoint(args.save, small, math.inf, network=args.model, **known)
     if args.benchmark and report is None:  # the file may hold a smaller network already: this is what it was made from
         model = build(args.model, args.model_args).eval().to(device)
-    return row | taken_out(args, model, small, shape)
+    return row, lambda: taken_out(args, model, small, shape)
 
 
 def _told(args: argparse.Namespace) -> dict[str, Any]:
@@ -235,23 +235,27 @@ def _told(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measurement(
-    args: argparse.Namespace, origin: str | None, device: torch.device
+    args: argparse.Namespace, began: str | None, device: torch.device
 ) -> Callable[[dict[str, nn.Module]], dict[str, Any]]:
     """What measures networks, by name, on what --dataset names, which is opened here.
 
-    origin: torchvision's name for their weights.
+    began: torchvision's name for the weights that they began with.
     """
     name, _, folder = (args.dataset or "").partition(":")
-    about: dict[str, Any]
     if name == "imagefolder":
-        transform = transforms(args.model, origin, args.input_size)
+        transform = transforms(args.model, began, args.input_size)
         images = _image_folder(Path(folder), transform)
         count = partial(accuracy, images=images, device=device, batch_size=args.test_batch_size)
-        about = {"transforms": " ".join(str(transform).split())}
+        shown = {"transforms": " ".join(str(transform).split())}
     elif name in data.DATASETS:
+        dataset = data.DATASETS[name]
+        if args.input_size != dataset.shape:
+            raise NeuronMergingError(
+                f"--dataset {name} has images of {','.join(map(str, dataset.shape))}: --input-size says something else"
+            )
         images = data.load(name, args.split, args.data).to(device)
-        count = partial(on_images, images=images, batch_size=args.test_batch_size)
-        about = {"split": args.split}
+        count = partial(_on_dataset, images=images, batch_size=args.test_batch_size)
+        shown = {"split": args.split}
     else:
         raise NeuronMergingError(
             f"--dataset {args.dataset}: give imagefolder:DIR, or one of {', '.join(data.DATASETS)}"
@@ -263,10 +267,22 @@ def _measurement(
         rates = {n: round(100 * correct / max(1, total), 2) for n, (correct, total) in counts.items()}
         return {
             "dataset": args.dataset, "accuracy_original": rates.get("original"), "accuracy": rates["smaller"],
-            "correct": counts["smaller"][0], "total": counts["smaller"][1], **about,
+            "correct": counts["smaller"][0], "total": counts["smaller"][1], **shown,
         }  # fmt: skip
 
     return measure
+
+
+def _on_dataset(model: nn.Module, images: data.Images, batch_size: int | None) -> tuple[int, int]:
+    """(correct, total) on one of our data sets, whose classes the network has to have."""
+    with torch.inference_mode():
+        outputs = model.eval()(torch.zeros(1, *images.dataset.shape, device=images.labels.device)).shape[1]
+    if outputs != images.dataset.classes:
+        raise NeuronMergingError(
+            f"the data set has {images.dataset.classes} classes, the network {outputs} outputs: give --model-args,"
+            " or images of its own (imagefolder:DIR)"
+        )
+    return on_images(model, images, batch_size)
 
 
 def text(row: dict[str, Any]) -> str:

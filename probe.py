@@ -102,7 +102,7 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
             module.train()
             module.momentum = 0.0
     gradients = []
-    for part in x.chunk(math.ceil(len(x) / CHUNK)):
+    for part in x.tensor_split(math.ceil(len(x) / CHUNK)):  # no chunk of one
         part = part.clone().requires_grad_()
         with said(what), torch.enable_grad():
             logits = by_sample(model(part.clone()))  # which it may overwrite

@@ -32,16 +32,17 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
     W, N = neurons.W, len(neurons.W)
     drop = others(W, keep)
     X, Y = W[keep], W[drop]  # [P, D], [Q, D]
+    size = X.pow(2).sum(1).mean()  # the ridge is relative to the filters' own scale
     a, k = W.new_zeros(len(keep)), W.new_ones(len(drop), len(keep))
     g, b = W.new_zeros(len(drop)), W.new_zeros(len(drop))
     if neurons.bn is not None:
         gamma, beta, mu, _, sigma = neurons.bn.of(keep)
         usable = gamma.abs() > 1e-6
+        X = X * usable[:, None]  # a filter that the BatchNorm makes nothing of stands in for nobody
         a = torch.where(usable, mu - sigma * beta / gamma, 0)
         gamma_p, beta_p, mu_p, _, sigma_p = neurons.bn.of(drop)
         g, b = gamma_p / sigma_p, gamma_p * mu_p / sigma_p - beta_p  # [Q]
         k = torch.where(usable, g[:, None] * sigma / gamma, 0)
-    size = X.pow(2).sum(1).mean()  # the ridge is relative to the filters' own scale
     penalty = (LBYL_RIDGE * k**2).clamp(min=max(1e-8 * float(size), 1e-30))
     right = Y @ X.T + LBYL_RIDGE * (g * b)[:, None] * a  # [Q, P]
     if neurons.bn is None:  # one matrix for all
@@ -160,7 +161,7 @@ def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
         bn.train()
     what = f"{type(model).__name__} does not run in batches on images of shape {list(images.shape)}"
     with torch.no_grad(), said(what, typed=True):
-        for part in images.chunk(math.ceil(len(images) / batch_size)):
+        for part in images.tensor_split(math.ceil(len(images) / batch_size)):  # no batch of one
             model(part.clone())  # which it may overwrite
     for bn, momentum, buffers in zip(norms, momenta, before):
         bn.momentum = momentum

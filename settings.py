@@ -59,7 +59,7 @@ def uniform_widths(arch: str, depth_wide: Sequence[int], full: Sequence[int], ra
     else:
         step = depth_wide[1] if arch == "WideResNet" and all(n % depth_wide[1] == 0 for n in full) else 1
         widths = [step * floor(n // step * (1 - ratio)) for n in full]
-    if min(widths) < 1:
+    if min(widths, default=1) < 1:
         raise NeuronMergingError(
             f"--pruning-ratio {ratio} leaves no neuron in a layer of {min(full)}: choose a smaller one"
         )
@@ -91,6 +91,7 @@ LENET = Recipe(epochs=60, lr=0.1, weight_decay=1e-4, schedule=(15, 30, 45), gamm
 CIFAR = Recipe(epochs=200, lr=0.1, weight_decay=5e-4, schedule=(100, 150), gammas=(0.1, 0.1))
 CHOSEN_WIDTHS = ("auto", "quick")  # rules by which widths are chosen (ours, widths.py)
 EXPORTS = {".onnx": "ONNX", ".pt2": "torch.export", ".pt": "TorchScript"}  # by the file's ending
+ONNX = ("onnx", "onnxscript", "onnxruntime")  # the packages that it needs
 RECIPES = ("published", "fast")
 
 

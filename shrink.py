@@ -30,7 +30,7 @@ from decompose import (
 )
 from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
-from methods import LOOKING, METHODS, Settings, layerwise
+from methods import ALONE, LOOKING, METHODS, Settings, layerwise
 from restore import Options
 from settings import CHOSEN_WIDTHS, by_name
 from streams import Stream, apart, choose_channels, streams
@@ -161,7 +161,8 @@ def shrink(
     found, left_out = prunable(model, coupled)
     found, left_out = _without(model, found, left_out, ignore)
     if not found:
-        more = not coupled and _without(model, *prunable(model, True), ignore)[0]
+        alone = coupled or looks or compensation in ALONE
+        more = not alone and _without(model, *prunable(model, True), ignore)[0]
         raise NeuronMergingError(
             f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}"
             + ("; coupled channels (coupled=True, --coupled) can be" if more else "")
@@ -243,7 +244,9 @@ def check_sizes(model: nn.Module) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises NeuronMergingError where a parameter or a running statistic is NaN or infinite, or there is none yet."""
+    """Raises NeuronMergingError where a parameter or a running statistic is NaN or infinite (or a variance below 0), or
+    there is none yet.
+    """
     check_sizes(model)
     for name, module in model.named_modules():
         values = list(module.parameters(recurse=False))
@@ -253,6 +256,8 @@ def check_weights(model: nn.Module) -> None:
             raise NeuronMergingError(f"{name} ({type(module).__name__}) has no weights yet: it is on the meta device")
         if values:
             check_finite(name or type(module).__name__, *(value.detach() for value in values))
+        if isinstance(module, NORMS) and module.running_var is not None and (module.running_var < 0).any():
+            raise NeuronMergingError(f"{name} ({type(module).__name__}) has variances below 0")
 
 
 def network_macs(model: nn.Module, shape: tuple[int, ...]) -> int:

@@ -1,7 +1,6 @@
 """The paper's experiments: which there are, their rows, tables, figures and benchmarks."""
 
 import functools
-import sys
 from collections.abc import Callable
 
 from errors import ending
@@ -12,6 +11,6 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args: object) -> int:
-        return ending(lambda: main(*args), lambda message: print(message, file=sys.stderr))
+        return ending(lambda: main(*args))
 
     return wrapped

@@ -5,7 +5,6 @@ restoration against the peak of this machine's matrix products; evaluation again
 network buys; starting.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -36,6 +35,7 @@ from experiments.tables import FIGURES, markdown
 from files import write_text
 from latency import compare
 from models import build
+from options import Parser
 from restore import restore
 from tests import literal
 from trace import Unit, units
@@ -94,8 +94,7 @@ def merging(model: nn.Module, kind: str, repeats: int = 5) -> Measured:
         return rebuild(model, found, decompose(model, found, widths, "l1-norm", kind, t=0.0, lam=0.85))
 
     ours = seconds(work, repeats)
-    memory.reset(CPU)
-    before = memory.peak(CPU)
+    forgets, before = memory.reset(CPU), memory.peak(CPU)
     small = work()
     held = memory.peak(CPU) - before
     parts = decompose(model, found, widths, "l1-norm", kind, t=0.0, lam=0.85)
@@ -112,7 +111,7 @@ def merging(model: nn.Module, kind: str, repeats: int = 5) -> Measured:
         assert abs(after - W_next[mine]).max() < 1e-5, unit
     size = sum(p.nbytes for p in model.parameters())
     return {"kind": kind, "units": len(found), "ours": ours, "loop": seconds_loop, "product": product,
-            "memory": 1e6 * held / size}  # fmt: skip
+            "memory": 1e6 * held / size if forgets else None}  # fmt: skip
 
 
 def loop(model: nn.Module, unit: Unit, P: int, kind: str) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -158,13 +157,13 @@ def restoration(grid: Grid) -> Measured:
     keep = kept(model, found, grid)
     shape = settings.NETWORKS[grid.arch].shape
     probe.make(model, shape, 8)  # warms up
-    memory.reset(CPU)
+    forgets = memory.reset(CPU)
     start = time.perf_counter()
     x = probe.make(model, shape)
     made = time.perf_counter()
     restore(model, found, keep, x)
     taken = time.perf_counter() - made
-    held = memory.peak(CPU)
+    held = memory.peak(CPU) if forgets else None
     with FlopCounterMode(display=False) as counter:
         restore(model, found, keep, x)
     return {"probe": made - start, "restore": taken, "operations": counter.get_total_flops(), "peak_mb": held}
@@ -225,23 +224,29 @@ def _times(ratio: float) -> str:
     return f"{ratio:,.0f} ×" if ratio >= 10 else f"{ratio:.1f} ×"
 
 
+def _held(ratio: float | None) -> str:
+    """Memory for people; nothing where the system does not say how much it was."""
+    return "" if ratio is None else f"{ratio:.1f} ×"
+
+
 def document(report: Measured) -> str:
     """BENCH.md."""
     fastest = report["gemm_peak"]
     merged = [
         [m["network"], m["kind"], str(m["units"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}",
          _times(m["loop"] / m["ours"]), "" if m["kind"] == "prune" else f"{m['ours'] / m['product']:.1f} ×",
-         f"{m['memory']:.1f} ×"]
+         _held(m["memory"])]
         for m in report["merging"]
     ]  # fmt: skip
     grown = [
         [str(m["width"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}", _times(m["loop"] / m["ours"]),
-         f"{m['ours'] / m['product']:.1f} ×", f"{m['memory']:.1f} ×"]
+         f"{m['ours'] / m['product']:.1f} ×", _held(m["memory"])]
         for m in report["growth"]
     ]  # fmt: skip
     restored = [
         [m["network"], f"{m['probe']:.2f}", f"{m['restore']:.2f}", f"{m['operations'] / 1e9:,.0f}",
-         f"{100 * m['operations'] / m['restore'] / fastest:.0f} %", f"{m['peak_mb']:,.0f}"]
+         f"{100 * m['operations'] / m['restore'] / fastest:.0f} %",
+         "" if m["peak_mb"] is None else f"{m['peak_mb']:,.0f}"]
         for m in report["restoration"]
     ]  # fmt: skip
     evaluated = [
@@ -333,7 +338,7 @@ def measured(grids: dict[str, Grid], widths: Sequence[int] = WIDTHS) -> Measured
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Time everything and write the tables."""
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
+    Parser(prog="python -m experiments.bench", description=main.__doc__).parse_args(argv)
     from experiments.figures import growth as draw
 
     memory.keep_freed()  # as main.py does

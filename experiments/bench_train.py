@@ -1,6 +1,5 @@
 """Images a second of the trainer against the usual loop (DataLoader, transforms, float32), in one run: BENCH_TRAIN.md."""
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from experiments.rows import RESULTS
 from experiments.tables import markdown
 from files import write_text
 from models import build
+from options import Parser
 from train import autocast_dtype, batches, sgd
 
 TRAINED = ("VGG", "ResNet", "WideResNet")  # on images of CIFAR's shape
@@ -97,7 +97,7 @@ def images_per_second(
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Time both loops on made-up images of CIFAR's shape and write the table."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = Parser(prog="python -m experiments.bench_train", description=main.__doc__)
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(TRAINED)} [the first two]")
     parser.add_argument("--batches", type=int, default=8, help="batches to time, after two to warm up [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=128)
@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     networks = args.networks or TRAINED[:2]
     if not set(networks) <= set(TRAINED):
         raise NeuronMergingError(f"networks {' '.join(networks)}: choose of {', '.join(TRAINED)}")
+    if args.batches < 1 or args.batch_size < 2:
+        raise NeuronMergingError("--batches has to be at least 1, --batch-size at least 2")
     device, size = choose_device(args.device), args.batch_size
     count = size * (args.batches + 2)
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)

@@ -1,12 +1,14 @@
 """`make demo`: the paper's LeNet table measured here and now, beside the published one, and as a figure."""
 
 import sys
+from collections.abc import Sequence
 
 from data import load
 from experiment import choose_device
 from experiments import command, rows
 from experiments.figures import accuracy_against_ratio
 from experiments.grid import GRIDS, run
+from options import Parser
 from settings import data_folder
 
 FOLDER = rows.RESULTS / "demo"
@@ -28,8 +30,9 @@ def table(measured: list[rows.Row], criterion: str = "l1-norm") -> str:
 
 
 @command
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure prune and merge for every criterion and ratio, print l1-norm, draw all three."""
+    Parser(prog="python -m experiments.demo", description=main.__doc__).parse_args(argv)
     grid = GRIDS["lenet"]
     path = FOLDER / "rows.jsonl"
     path.unlink(missing_ok=True)  # the demo measures, it does not remember

@@ -1,6 +1,5 @@
 """How far the feature maps move: ‖a − â‖ / ‖a‖ at every unit's consumer, prune against merge (results/features.jsonl)."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from experiments import command
 from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
 from files import write_text
+from options import Parser
 from settings import data_folder
 from trace import Unit, units
 
@@ -88,7 +88,7 @@ def read(path: Path = FEATURES) -> list[dict[str, Any]]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every network of the grid whose checkpoint is there."""
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
+    Parser(prog="python -m experiments.features", description=main.__doc__).parse_args(argv)
     there = [grid for grid in GRIDS.values() if grid.checkpoint.exists()]
     measured = [measure(grid, load(grid.dataset, "test", data_folder())) for grid in there]
     text = "".join(json.dumps(row) + "\n" for row in measured)

@@ -1,6 +1,5 @@
 """Which experiments the paper has, and a runner that measures those that are not measured yet."""
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from errors import NeuronMergingError
 from experiment import Experiment, choose_device, measure
 from experiments import command, rows
 from models.checkpoint import sha256
+from options import Parser
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
 CIFAR_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiments of all checkpoints that are there, or of one network and checkpoint."""
     from experiments import beyond, chosen  # which build on the grids
 
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = Parser(prog="python -m experiments.grid", description=main.__doc__)
     parser.add_argument("network", nargs="?", choices=GRIDS, help="[every network whose checkpoint is there]")
     parser.add_argument("--pretrained", type=Path, help="another checkpoint of that network")
     parser.add_argument(

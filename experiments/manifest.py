@@ -1,6 +1,5 @@
 """pretrained/MANIFEST.json: for every shipped checkpoint what it is, the command that made it, its accuracy and SHA-256."""
 
-import argparse
 import functools
 import json
 import shlex
@@ -17,6 +16,7 @@ from experiments import command
 from experiments.grid import GRIDS, PRETRAINED
 from files import write_text
 from models import load_checkpoint
+from options import Parser
 
 MANIFEST = PRETRAINED / "MANIFEST.json"
 
@@ -69,7 +69,7 @@ def workbench() -> Experiment:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild the manifest from the checkpoints in pretrained/."""
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
+    Parser(prog="python -m experiments.manifest", description=main.__doc__).parse_args(argv)
     files = [(g.title, g.experiment(), "test") for g in GRIDS.values()]
     files.append(("ResNet-20 on CIFAR-10 without the val images, to choose settings on", workbench(), "val"))
     entries = {e.pretrained.name: entry(title, e, split) for title, e, split in files if e.pretrained.exists()}

@@ -1,6 +1,5 @@
 """docs/restore.svg: the idea of restoration in one picture."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from experiments import command
 from experiments.figures import write
 from experiments.rows import RESULTS
+from options import Parser
 
 TARGETS = [RESULTS.parent / "docs" / f"restore.{ending}" for ending in ("svg", "png")]
 BLUE, GREEN, RED = "#0072B2", "#009E73", "#D55E00"
@@ -33,7 +33,7 @@ def arrow(
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw it."""
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
+    Parser(prog="python -m experiments.sketch", description=main.__doc__).parse_args(argv)
     figure, axis = plt.subplots(figsize=(9.6, 3.7), layout="constrained")
     for y, name, color, stream in ((2.4, "teacher", BLUE, "r_t"), (0.6, "student", GREEN, "r_s")):
         label = f"{name} ({'all' if color == BLUE else 'kept'} neurons)"

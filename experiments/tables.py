@@ -1,6 +1,5 @@
 """Tables from result rows: results/TABLES.md, the README's results section and the figures; `--check` only compares."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from experiments.grid import GRIDS, Grid
 from experiments.manifest import shipped
 from experiments.rows import Row
 from files import write_text
+from options import Parser
 
 TABLES = rows.RESULTS / "TABLES.md"
 FIGURES = rows.RESULTS / "figures"
@@ -246,7 +246,7 @@ def has_feature_figure(grid: Grid, row: dict) -> bool:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuild tables and figures from the rows; with --check, fail where a table no longer matches them."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = Parser(prog="python -m experiments.tables", description=main.__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     everything = rows.load()

@@ -4,7 +4,6 @@ Never on the test set. The workbenches are a small ResNet-20, trained without th
 shipped LeNet-300-100. `make tuning` measures what rows.jsonl does not hold yet and rebuilds the tables.
 """
 
-import argparse
 import inspect
 import json
 import sys
@@ -25,11 +24,13 @@ from experiment import Experiment, calibration, kept_widths, shrink
 from experiment import load as load_network
 from experiments import command, rows
 from experiments.beyond import cell
-from experiments.grid import PRETRAINED
+from experiments.grid import GRIDS, PRETRAINED
+from experiments.manifest import workbench
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown, replaced
 from files import write_text
 from models.checkpoint import sha256
+from options import Parser
 from restore import Options, restore
 from trace import units
 
@@ -58,9 +59,9 @@ class Bench:
 
 
 BENCHES = {
-    "ResNet-20": Bench("ResNet", (20,), "cifar10", "ResNet.cifar10.fit.20.pth.tar", "l2-norm", (0.3, 0.5, 0.7)),
+    "ResNet-20": Bench("ResNet", (20,), "cifar10", workbench().pretrained.name, "l2-norm", (0.3, 0.5, 0.7)),
     "LeNet-300-100": Bench(
-        "LeNet_300_100", (), "FashionMNIST", "LeNet_300_100.original.300_100.bias.pth.tar", "l1-norm", (0.5, 0.6, 0.7, 0.8)
+        "LeNet_300_100", (), "FashionMNIST", GRIDS["lenet"].checkpoint.name, "l1-norm", (0.5, 0.6, 0.7, 0.8)
     ),
 }  # fmt: skip
 
@@ -214,7 +215,7 @@ def documents(measured: Sequence[Row]) -> dict[Path, str]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is missing, rebuild the tables."""
-    argparse.ArgumentParser(description=main.__doc__).parse_args(argv)
+    Parser(prog="python -m experiments.tuning", description=main.__doc__).parse_args(argv)
     torch.manual_seed(0)
     for path, text in documents(run(FOLDER / "rows.jsonl")).items():
         write_text(path, text)

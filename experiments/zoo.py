@@ -6,7 +6,6 @@ that are alike wherever they are written, are found and folded without loss. Wei
 of ConvNeXt's branches (1e-6) or ViT's head (0), are made up too: otherwise nothing that happens before them would show.
 """
 
-import argparse
 import copy
 import sys
 import time
@@ -25,6 +24,7 @@ from experiments.rows import RESULTS, Row
 from experiments.tables import markdown
 from files import write_text
 from methods import METHODS, Settings
+from options import Parser
 from shrink import prunable, shrink, width
 from streams import Stream
 from trace import NORMS, Unit
@@ -194,15 +194,19 @@ def _cell(row: Row, kind: str) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Try the networks that no row is there of, rebuild the table."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = Parser(prog="python -m experiments.zoo", description=main.__doc__)
     parser.add_argument("names", nargs="*", help="[all]")
     parser.add_argument(
         "--largest", type=float, default=LARGEST, help="parameters of the largest to try [%(default).0f]"
     )
     args = parser.parse_args(argv)
+    known = networks()
+    unknown = next((name for name in args.names if name not in known), None)
+    if unknown is not None:
+        raise NeuronMergingError(f"torchvision has no classification network {unknown}")
     path = FOLDER / "rows.jsonl"
     done = {row["network"] for row in rows.load(path) if "not_tried" not in row}
-    for name in tqdm([n for n in args.names or networks() if n not in done], "zoo", leave=False, disable=None):
+    for name in tqdm([n for n in args.names or known if n not in done], "zoo", leave=False, disable=None):
         rows.append(tried(name, args.largest), path, key=lambda row: (row["network"], row.get("not_tried")))
     text = table(rows.load(path))
     write_text(TABLE, text)

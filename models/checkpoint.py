@@ -46,7 +46,7 @@ class Checkpoint:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read `path` with weights_only=True; half-precision weights are cast up to float32.
 
-    Raises NeuronMergingError for a file that is missing, not a checkpoint, cut short, or holds NaN or Inf.
+    Raises NeuronMergingError for a file that is missing, not a checkpoint, cut short, or holds NaN, Inf or variances below 0.
     """
     path = Path(path)
     digest = sha256(path)
@@ -63,7 +63,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     weights = about.pop("state_dict", None)
     if weights is None:  # a bare state_dict, as `torch.save(model.state_dict(), …)` writes it
         weights, about = about, {}
-    if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
+    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not named or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
         raise NeuronMergingError(f"{path} holds no state_dict of tensors")
     odd = next((name for name, w in weights.items() if w.layout != torch.strided or w.is_quantized), None)
     if odd is not None:
@@ -73,6 +74,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         bad = 0 if not w.is_floating_point() else int((~torch.isfinite(w)).sum())
         if bad:
             raise NeuronMergingError(f"{path}: {name} has {bad} values that are NaN or infinite")
+        if name.endswith("running_var") and (w < 0).any():
+            raise NeuronMergingError(f"{path}: {name} has variances below 0")
     return Checkpoint(path, digest, weights, about)
 
 
@@ -130,8 +133,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
 def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Cut the layers of `model` (whose own weights do not matter) to the shapes that they have in `weights`; returns it.
 
-    So a smaller network can be read into the code of the original one, whoever wrote it. A bias that only the file has is
-    made; a block that the file has as a constant is left out. What still does not fit is for `load_weights` to say.
+    So a smaller network can be read into the code of the original one, whoever wrote it. A bias, or a BatchNorm's factor,
+    that only the file has is made; a block that the file has as a constant is left out. What still does not fit is for
+    `load_weights` to say.
     """
     if any(name.endswith(".value") for name in weights):
         for unit in units(model):
@@ -141,12 +145,17 @@ def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
         found = weights.get(f"{name}.weight", weights.get(f"{name}.running_mean"))
         if found is None or not isinstance(module, (*CONVS, *NORMS, nn.Linear)):
             continue
-        own = module.running_mean if isinstance(module, NORMS) else module.weight
+        own = module.running_mean if module.weight is None else module.weight
+        if own is None:
+            continue
+        for part in ("weight", "bias"):
+            if getattr(module, part) is None and f"{name}.{part}" in weights:
+                setattr(module, part, nn.Parameter(own.new_zeros(len(own))))
+        if isinstance(module, NORMS):
+            module.affine = module.weight is not None
         smaller = found.ndim == own.ndim and all(n <= m for n, m in zip(found.shape[:2], own.shape))
         if found.shape != own.shape and smaller and found.shape[2:] == own.shape[2:]:
             _resize(module, found.shape)
-        if not isinstance(module, NORMS) and module.bias is None and f"{name}.bias" in weights:
-            module.bias = nn.Parameter(module.weight.new_zeros(len(found)))
     return model
 
 

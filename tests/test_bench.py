@@ -48,6 +48,21 @@ def test_the_trainer_that_is_timed_takes_steps(monkeypatch, tmp_path, capsys):
     assert text in capsys.readouterr().out and text.count("| ResNet |") == 1
 
 
+@pytest.mark.parametrize("told", [["--batches", "0"], ["--batch-size", "1"], ["--bathces", "3"]])
+def test_senseless_numbers_are_one_line(told, capsys):
+    assert bench_train.main(told) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_memory_that_the_system_does_not_tell_is_left_out(monkeypatch):
+    monkeypatch.setattr(bench.memory, "reset", lambda device: False)
+    report = json.loads((bench.RESULTS / "bench.json").read_text())
+    merged, restored = bench.growth(8), bench.restoration(SMALL["small"])
+    assert merged["memory"] is None and restored["peak_mb"] is None
+    report["growth"][0], report["restoration"][0] = merged, {"network": "small"} | restored
+    assert "None" not in bench.document(report)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library: memory.keep_freed does nothing there")
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_command_keeps_the_memory_that_it_frees(keeps):

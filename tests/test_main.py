@@ -12,6 +12,7 @@ import torch
 import main
 import options
 import settings
+from blocks import drop
 from decompose import COMPENSATIONS, CRITERIA
 from errors import NeuronMergingError
 from experiment import Experiment, load
@@ -22,6 +23,7 @@ from models import NETWORKS, build, load_checkpoint, save_checkpoint
 from shrink import shrink
 from tests.conftest import ROOT
 from tests.literal import FORMS
+from trace import units
 
 PUBLISHED_LENET = {  # ratio: (prune, merge), l1-norm, Table 1
     0.5: (88.40, 88.69), 0.6: (85.17, 86.92), 0.7: (71.26, 82.75), 0.8: (66.76, 80.02),
@@ -472,10 +474,31 @@ def test_a_link_is_written_through(cli, pretrained, tmp_path):
 
 
 def test_a_result_is_appended_as_a_row(cli, pretrained, tmp_path):
-    for _ in range(2):
-        assert cli("--pretrained", pretrained, "--evaluate", "--append", tmp_path / "rows.jsonl").code == 0
+    for already in (False, True):
+        done = cli("--pretrained", pretrained, "--evaluate", "--append", tmp_path / "rows.jsonl")
+        assert done.code == 0 and ("holds a row of these settings already" in done.err) == already
     (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()  # the same measurement is one row
     assert json.loads(line)["checkpoint"] == pretrained.name
+
+
+def test_a_file_of_what_no_network_has_is_one_line(cli, tmp_path):
+    variances = {"1.running_var": torch.tensor([1.0, -1.0])}
+    for content, message in (({0: torch.ones(2)}, "no state_dict"), (variances, "1.running_var has variances below 0")):
+        torch.save(content, tmp_path / "odd.pth.tar")
+        said = cli("--pretrained", tmp_path / "odd.pth.tar", "--evaluate")
+        assert (said.code, said.out, said.err.count("\n")) == (2, "", 1) and message in said.err
+
+
+def test_a_network_that_has_lost_all_its_blocks_has_nothing_to_prune(cli, tmp_path):
+    torch.manual_seed(0)
+    model = build("ResNet", (8,))
+    for unit in units(model):
+        drop(model, unit)
+    save_checkpoint(tmp_path / "none.pth.tar", model, widths=[0, 0, 0])
+    common = ("--arch", "ResNet", "--depth-wide", 8, "--pretrained", tmp_path / "none.pth.tar")
+    said = cli(*common, "--model-type", "prune", "--evaluate")
+    assert (said.code, said.err.count("\n")) == (2, 1), said.err
+    assert cli(*common, "--summary", "--pruning-ratio", "0.5").code == 0
 
 
 def test_a_ratio_without_a_type_is_no_silent_nothing(cli, pretrained):

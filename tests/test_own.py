@@ -62,6 +62,20 @@ def alone():
 def lazy():
     return nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1))
 
+def talks():
+    print("a network of seven classes")
+    return gray()
+
+def gray():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 9), nn.ReLU(), nn.Linear(9, 7))
+
+def plain():  # a BatchNorm without factors, one that counts nothing
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.ReLU(),
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )
+
 number = 3
 """
 
@@ -316,10 +330,6 @@ BAD_COMMANDS = {
     "a multiple of widths that are given": (
         [*OWN, "--model-type", "prune", "--widths", "3,4", "--multiple", "8", "--json", "-"], "--multiple is for widths that"
     ),
-    "a speed of batches": (
-        ["--model", "mine:alone", "--input-size", "6", "--benchmark", "--model-type", "prune"],
-        "--benchmark: the networks do not run on one input and on a batch of them: shape",
-    ),
     "a file, not a module": (["--model", "./mine.py:small", "--input-size", "3,8,8", "--json", "-"], "give module:callable"),
     "a layer without a size": (["--model", "mine:lazy", "--weights", "mine.pth.tar", "--summary"], "has no size yet"),
     "a summary of no method": (["--model", "mine:small", "--summary", "--model-type", "glue"], "unknown compensation 'glue'"),
@@ -353,8 +363,17 @@ BAD_COMMANDS = {
     ),
     "a data set of another shape": (
         ["--model", "mine:small", "--input-size", "3,28,28", "--evaluate", "--dataset", "FashionMNIST"],
-        "mine:small does not fit --dataset FashionMNIST: RuntimeError",
+        "--dataset FashionMNIST has images of 1,28,28",
     ),
+    "a data set of other classes": (
+        ["--model", "mine:gray", "--input-size", "1,28,28", "--evaluate", "--dataset", "FashionMNIST"],
+        "the data set has 10 classes, the network 7 outputs",
+    ),
+    "both shares": (
+        [*OWN, "--ratios", "3=0.5", "--pruning-ratio", "0.5", "--json", "-"], "--ratios stands instead of --pruning-ratio"
+    ),
+    "shares and a budget": ([*OWN, "--ratios", "3=0.5", "--budget", "macs=0.5", "--json", "-"], "and --budget"),
+    "a summary that is saved": ([*OWN[:2], "--summary", "--save", "small.pt"], "--save is for results, and --summary has none"),
     "vectors from images": (
         ["--model", "torch.nn:Linear", "--model-args", '{"in_features": 9, "out_features": 3}', "--input-size", "9",
          "--model-type", "restore", "--calibrate", "pictures:2", "--json", "-"],
@@ -387,6 +406,52 @@ def test_a_command_that_cannot_be_is_one_line(cli, mine, pictures, name):
     lines = [line for line in said.err.splitlines() if not line.startswith("warning")]
     assert len(lines) == 1 and message in lines[0], said.err
     assert {path.name for path in mine.iterdir()} - {"__pycache__"} == before - {"__pycache__"}
+
+
+def test_what_is_measured_is_told_where_the_rest_fails(cli, mine):
+    said = cli(
+        "--model", "mine:alone", "--input-size", "6", "--benchmark", "--model-type", "prune", "--save", "small.pt"
+    )
+    assert said.code == 2 and "a -> b       2 of 4" in said.out and (mine / "small.pt").exists()
+    lines = [line for line in said.err.splitlines() if not line.startswith("warning")]
+    assert (
+        len(lines) == 1
+        and "--benchmark: the networks do not run on one input and on a batch of them: shape" in lines[0]
+    )
+
+
+def test_packages_that_an_export_needs_are_asked_for_before_anything_is_made(cli, mine, monkeypatch):
+    monkeypatch.setattr("options.find_spec", lambda name: None if name == "onnxscript" else name)
+    said = cli(*OWN, "--model-type", "prune", "--save", "small.pt", "--export", "small.onnx")
+    assert said.code == 2 and "needs more packages: pip install onnxscript\n" in said.err
+    assert not (mine / "small.pt").exists()
+
+
+def test_what_other_code_prints_is_no_part_of_the_result(cli, mine, monkeypatch):
+    made = cli("--model", "mine:talks", "--input-size", "1,28,28", "--json", "-")
+    assert json.loads(made.out)["params"] == 784 * 9 + 9 + 9 * 7 + 7 and "a network of seven" in made.err
+    entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+
+    def download(self, **_):
+        print("Downloading")
+        return torchvision.models.resnet18().state_dict()
+
+    monkeypatch.setattr(type(entry), "get_state_dict", download)
+    common = ("--model", "torchvision.models:resnet18", "--weights", "IMAGENET1K_V1", "--input-size", "3,32,32")
+    made = cli(*common, "--json", "-")
+    assert json.loads(made.out)["weights"] == "IMAGENET1K_V1" and "Downloading" in made.err
+    made = cli(*common, "--json", "-", "--model-args", '{"num_classes": 7}')
+    assert made.code == 2 and "fc.weight is [1000, 512] where [7, 512] is expected and 1 more" in made.err
+
+
+@pytest.mark.parametrize("kind", ["fold", "prune"])
+def test_batchnorms_without_factors_or_statistics_are_saved_and_read_again(cli, mine, kind):
+    common = ("--model", "mine:plain", "--input-size", "3,16,16", "--json", "-")
+    made = cli(*common, "--model-type", kind, "--save", "small.pt")
+    assert made.code == 0, made.err
+    again = cli(*common, "--weights", "small.pt")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["params"] == json.loads(made.out)["params"] < json.loads(made.out)["params_original"]
 
 
 def test_images_become_inputs_as_the_weights_say():
@@ -487,6 +552,20 @@ def test_an_export_that_would_be_wrong_is_not_written(tmp_path):
         with pytest.raises(NeuronMergingError, match="was not written: its outputs would be off"):
             export(nn.Sequential(nn.Linear(3, 3), last), tmp_path / "odd.pt", (3,))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".pt"])
+def test_a_network_that_overwrites_its_input_is_exported(tmp_path, ending):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x):
+            x.sub_(0.5)
+            return self.a(x)
+
+    assert export(Scaled(), tmp_path / f"scaled{ending}", (3,)) < 1e-4
 
 
 def test_speeds_are_compared_in_one_run(monkeypatch):

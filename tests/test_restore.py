@@ -12,7 +12,7 @@ from torch import nn
 import probe
 from adapt import adapt
 from data import calibration
-from decompose import choose, decompose, rebuild
+from decompose import BatchNorm, Neurons, choose, decompose, rebuild
 from errors import NeuronMergingError
 from methods import METHODS, Settings
 from models import build
@@ -548,6 +548,22 @@ def test_lbyl_is_exact_for_combinations_of_kept_filters_without_an_activation():
         rivals.LBYL_RIDGE = rivals_ridge
     x = torch.randn(8, 6)
     assert torch.allclose(rebuild(model, found, [part])(x), model(x), atol=1e-4)
+
+
+@torch.no_grad()
+def test_lbyl_gives_no_part_to_a_filter_that_its_batchnorm_makes_nothing_of():
+    W = torch.tensor([[1.0, 0.0], [0.9, 0.1], [2.0, 0.0]], dtype=torch.float64)
+    ones, zeros = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    bn = BatchNorm(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), zeros, zeros, ones, 0.0)
+    part = lbyl(Neurons(W, bn, relu=True), torch.arange(2))
+    assert part.Z[0, 2] == 0 and part.Z[1, 2] > 1.5  # the third is twice the first, and nearly twice the second
+
+
+def test_no_batch_is_of_one_image():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4)).eval()
+    assert torch.isfinite(probe.make(model, (3, 8, 8), probe.CHUNK + 1)).all()
+    assert reestimate(model, torch.randn(9, 3, 8, 8), batch_size=4)[3].num_batches_tracked == 3
 
 
 @torch.no_grad()

@@ -416,6 +416,11 @@ def test_torchvisions_networks(name):
     assert all("is a grouped convolution" in why for why in whole) and (not whole or name == "regnet_y_400mf")
 
 
+def test_the_zoo_has_only_torchvisions_networks(capsys):
+    assert zoo.main(["resnet18", "resnet19"]) == 2
+    assert capsys.readouterr().err == "torchvision has no classification network resnet19\n"
+
+
 def test_every_row_of_the_zoo_is_as_it_should_be():
     measured = [row for row in zoo.rows.load(zoo.FOLDER / "rows.jsonl") if "prune" in row]
     assert len(measured) > 40
