@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from errors import NeuronMergingError, said
-from trace import CONVS, NORMS
+from trace import CONVS, NORMS, Graph
 from walk import by_sample, precision
 
 MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
 CHUNK = 64  # samples that are normalised together in the class step
+PART = 16  # samples whose spectra are in memory together
 PINK, WHITE = 1.2, 0.15  # standard deviations of the two kinds of noise
 
 
@@ -33,7 +34,7 @@ def make(
     kind: "pink", "white", or "auto": pink noise where the network normalises what it sees and the first layer is a
     convolution, weak white noise elsewhere. samples: 256, or 4096 where the first layer is linear, which sees a single
     row in every sample. step: length of the class step in standard deviations of the noise, 0 for none.
-    Raises NeuronMergingError for an unknown kind or a shape that the network does not take.
+    Raises NeuronMergingError for an unknown kind, a shape that the network does not take, or a network that cannot be traced.
     """
     if kind not in KINDS:
         raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(KINDS)}")
@@ -56,8 +57,10 @@ def default_samples(model: nn.Module) -> int:
 
 
 def _convolves(model: nn.Module) -> bool:
-    """Whether the first layer is a convolution."""
-    return isinstance(next(m for m in model.modules() if isinstance(m, (*CONVS, nn.Linear))), CONVS)
+    """Whether the first layer that the forward pass calls is a convolution."""
+    network = Graph(model)
+    called = (network.module(node) for node in network.nodes)
+    return isinstance(next((m for m in called if isinstance(m, (*CONVS, nn.Linear))), None), CONVS)
 
 
 def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -66,11 +69,11 @@ def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tenso
     large = [2 * side for side in sides]
     axes = tuple(range(2, 2 + len(sides)))
     white = torch.randn(samples, 1 + channels, *large, generator=random, **MADE)
-    spectrum = torch.fft.rfftn(white, dim=axes)
-    noise = torch.fft.irfftn(spectrum * _frequency(large, 1.0), s=large, dim=axes)
+    amplitude = _frequency(large, 1.0)
     corner = [torch.randint(0, side + 1, (1,), generator=random, device="cpu").item() for side in sides]
-    for axis, start, side in zip(axes, corner, sides):
-        noise = noise.narrow(axis, start, side)
+    window = (..., *(slice(start, start + side) for start, side in zip(corner, sides)))
+    parts = (torch.fft.rfftn(part, dim=axes) * amplitude for part in white.split(PART))
+    noise = torch.cat([torch.fft.irfftn(part, s=large, dim=axes)[window] for part in parts])
     noise = math.sqrt(0.9) * noise[:, :1] + math.sqrt(0.1) * noise[:, 1:]
     return PINK * noise / noise.std(dim=(0, *axes), keepdim=True)
 

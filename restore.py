@@ -46,7 +46,7 @@ class Options:
     refit: bool = True  # fit the pruned layers too, not only their consumers
     relu_steps: int = 2  # further fits of a pruned layer that leave out what the ReLU cuts off
     adaptations: int = 2  # steps by which a pruned layer moves to where its consumer's output lacks less
-    positions: int = POSITIONS  # output positions of a convolution that a fit looks at, for every feature, by lot
+    positions: int = POSITIONS  # of an output that a fit looks at, for every feature, by lot
 
 
 def restore(
@@ -225,6 +225,9 @@ class _Lockstep:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
         each = layer(x[:1]).numel() // len(layer.weight)  # positions of a sample
         samples = -(-self.options.positions * layer.weight[0].numel() // each)  # with as many as a fit looks at
+        inside = {first, *between}
+        if any(read not in inside for inner in between for read in inner.all_input_nodes):
+            samples = len(x)  # something in between depends on what is outside, such as the size of the batch
         few, T = x[:samples], target[:samples]
 
         def through(u: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ from trace import (
     name_of,
     next_norm,
     obstacle,
+    of_one_batch,
     pools,
 )  # fmt: skip
 
@@ -256,20 +257,14 @@ class _Spaces:
         if spatial and (pools(network, node, value.dimension) or _averages(node, kind, value.dimension) == "kept"):
             return value
         if spatial and (
-            flattens(network, node, self._of_one_batch(node.args[0])) or _averages(node, kind, value.dimension)
+            flattens(network, node, of_one_batch(node.args[0], self._understood))
+            or _averages(node, kind, value.dimension)
         ):
             return replace(value, flat=True)
         raise NotAUnit(obstacle(network, node))
 
-    def _of_one_batch(self, node: fx.Node) -> set[fx.Node]:
-        """Nodes that have the batch size of `node`: those that its value comes from, through what is understood."""
-        seen, stack = set(), [node]
-        while stack:
-            node = stack.pop()
-            if node not in seen:
-                seen.add(node)
-                stack += node.all_input_nodes if self.values[node] is not None else ()
-        return seen
+    def _understood(self, node: fx.Node) -> bool:
+        return self.values[node] is not None
 
     def _open(self, node: fx.Node) -> _Value:
         """The new space that a layer writes."""
@@ -393,7 +388,7 @@ def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float
         raise NeuronMergingError(
             f"{stream.layer}: {stream.obstacle}, which a merge does not pass; use prune or restore"
         )
-    written = [_written(model, *pair, stream.width) for pair in zip(stream.writers, stream.chains)]
+    written = [_written(model, stream, *pair) for pair in zip(stream.writers, stream.chains)]
     drop = others(written[0][0], keep)
     to_sum = [_way(model, rest, W.norm(dim=1), keep, drop) for W, rest in written]
     W = torch.cat([W * way.gain[:, None] for (W, _), way in zip(written, to_sum)], 1)  # [N, ΣD]
@@ -412,10 +407,12 @@ def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float
     return found
 
 
-def _written(model: nn.Module, writer: str, chain: tuple[Place, ...], width: int) -> tuple[Tensor, tuple[Place, ...]]:
+def _written(
+    model: nn.Module, stream: Stream, writer: str, chain: tuple[Place, ...]
+) -> tuple[Tensor, tuple[Place, ...]]:
     """The weights [N, D] with which a layer writes, the BatchNorm right behind it included, and the rest of the chain."""
-    if chain and isinstance(model.get_submodule(chain[0].module), NORMS):
-        part = slice(chain[0].offset, chain[0].offset + width)
+    if chain and chain[0].module == stream.norms[writer]:
+        part = slice(chain[0].offset, chain[0].offset + stream.width)
         return effective(neurons(model, writer, chain[0].module, part=part)), chain[1:]
     return neurons(model, writer).W, chain
 

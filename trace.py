@@ -14,6 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,6 @@ def _line(error: Exception) -> str:
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
-def _apart(name: str, value: Any) -> Any:
-    """An attribute as it is now: a copy of a list, dict or set of the user's, which a forward pass may add to."""
-    return copy.copy(value) if type(value) in (list, dict, set) and not name.startswith("_") else value
-
-
 def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module `name`, under every other name that it has in `model` too."""
     old = model.get_submodule(name)
@@ -119,7 +115,9 @@ class Graph:
 
     def __init__(self, model: nn.Module) -> None:
         """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model` (in evaluation mode)."""
-        before = {module: {k: _apart(k, v) for k, v in vars(module).items()} for module in model.modules()}
+        before = {module: dict(vars(module)) for module in model.modules()}
+        values = [value for attributes in before.values() for value in attributes.values()]
+        contents = [(value, copy.copy(value)) for value in values if type(value) in (list, dict, set)]
         try:
             self.nodes = list(fx.Tracer().trace(model.eval()).nodes)
         except Exception as error:  # tracing runs the user's forward(), which can raise anything
@@ -131,6 +129,9 @@ class Graph:
                 vars(module).update(attributes)
                 for name in vars(module).keys() - attributes:
                     del vars(module)[name]
+            for value, content in contents:
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(content)
         self.modules = dict(model.named_modules())
         self.calls = Counter(self.modules[n.target] for n in self.nodes if n.op == "call_module")
         owners: dict[nn.Parameter, set[nn.Module]] = {}
@@ -192,7 +193,6 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
         raise NotAUnit("it is a grouped convolution")
     neurons = layer.weight.shape[0]
     name, bn, relu, activation, flat = node.target, None, False, None, False
-    path = [*node.args[:1], node]  # nodes of one batch size
     while True:
         before, node = node, network.reader(node)
         kind = network.kind(node)
@@ -207,14 +207,13 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
             activation = activation or name_of(kind)
         elif kind in DROPOUT or (sides and not flat and pools(network, node, sides)):
             pass
-        elif sides and not flat and flattens(network, node, path):
+        elif sides and not flat and flattens(network, node, of_one_batch(before, partial(_keeps_batch, network))):
             flat = True
         elif isinstance(network.module(node), (*CONVS, nn.Linear)) and node.args[:1] == (before,):
             consumer = network.own(node)
             break
         else:
             raise NotAUnit(obstacle(network, node))
-        path.append(node)
     if isinstance(consumer, CONVS):
         if flat or type(consumer) is not type(layer) or consumer.groups > 1 or consumer.in_channels != neurons:
             raise NotAUnit(f"{node.target} does not read its neurons as channels of a plain convolution")
@@ -265,10 +264,29 @@ def pools(network: Graph, node: fx.Node, sides: int) -> bool:
     return not (options.get("return_indices") or options.get("divisor_override") or divisor_given_by_place)
 
 
-def flattens(network: Graph, node: fx.Node, path: Collection[fx.Node]) -> bool:
+def of_one_batch(node: fx.Node, understood: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """Nodes that have the batch size of `node`: those that it comes from, through what is understood."""
+    seen, stack = set(), [node]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes if understood(node) else ()
+    return seen
+
+
+def _keeps_batch(network: Graph, node: fx.Node) -> bool:
+    """Whether what a node gives has the batch size of what it reads."""
+    kind = network.kind(node)
+    return isinstance(network.module(node), (*CONVS, *NORMS, nn.Linear)) or any(
+        kind in known for known in (RELU, ACTIVATIONS, DROPOUT, ADDITIONS, *POOLS.values())
+    )
+
+
+def flattens(network: Graph, node: fx.Node, batch: Collection[fx.Node]) -> bool:
     """[B, N, …] → [B, N·k]: flatten from dimension 1 on, or a view whose first size is the batch's and whose second is −1.
 
-    path: nodes of the same batch size.
+    batch: nodes of the same batch size.
     """
     kind = network.kind(node)
     if kind is nn.Flatten:
@@ -280,7 +298,7 @@ def flattens(network: Graph, node: fx.Node, path: Collection[fx.Node]) -> bool:
     if kind in VIEW:
         sizes = node.args[1:]
         sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
-        return len(sizes) == 2 and sizes[1] == -1 and isinstance(sizes[0], fx.Node) and _batch_of(sizes[0]) in path
+        return len(sizes) == 2 and sizes[1] == -1 and isinstance(sizes[0], fx.Node) and _batch_of(sizes[0]) in batch
     return False
 
 

@@ -4,10 +4,11 @@ On a probe, every BatchNorm normalises with statistics measured there: so its ou
 that it was trained to have, however little the probe looks like data.
 """
 
+import contextlib
 import copy
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +28,13 @@ EXACT = 2 * 10**8  # multiply-accumulates that float64 does in no time
 def precision(model: nn.Module, inputs: Tensor) -> torch.dtype:
     """In what a walk over `inputs` [B, …] computes: the network's dtype, float32 at least; float64 if there is little to do.
 
-    In float64 the order of sums, and so the number of threads, is not felt.
+    In float64 the order of sums, and so the number of threads, is not felt. A network that says .float() has none.
     """
-    little = len(inputs) * count_macs(model, tuple(inputs.shape[1:])) <= EXACT
-    return torch.float64 if little else torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    if len(inputs) * count_macs(model, tuple(inputs.shape[1:])) <= EXACT:
+        with contextlib.suppress(RuntimeError), torch.no_grad():
+            copy.deepcopy(model).double().eval()(inputs[:1].to(torch.float64, copy=True))
+            return torch.float64
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
 
 
 class Walk:
@@ -80,7 +84,8 @@ class Walk:
         if node.op == "call_method":
             sizes = node.target == "view" and not any(isinstance(arg, torch.dtype) for arg in args)
             method = "reshape" if sizes else node.target  # activations in channels_last have no view of other sizes
-            return getattr(args[0], method)(*args[1:], **kwargs)
+            x = args[0].clone() if _in_place(method) else args[0]
+            return getattr(x, method)(*args[1:], **kwargs)
         module = self.modules[node.target]
         if isinstance(module, NORMS) and module.running_mean is not None:
             if node.target not in self.statistics:
@@ -154,17 +159,14 @@ def steps(
 
 def rows(layer: nn.Module, x: Tensor, y: Tensor, positions: int = POSITIONS) -> tuple[Tensor, Tensor]:
     """What `layer` sees, a copy [n, F], and the outputs y that belong to it, [n, M], at as many positions as a fit looks at."""
-    if not isinstance(layer, CONVS):
-        return x.flatten(0, -2).clone(), y.flatten(0, -2)
     chosen = places(layer, y, positions)
-    return patches(x, layer, chosen), outputs(layer, y, chosen)
+    seen = patches(x, layer, chosen) if isinstance(layer, CONVS) else x.flatten(0, -2)[chosen]
+    return seen, outputs(layer, y, chosen)
 
 
-def places(layer: nn.Module, y: Tensor, positions: int = POSITIONS) -> Tensor | slice:
-    """The output positions [n] of y, what `layer` gives, that a fit looks at: of a convolution always the same random ones."""
-    if not isinstance(layer, CONVS):
-        return slice(None)
-    count, features = y.numel() // y.shape[1], layer.weight[0].numel()
+def places(layer: nn.Module, y: Tensor, positions: int = POSITIONS) -> Tensor:
+    """The positions [n] of y, what `layer` gives, that a fit looks at: of very many always the same random ones."""
+    count, features = y.numel() // y.shape[channel(layer, y)], layer.weight[0].numel()
     most = min(positions * features, ENTRIES // features)
     chosen = torch.arange(count, device="cpu")
     if count > most:
@@ -172,7 +174,7 @@ def places(layer: nn.Module, y: Tensor, positions: int = POSITIONS) -> Tensor | 
     return chosen.to(y.device)
 
 
-def outputs(layer: nn.Module, y: Tensor, chosen: Tensor | slice) -> Tensor:
+def outputs(layer: nn.Module, y: Tensor, chosen: Tensor) -> Tensor:
     """What `layer` gives, y, at the positions `chosen`: [n, M]."""
     return y.movedim(channel(layer, y), -1).flatten(0, -2)[chosen]
 
@@ -258,9 +260,15 @@ def out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         if type(module) in DROPOUT and not hooked and [*node.args] == node.all_input_nodes:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.op == "call_function" and node.target in DROPOUT and len(node.all_input_nodes) == 1:
+            node.replace_all_uses_with(*node.all_input_nodes)  # nor does the function draw anything: its default would
+            graph.erase_node(node)
     place = {node: i for i, node in enumerate(graph.nodes)}
+    inplace = {name for name, module in modules.items() if getattr(module, "inplace", False) is True}
+    for name in inplace:
+        modules[name].inplace = False
     for node in graph.nodes:
-        if not _overwrites(node, modules):
+        if not _overwrites(node, inplace):
             continue
         (source, *_) = node.all_input_nodes
         for user in list(source.users):
@@ -268,16 +276,20 @@ def out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
                 user.replace_input_with(source, node)
 
 
-def _overwrites(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a node overwrites its input; it no longer does afterwards."""
+def _in_place(method: str) -> bool:
+    """Whether the method of this name overwrites its tensor."""
+    return method.endswith("_") and not method.startswith("__")
+
+
+def _overwrites(node: fx.Node, inplace: Collection[str]) -> bool:
+    """Whether a node overwrites its input; it no longer does afterwards. inplace: names of modules that do."""
     if node.op == "call_module":
-        inplace = getattr(modules[node.target], "inplace", False) is True
-        if inplace:
-            modules[node.target].inplace = False
-        return inplace
-    if node.op == "call_method" and node.target.endswith("_") and not node.target.startswith("__"):
-        node.target = node.target.removesuffix("_")
-        return True
+        return node.target in inplace
+    if node.op == "call_method" and _in_place(node.target):
+        elsewhere = node.target.removesuffix("_")
+        if callable(getattr(Tensor, elsewhere, None)):
+            node.target = elsewhere
+        return True  # the others, as zero_, overwrite a copy: Walk.run
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")  # of F.leaky_relu_ and its like

@@ -133,7 +133,8 @@ def allocate(
     budget = np.asarray(budget, dtype=float)
     limited = np.isfinite(budget)
     balances = [(b, 1 - b) for b in BALANCES] if limited.all() else [limited]
-    tried = [_descend(curves, cost, budget, allowed, np.array(balance) / budget) for balance in balances]
+    hulls = [_hull(ks, curve.damage[ks]) for ks, curve in zip(allowed, curves)]
+    tried = [_descend(curves, cost, budget, allowed, hulls, np.array(balance) / budget) for balance in balances]
     return min(tried, key=lambda widths: sum(c.damage[w] for c, w in zip(curves, widths))).tolist()
 
 
@@ -143,10 +144,14 @@ def _allowed(N: int, multiple: int, drop: bool) -> np.ndarray:
 
 
 def _descend(
-    curves: Sequence[Curve], cost: Cost, budget: np.ndarray, allowed: list[np.ndarray], price: np.ndarray
+    curves: Sequence[Curve],
+    cost: Cost,
+    budget: np.ndarray,
+    allowed: list[np.ndarray],
+    hulls: list[list[int]],
+    price: np.ndarray,
 ) -> np.ndarray:
     """From full width down the hulls, always where D rises least for the price saved, until the budget holds; then back up."""
-    hulls = [_hull(ks, curve.damage[ks]) for ks, curve in zip(allowed, curves)]  # descending widths
     place = [0] * len(curves)
     widths = cost.full.copy()
     while (cost(widths) > budget).any():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import probe
 import rivals
 from decompose import choose, decompose, read, rebuild
 from errors import NeuronMergingError
@@ -16,8 +17,9 @@ from evaluate import count_macs, fused
 from methods import METHODS, Settings
 from models import build, load_checkpoint, save_checkpoint, stored
 from shrink import prunable, shrink, width
+from streams import Stream, scaling_matrices
 from trace import units
-from walk import Walk, cholesky
+from walk import Walk, cholesky, rows
 
 KINDS = ("prune", "merge", "restore")
 
@@ -435,3 +437,152 @@ def test_identity_of_several_values_stays():
     model, x = Pair().eval(), torch.randn(64, 8)
     small, _ = shrink(model, 0.0, example_input=(8,))
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- networks as people write them
+
+
+class Written(nn.Module):
+    """Layers by name, and what is done with them."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def conv(channels, neurons, **told):
+    return nn.Conv2d(channels, neurons, 3, padding=1, **told)
+
+
+def one_relu_for_all(m, x):
+    h = m.conv2(m.relu(m.conv1(x)))
+    y = m.relu(h)  # overwrites what is added below
+    return m.conv3(y) + h
+
+
+def copied(m, x):
+    h = m.conv1(x)
+    y = torch.zeros_like(h)
+    y.copy_(h)
+    return m.conv3(m.relu(m.conv2(y)))
+
+
+def zeroed(m, x):
+    y = m.conv3(m.relu(m.conv2(m.conv1(x))))
+    z = torch.ones_like(y)
+    z.zero_()
+    return y + z
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("run", [one_relu_for_all, copied, zeroed])
+def test_a_walk_gives_what_the_network_gives_however_it_overwrites(run):
+    torch.manual_seed(0)
+    layers = {"conv1": conv(3, 8), "conv2": conv(8, 8), "conv3": conv(8, 8), "relu": nn.ReLU(inplace=True)}
+    model, x = Written(run, **layers).eval(), torch.randn(4, 3, 8, 8)
+    walk, values = Walk(copy.deepcopy(model)), {}
+    for node in walk.graph.nodes:
+        values[node] = walk.run(node, values, x)
+    torch.testing.assert_close(values[node], model(x))
+    small, _ = shrink(model, 0.5, example_input=(3, 8, 8), probe_samples=16)
+    assert small.relu.inplace and model.relu.inplace
+
+
+def batch_of_input(m, x):
+    b = x.size(0)
+    return m.fc(F.relu(m.conv2(F.relu(m.conv1(x)))).view(b, -1))
+
+
+def batch_of_hidden(m, x):
+    h = F.relu(m.conv1(x))
+    return m.fc(F.relu(m.conv2(h)).view(h.shape[0], -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("run", [batch_of_input, batch_of_hidden])
+def test_a_view_takes_its_batch_size_from_anywhere_before(run):
+    torch.manual_seed(0)
+    model = Written(run, conv1=conv(3, 16), conv2=conv(16, 16), fc=nn.Linear(16 * 256, 4)).eval()
+    x = torch.randn(8, 3, 16, 16)
+    for kind in KINDS:
+        small, report = shrink(model, 0.5, example_input=(3, 16, 16), compensation=kind, probe_samples=64)
+        assert [unit.layer for unit in report.units] == ["conv1", "conv2"] and report.widths == [8, 8]
+        assert small(x).shape == (8, 4)
+
+
+def test_another_batch_size_is_no_flatten():
+    def frames(m, x):  # [B, T, 3, H, W], all frames of a film as one row
+        return m.fc(F.relu(m.conv1(x.view(-1, 3, 8, 8))).view(x.size(0), -1))
+
+    assert units(Written(frames, conv1=conv(3, 4), fc=nn.Linear(2 * 4 * 64, 3))) == []
+
+
+def test_modules_may_share_a_list():
+    def unet(m, x):
+        m.skips.append(m.conv1(x))
+        y = m.conv2(F.relu(m.skips[-1]))
+        return m.conv3(F.relu(y)) + m.inner._skips.pop()
+
+    shared = []
+    inner = Written(None, skips=shared)
+    inner._skips = shared
+    model = Written(unet, conv1=conv(3, 8), conv2=conv(8, 8), conv3=conv(8, 8), skips=shared, inner=inner).eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    small, _ = shrink(model, 0.5, example_input=(3, 8, 8), compensation="prune")
+    assert model.skips is shared and model.inner._skips is shared and shared == []
+    assert torch.equal(model(x), before) and small(x).shape == before.shape
+
+
+def test_a_network_that_casts_is_restored_in_its_own_precision():
+    torch.manual_seed(0)
+    model = Written(lambda m, x: m.b(F.relu(m.a(x.float()))), a=nn.Linear(8, 64), b=nn.Linear(64, 4)).eval()
+    small, _ = shrink(model, 0.5, example_input=(8,), widths="auto")
+    assert small(torch.randn(3, 8)).shape == (3, 4)
+
+
+def test_the_first_layer_is_the_one_that_is_called_first():
+    def run(m, x):
+        return m.head(F.relu(m.conv2(F.relu(m.norm(m.conv1(x))))).mean((2, 3)))
+
+    model = Written(run, head=nn.Linear(8, 3), conv1=conv(3, 8), norm=nn.BatchNorm2d(8), conv2=conv(8, 8)).eval()
+    assert probe.default_samples(model) == 256 and probe.make(model, (3, 8, 8), 8, step=0).std() > 1  # pink
+
+
+def test_dropout_without_a_word_about_training_draws_nothing():
+    torch.manual_seed(0)
+    model = Written(lambda m, x: m.b(F.dropout(F.relu(m.a(x)), 0.5)), a=nn.Linear(8, 64), b=nn.Linear(64, 4)).eval()
+    walk, x, values = Walk(copy.deepcopy(model)), torch.randn(3, 8), {}
+    for node in walk.graph.nodes:
+        values[node] = walk.run(node, values, x)
+    torch.testing.assert_close(values[node], model.b(F.relu(model.a(x))))
+
+
+@torch.no_grad()
+def test_a_batchnorm_behind_an_activation_is_no_part_of_the_weights():
+    """Channels of opposite weights and opposite γ are alike only where no ReLU is between the two."""
+
+    def run(m, x):
+        h = m.norm(F.relu(m.conv1(x)))
+        return m.fc((h + m.conv2(F.relu(h))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Written(run, conv1=conv(3, 4, bias=False), norm=nn.BatchNorm2d(4), conv2=conv(4, 4), fc=nn.Linear(4, 2))
+    model.norm.weight.copy_(torch.tensor([1.0, -1.0, 1.0, 1.0]))
+    for weight, sign in ((model.conv1.weight, -1), (model.conv2.weight, 1), (model.conv2.bias, 1)):
+        weight[1] = sign * weight[0]
+    (stream,) = [unit for unit in prunable(model.eval(), coupled=True)[0] if isinstance(unit, Stream)]
+    for Z in scaling_matrices(model, stream, torch.tensor([0, 2, 3]), t=0.999):
+        assert Z[:, 1].count_nonzero() == 0
+
+
+def test_of_many_tokens_some_are_looked_at():
+    layer, x = nn.Linear(6, 5), torch.randn(4, 500, 6)
+    U, T = rows(layer, x, layer(x), positions=10)
+    assert U.shape == (60, 6)
+    torch.testing.assert_close(layer(U), T)
