@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity, euclidean_distances
 
 import decompose
+import rivals
 from decompose import COMPENSATIONS, CRITERIA, BatchNorm, Decomposition, Neurons, select
 from tests import literal
 
@@ -100,6 +101,18 @@ def is_tie(layer, keep, form, lam, n, ours, expected) -> bool:
     return np.isclose(candidates[0][1:], candidates[1][1:]).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(layer=layers(), share=st.floats(0, 1))
+def test_lbyl_agrees_with_the_literal_loop(layer, share):
+    W, bn = layer.W.numpy(), as_arrays(layer.bn)
+    keep = select(layer.W, max(1, round(share * len(W))), "l2-norm")
+    Z = rivals.lbyl(layer, keep).Z.numpy()
+    for p in set(range(len(W))) - set(keep.tolist()):
+        expected, condition = literal.lbyl_column(W, bn, keep.tolist(), p, rivals.LBYL_RIDGE)
+        off = 1e-9 + 1e-14 * condition  # what rounding may make of it
+        assert np.allclose(Z[:, p], expected, rtol=0, atol=off * (1 + np.abs(expected).max())), (p, condition)
+
+
 def test_the_criteria_agree_with_other_libraries():
     W = torch.randn(40, 27, dtype=torch.float64)
     assert np.allclose(CRITERIA["l1-norm"](W), np.linalg.norm(W.numpy(), 1, axis=1))
@@ -153,8 +166,10 @@ def test_a_neuron_with_gamma_zero_is_a_constant_that_nobody_stands_in_for():
     assert derived.shift.tolist() == [0, 0, 0.7]
     published: Decomposition = decompose.merge(neurons, keep, t=0, lam=0.85)
     assert torch.equal(published.Z[:, 2], torch.zeros(2, dtype=torch.float64))
-    negative = Neurons(W, batchnorm([1.0, 1.0, 0.0], [0.5, 0.5, -0.7]), relu=True)
-    assert decompose.merge_derived(negative, keep, t=0, lam=0.85).shift is None  # ReLU cuts it off
+    for relu, shift in ((True, None), (False, [0, 0, -0.7])):  # ReLU cuts it off
+        negative = Neurons(W, batchnorm([1.0, 1.0, 0.0], [0.5, 0.5, -0.7]), relu)
+        found = decompose.merge_derived(negative, keep, t=0, lam=0.85).shift
+        assert (found if found is None else found.tolist()) == shift
 
 
 def test_opposite_signs_of_gamma_are_kept_as_published_and_rejected_in_the_derived_form():

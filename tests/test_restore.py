@@ -560,6 +560,28 @@ def test_folding_equal_filters_is_lossless(network):
 
 
 @torch.no_grad()
+def test_a_fold_is_the_centroid_with_the_variance_of_its_members():
+    """Two filters as their BatchNorm scales them, (2, 0) and (0.6, 0.8), in one cluster."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 3, 1)).eval()
+    gain = torch.tensor([4.0, 0.5])
+    model[0].weight.copy_((torch.tensor([[2, 0], [0.6, 0.8]]) / gain[:, None]).view(2, 2, 1, 1))
+    model[0].bias.copy_(torch.tensor([0.3, -0.2]))
+    model[1].running_mean.copy_(torch.tensor([0.5, 1.0]))
+    model[1].running_var.copy_(torch.tensor([0.25, 4.0]) - model[1].eps)
+    model[1].weight.copy_(torch.tensor([2.0, 1.0]))
+    model[1].bias.copy_(torch.tensor([0.1, 0.7]))
+    small, x = fold(model, units(model), [1]), torch.randn(4, 2, 3, 3)
+    repair = 2 / (2 + 2 * 0.6) ** 0.5
+    mean = (4 * (0.5 - 0.3) + 0.5 * (1.0 + 0.2)) / 2
+    one = repair * (1.3 * x[:, :1] + 0.4 * x[:, 1:] - mean) + (0.1 + 0.7) / 2
+    assert torch.allclose(small[:2](x), one, atol=1e-5)
+    assert torch.allclose(small(x), model[3](one.relu().expand(-1, 2, -1, -1)), atol=1e-5)
+    plain = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
+    small = fold(plain, units(plain), [1])
+    assert torch.allclose(small[0].weight, plain[0].weight.mean(0)) and small[0].bias == plain[0].bias.mean()
+
+
+@torch.no_grad()
 def test_reestimation_measures_the_images_it_is_given():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
     x = torch.randn(256, 3, 4, 4) * 3 + 1
