@@ -22,6 +22,7 @@ from models import NETWORKS, build, load_checkpoint, save_checkpoint
 from shrink import shrink
 from tests.conftest import ROOT
 from tests.literal import FORMS
+from tests.test_train import images
 
 PUBLISHED_LENET = {  # ratio: (prune, merge), l1-norm, Table 1
     0.5: (88.40, 88.69), 0.6: (85.17, 86.92), 0.7: (71.26, 82.75), 0.8: (66.76, 80.02),
@@ -265,6 +266,16 @@ def test_training_for_a_choice_and_looking_leave_the_held_out_images_alone(cli, 
     asked.clear()
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)  # where nothing is measured yet
     assert tuning.main([]) == 2 and set(asked) == {"val"}
+
+
+def test_real_images_to_look_at_on_the_command_line(cli, pretrained, monkeypatch):
+    for place in ("data.load", "data.loader.load"):
+        monkeypatch.setattr(place, lambda name, split, root: images(name, 40))
+    looks = ["--calibrate", "FashionMNIST:30", "--evaluate", "--json", "-"]
+    done = cli("--pretrained", pretrained, "--model-type", "restore", *looks)
+    assert done.code == 0, done.err
+    row = json.loads(done.out)
+    assert (row["calibrate"], row["probe"], row["seed"]) == ("FashionMNIST:30", None, 1)
 
 
 # ---------------------------------------------------------------- bad input

@@ -60,10 +60,15 @@ def test_a_dropped_block_of_tokens_runs_on_any_batch(kind):
 
 
 def test_quick_widths_weigh_tokens_by_feature():
+    """What the consumer adds counts by the variance of every feature of the sum, over samples and tokens."""
     torch.manual_seed(0)
-    model = Tokens().eval()
-    _, report = shrink(model, 0.5, example_input=(5, 6), compensation="restore", widths="quick", probe_samples=64)
+    model, x = Tokens().eval(), torch.randn(64, 5, 6) * torch.arange(1, 7)
+    _, report = shrink(model, 0.5, images=x, compensation="restore", widths="quick")
     assert report.params[1] < report.params[0]
+    (curve,) = report.curves
+    with torch.no_grad():
+        written = (x + model.fc2(F.relu(model.fc1(x)))).flatten(0, 1)
+    assert curve.damage[0] == pytest.approx(curve.error[0] / float(written.var(0, correction=0).sum()), rel=1e-4)
 
 
 @torch.no_grad()
