@@ -10,6 +10,7 @@ from sklearn.metrics.pairwise import cosine_similarity, euclidean_distances
 import decompose
 import rivals
 from decompose import COMPENSATIONS, CRITERIA, BatchNorm, Decomposition, Neurons, select
+from experiments.bench import arrays
 from tests import literal
 
 GOLDEN = [*(f"bn{i}" for i in range(9)), *(f"fc{i}" for i in range(4))]
@@ -59,10 +60,6 @@ def layers(draw) -> Neurons:
     return Neurons(torch.from_numpy(W), bn, relu=True)
 
 
-def as_arrays(bn: BatchNorm | None):
-    return bn and (*(x.numpy() for x in (bn.gamma, bn.beta, bn.mu, bn.var)), bn.eps)
-
-
 @pytest.mark.parametrize("form", literal.FORMS)
 @pytest.mark.parametrize("criterion", ["l1-norm", "l2-norm", "l2-GM"])
 @settings(max_examples=60, deadline=None)
@@ -77,7 +74,7 @@ def test_the_vectorised_code_agrees_with_the_literal_loop(form, criterion, layer
     dropped = [n for n in range(len(W)) if n not in kept]
     assert not dropped or scores[dropped].max() <= scores[sorted(kept)].min() + 1e-9  # (ties may fall either way)
     part = COMPENSATIONS[form](layer, keep, t=t, lam=lam)
-    expected = literal.scaling_matrix(W, as_arrays(layer.bn), keep.tolist(), form, t, lam)
+    expected = literal.scaling_matrix(W, arrays(layer.bn), keep.tolist(), form, t, lam)
     assert part.Z.shape == (P, len(W))
     if not np.allclose(part.Z.numpy(), expected):  # equally near partners are told apart by rounding alone
         columns = np.flatnonzero(~np.isclose(part.Z.numpy(), expected).all(0))
@@ -87,7 +84,7 @@ def test_the_vectorised_code_agrees_with_the_literal_loop(form, criterion, layer
 
 def is_tie(layer, keep, form, lam, n, ours, expected) -> bool:
     """Two partners of n whose distances differ by rounding only, found by moving λ's terms a hair."""
-    W, bn = layer.W.numpy(), as_arrays(layer.bn)
+    W, bn = layer.W.numpy(), arrays(layer.bn)
     chosen = (
         [keep[i] for i in (np.flatnonzero(ours)[0], np.flatnonzero(expected)[0])]
         if ours.any() and expected.any()
@@ -104,7 +101,7 @@ def is_tie(layer, keep, form, lam, n, ours, expected) -> bool:
 @settings(max_examples=60, deadline=None)
 @given(layer=layers(), share=st.floats(0, 1))
 def test_lbyl_agrees_with_the_literal_loop(layer, share):
-    W, bn = layer.W.numpy(), as_arrays(layer.bn)
+    W, bn = layer.W.numpy(), arrays(layer.bn)
     keep = select(layer.W, max(1, round(share * len(W))), "l2-norm")
     Z = rivals.lbyl(layer, keep).Z.numpy()
     for p in set(range(len(W))) - set(keep.tolist()):

@@ -16,6 +16,7 @@ from evaluate import count_macs, fused
 from methods import METHODS, Settings
 from models import build, load_checkpoint, save_checkpoint, stored
 from shrink import prunable, shrink, width
+from tests.made import same, with_statistics
 from trace import units
 from walk import Walk, cholesky
 
@@ -241,7 +242,7 @@ def test_the_smaller_network_shares_nothing_with_the_original():
     model.ip1.weight.grad = torch.ones_like(model.ip1.weight)
     small.optimizer.zero_grad()
     assert model.ip1.weight.grad is not None
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert same(before, model)
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert not storages & {p.untyped_storage().data_ptr() for p in small.parameters()}
 
@@ -277,11 +278,8 @@ class TwoNames(nn.Module):
 
 @torch.no_grad()
 def test_layers_with_two_names_are_replaced_under_both():
-    model = TwoNames().eval()
-    for bn in (model.bn1, model.bn2):
-        bn.running_mean.normal_()
-        bn.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 3, 8, 8)
+    model = with_statistics(TwoNames(), x)
     torch.testing.assert_close(fused(model)(x), model(x), rtol=1e-4, atol=1e-5)
     for kind in KINDS:
         small, _ = shrink(model, [0], example_input=(3, 8, 8), compensation=kind, probe_samples=32)

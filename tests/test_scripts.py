@@ -7,17 +7,8 @@ import subprocess
 import pytest
 from torchvision.datasets import CIFAR100
 
-from tests.conftest import ROOT
-from tests.test_data import cifar
-
-SCRIPTS = {
-    "LeNet_300_100_FashionMNIST": "-t -c -r",
-    "VGG16_CIFAR10": "-t -c",
-    "VGG16_CIFAR100": "-t -c",
-    "VGG16_CIFAR100_train": "",
-    "ResNet56_CIFAR10": "-t -c -r",
-    "WideResNet_40_4_CIFAR10": "-t -c -r",
-}
+from tests.conftest import ROOT, SCRIPTS
+from tests.made import cifar
 
 
 def run(name: str, *arguments: str, cwd="/") -> subprocess.CompletedProcess:
