@@ -5,6 +5,7 @@ NEURON_MERGING_REFERENCE: folder with golden_scaling.npz and the published LeNet
 Tests that need one of them skip, with the reason, where it is unset.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,25 @@ import torch
 
 import main
 from models import build
+from tests.made import with_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 if os.environ.get("PYTEST_XDIST_WORKER"):  # each worker has its share of the cores
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
-NETWORKS = [
-    ("LeNet_300_100", ()),
-    ("VGG", (16,)),
-    ("ResNet", (20,)),
-    ("WideResNet", (16, 2)),
-]  # small ones of each family
+NARROW = {  # one of each family, thin: what is tested does not depend on the width
+    "LeNet": ("LeNet_300_100", (), None),
+    "VGG-11": ("VGG", (11,), (16, 16, 24, 24, 32, 32, 32, 32)),
+    "ResNet-8": ("ResNet", (8,), None),
+    "WRN-10-2": ("WideResNet", (10, 2), None),
+}
+SCRIPTS = {  # in scripts/, with the flags that each has
+    "LeNet_300_100_FashionMNIST": "-t -c -r",
+    "VGG16_CIFAR10": "-t -c",
+    "VGG16_CIFAR100": "-t -c",
+    "VGG16_CIFAR100_train": "",
+    "ResNet56_CIFAR10": "-t -c -r",
+    "WideResNet_40_4_CIFAR10": "-t -c -r",
+}
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +66,22 @@ def pretrained() -> Path:
 
 @dataclass
 class Outcome:
+    """How a command line ended."""
+
     code: int
     out: str
     err: str
+
+    @property
+    def row(self) -> dict:
+        """What it printed for `--json -`."""
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+    @property
+    def refused(self) -> bool:
+        """Whether all that came of it is one line that says why."""
+        return (self.code, self.out, self.err.count("\n")) == (2, "", 1)
 
 
 @pytest.fixture
@@ -73,26 +96,9 @@ def cli(capsys):
     return run
 
 
-@pytest.fixture(params=NETWORKS, ids=lambda network: "-".join([network[0], *map(str, network[1])]))
+@pytest.fixture(params=NARROW)
 def network(request) -> torch.nn.Module:
     """Each of the four families with BatchNorm statistics as if it had seen data, in evaluation mode."""
     torch.manual_seed(0)
-    return with_statistics(build(*request.param))
-
-
-def with_statistics(model: torch.nn.Module) -> torch.nn.Module:
-    """`model` with BatchNorms as if it had been trained, in evaluation mode."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.3)
-                module.momentum = 1.0
-        model.train()(example(model, 64))
-    return model.eval()
-
-
-def example(model: torch.nn.Module, count: int = 8) -> torch.Tensor:
-    """Random inputs of the right shape."""
-    shape = (1, 28, 28) if type(model).__name__ == "LeNet_300_100" else (3, 32, 32)
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
+    arch, depth_wide, widths = NARROW[request.param]
+    return with_statistics(build(arch, depth_wide, widths=widths))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from experiments import bench, bench_train
 from experiments.grid import Grid
@@ -43,7 +44,10 @@ def test_the_trainer_that_is_timed_takes_steps(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_train, "RESULTS", tmp_path)
     monkeypatch.setitem(bench_train.settings.NETWORKS, "ResNet", bench_train.settings.Network((8,), (3, 32, 32)))
     monkeypatch.setattr(bench_train.torch, "compile", lambda model, **_: model)  # takes a minute
+    steps, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *args: steps.append(1) or step(self, *args))
     assert bench_train.main(["ResNet", "--batches", "1", "--batch-size", "8"]) == 0
+    assert len(steps) == 3 * 6  # the usual loop, ours, compiled, and at three sizes
     text = (tmp_path / "BENCH_TRAIN.md").read_text()
     assert text in capsys.readouterr().out and text.count("| ResNet |") == 1
 

@@ -1,6 +1,7 @@
 """The loader: whole splits as uint8, folders of other checksums, folders half there, downloads that stop."""
 
 import gzip
+import math
 import os
 import pickle
 import subprocess
@@ -8,15 +9,15 @@ import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
-from data import DATASETS, load
+from data import DATASETS, calibration, load
 from data.loader import HERE
 from errors import NeuronMergingError
 from tests.conftest import ROOT
+from tests.made import cifar
 
 
 def test_the_fashion_mnist_test_split_comes_with_the_repository():
@@ -42,22 +43,9 @@ def test_images_are_normalised_with_the_papers_numbers():
     images = load("FashionMNIST", "test")
     x = images.normalised(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
     assert x.tolist() == [[[[-1.0, 1.0]]]]
-
-
-def cifar(folder, source, per_file=20):
-    """A made-up CIFAR in torchvision's layout."""
-    folder = folder / source.base_folder
-    folder.mkdir(parents=True)
-    key, classes = ("labels", 10) if source is CIFAR10 else ("fine_labels", 100)
-    random = np.random.default_rng(0)
-    for file, _ in source.train_list + source.test_list:
-        entry = {
-            "data": random.integers(0, 256, (per_file, 3072), dtype=np.uint8),
-            key: random.integers(0, classes, per_file).tolist(),
-        }
-        (folder / file).write_bytes(pickle.dumps(entry))
-    (folder / source.meta["filename"]).write_bytes(pickle.dumps({source.meta["key"]: [str(i) for i in range(classes)]}))
-    return folder
+    for name in ("cifar10", "cifar100"):
+        dataset = DATASETS[name]
+        assert dataset.mean == (0.4914, 0.4822, 0.4465) and dataset.std == (0.2023, 0.1994, 0.2010)
 
 
 @pytest.mark.parametrize(("name", "source", "batches"), [("cifar10", CIFAR10, 5), ("cifar100", CIFAR100, 1)])
@@ -91,18 +79,19 @@ def test_a_data_folder_half_there_on_the_command_line(cli, tmp_path, pretrained)
     raw.mkdir(parents=True)
     (raw / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
     done = cli("--pretrained", pretrained, "--evaluate", "--data", tmp_path, "--save", tmp_path / "x")
-    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.refused
     assert "is half there: t10k-labels-idx1-ubyte is missing" in done.err
     (raw / "t10k-labels-idx1-ubyte").write_bytes(b"")
     done = cli("--pretrained", pretrained, "--evaluate", "--data", tmp_path, "--save", tmp_path / "x")
-    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.refused
     assert "cut short or damaged" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["FashionMNIST"]
 
 
 def test_a_download_that_stops_leaves_nothing_behind(tmp_path, monkeypatch):
     def stops(self):
-        (tmp_path / "started").write_text(str(self.root))
+        (tmp_path / "started").touch()
+        (Path(self.root) / "half").write_bytes(b"half of")
         raise OSError("connection lost\nsecond line")
 
     monkeypatch.setattr(CIFAR10, "download", stops)
@@ -113,7 +102,11 @@ def test_a_download_that_stops_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_a_download_is_moved_into_place_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "download", lambda self: cifar(Path(self.root), CIFAR10))
+    def download(self):
+        assert Path(self.root) != tmp_path
+        cifar(Path(self.root), CIFAR10)
+
+    monkeypatch.setattr(CIFAR10, "download", download)
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
     with pytest.warns(UserWarning, match="checksums"):
@@ -121,10 +114,39 @@ def test_a_download_is_moved_into_place_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.base_folder]
 
 
+def idx(folder, prefix, count):
+    """A split of a made-up FashionMNIST, as it is unpacked: all its images are of class 1, and of that gray."""
+    for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+        header = bytes([0, 0, 8, len(shape)]) + b"".join(side.to_bytes(4, "big") for side in shape)
+        (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + b"\1" * math.prod(shape))
+
+
+def test_what_a_download_brings_joins_what_is_there(tmp_path, monkeypatch):
+    """FashionMNIST's test split is there already."""
+    (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
+    idx(tmp_path / "FashionMNIST" / "raw", "t10k", 5)
+    roots = []
+
+    def download(self):
+        roots.append(Path(self.root))
+        Path(self.raw_folder).mkdir(parents=True)
+        for prefix, count in (("train", 7), ("t10k", 5)):
+            idx(Path(self.raw_folder), prefix, count)
+
+    monkeypatch.setattr(FashionMNIST, "download", download)
+    for split, count in (("train", 7), ("test", 5)):
+        with pytest.warns(UserWarning, match="checksums"):
+            images = load("FashionMNIST", split, tmp_path)
+        assert images.labels.tolist() == [1] * count and images.pixels.unique().tolist() == [1]
+    assert len(roots) == 1 and roots[0] != tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["FashionMNIST"]
+    assert len(list((tmp_path / "FashionMNIST" / "raw").iterdir())) == 4
+
+
 TWO = """
 import pathlib, sys, time
 from torchvision.datasets import CIFAR10
-from tests.test_data import cifar
+from tests.made import cifar
 import data
 
 here = pathlib.Path(sys.argv[1])
@@ -204,6 +226,30 @@ def test_labels_that_cannot_be_are_refused(tmp_path, labels):
         warnings.simplefilter("ignore")
         with pytest.raises(NeuronMergingError, match=r"damaged|not what it should be"):
             load("cifar10", "test", tmp_path)
+
+
+def as_set(images) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images.pixels}
+
+
+@pytest.mark.filterwarnings("ignore:.*checksums")
+def test_held_out_images_are_apart_and_none_is_lost(tmp_path):
+    cifar(tmp_path, CIFAR10)
+    held_out, rest, whole = (load("cifar10", split, tmp_path) for split in ("val", "fit", "train"))
+    assert (len(held_out), len(rest)) == (10, 90)
+    assert not as_set(held_out) & as_set(rest) and as_set(held_out) | as_set(rest) == as_set(whole)
+    assert as_set(load("cifar10", "val", tmp_path)) == as_set(held_out)
+
+
+@pytest.mark.filterwarnings("ignore:.*checksums")
+def test_images_to_look_at_are_drawn_from_those_that_are_not_held_out(tmp_path):
+    cifar(tmp_path, CIFAR10)
+    rest = as_set(load("cifar10", "fit", tmp_path))
+    one, again, other = (as_set(calibration("cifar10:7", "cifar10", tmp_path, seed)) for seed in (1, 1, 2))
+    assert one == again != other and len(one) == len(other) == 7 and one | other <= rest
+    assert as_set(calibration("cifar10:90", "cifar10", tmp_path)) == rest  # however many: none of the others
+    with pytest.raises(NeuronMergingError, match="there are only 90 images"):
+        calibration("cifar10:91", "cifar10", tmp_path)
 
 
 def test_the_held_out_split_is_fixed_and_apart(data_folder):

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity, euclidean_distances
 
 import decompose
+import rivals
 from decompose import COMPENSATIONS, CRITERIA, BatchNorm, Decomposition, Neurons, select
+from experiments.bench import arrays
 from tests import literal
 
 GOLDEN = [*(f"bn{i}" for i in range(9)), *(f"fc{i}" for i in range(4))]
@@ -58,10 +60,6 @@ def layers(draw) -> Neurons:
     return Neurons(torch.from_numpy(W), bn, relu=True)
 
 
-def as_arrays(bn: BatchNorm | None):
-    return bn and (*(x.numpy() for x in (bn.gamma, bn.beta, bn.mu, bn.var)), bn.eps)
-
-
 @pytest.mark.parametrize("form", literal.FORMS)
 @pytest.mark.parametrize("criterion", ["l1-norm", "l2-norm", "l2-GM"])
 @settings(max_examples=60, deadline=None)
@@ -76,7 +74,7 @@ def test_the_vectorised_code_agrees_with_the_literal_loop(form, criterion, layer
     dropped = [n for n in range(len(W)) if n not in kept]
     assert not dropped or scores[dropped].max() <= scores[sorted(kept)].min() + 1e-9  # (ties may fall either way)
     part = COMPENSATIONS[form](layer, keep, t=t, lam=lam)
-    expected = literal.scaling_matrix(W, as_arrays(layer.bn), keep.tolist(), form, t, lam)
+    expected = literal.scaling_matrix(W, arrays(layer.bn), keep.tolist(), form, t, lam)
     assert part.Z.shape == (P, len(W))
     if not np.allclose(part.Z.numpy(), expected):  # equally near partners are told apart by rounding alone
         columns = np.flatnonzero(~np.isclose(part.Z.numpy(), expected).all(0))
@@ -86,7 +84,7 @@ def test_the_vectorised_code_agrees_with_the_literal_loop(form, criterion, layer
 
 def is_tie(layer, keep, form, lam, n, ours, expected) -> bool:
     """Two partners of n whose distances differ by rounding only, found by moving λ's terms a hair."""
-    W, bn = layer.W.numpy(), as_arrays(layer.bn)
+    W, bn = layer.W.numpy(), arrays(layer.bn)
     chosen = (
         [keep[i] for i in (np.flatnonzero(ours)[0], np.flatnonzero(expected)[0])]
         if ours.any() and expected.any()
@@ -98,6 +96,18 @@ def is_tie(layer, keep, form, lam, n, ours, expected) -> bool:
     if bn is None or lam == 1:
         return bool(np.isclose(candidates[0][2], candidates[1][2], atol=1e-12))
     return np.isclose(candidates[0][1:], candidates[1][1:]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(layer=layers(), share=st.floats(0, 1))
+def test_lbyl_agrees_with_the_literal_loop(layer, share):
+    W, bn = layer.W.numpy(), arrays(layer.bn)
+    keep = select(layer.W, max(1, round(share * len(W))), "l2-norm")
+    Z = rivals.lbyl(layer, keep).Z.numpy()
+    for p in set(range(len(W))) - set(keep.tolist()):
+        expected, condition = literal.lbyl_column(W, bn, keep.tolist(), p, rivals.LBYL_RIDGE)
+        off = 1e-9 + 1e-14 * condition  # what rounding may make of it
+        assert np.allclose(Z[:, p], expected, rtol=0, atol=off * (1 + np.abs(expected).max())), (p, condition)
 
 
 def test_the_criteria_agree_with_other_libraries():
@@ -153,8 +163,10 @@ def test_a_neuron_with_gamma_zero_is_a_constant_that_nobody_stands_in_for():
     assert derived.shift.tolist() == [0, 0, 0.7]
     published: Decomposition = decompose.merge(neurons, keep, t=0, lam=0.85)
     assert torch.equal(published.Z[:, 2], torch.zeros(2, dtype=torch.float64))
-    negative = Neurons(W, batchnorm([1.0, 1.0, 0.0], [0.5, 0.5, -0.7]), relu=True)
-    assert decompose.merge_derived(negative, keep, t=0, lam=0.85).shift is None  # ReLU cuts it off
+    for relu, shift in ((True, None), (False, [0, 0, -0.7])):  # ReLU cuts it off
+        negative = Neurons(W, batchnorm([1.0, 1.0, 0.0], [0.5, 0.5, -0.7]), relu)
+        found = decompose.merge_derived(negative, keep, t=0, lam=0.85).shift
+        assert (found if found is None else found.tolist()) == shift
 
 
 def test_opposite_signs_of_gamma_are_kept_as_published_and_rejected_in_the_derived_form():

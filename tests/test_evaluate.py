@@ -8,8 +8,7 @@ from torch import nn
 
 from evaluate import accuracy, fused
 from models import build
-from tests.conftest import with_statistics
-from tests.test_train import images
+from tests.made import images, same, with_statistics
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -23,9 +22,7 @@ def test_the_fused_network_computes_the_same_and_the_original_is_left_as_it_is(a
     with torch.no_grad():
         assert torch.allclose(small(x), model(x), rtol=1e-4, atol=1e-4)
     assert sum(isinstance(m, NORMS) for m in small.modules()) < sum(isinstance(m, NORMS) for m in model.modules())
-    assert all(
-        torch.equal(a, b) for a, b in zip(before.state_dict().values(), model.state_dict().values(), strict=True)
-    )
+    assert same(before, model)
     assert str(before) == str(model)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import resource
 import warnings
 from dataclasses import replace
@@ -115,6 +116,23 @@ def test_the_tables_match_their_rows():
     assert tables.main(["--check"]) == 0
 
 
+def test_tables_and_figures_are_written_where_they_belong(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "GRIDS", {"lenet": GRIDS["lenet"]})
+    for name, place in (("TABLES", "TABLES.md"), ("README", "README.md"), ("FIGURES", "figures")):
+        monkeypatch.setattr(tables, name, tmp_path / place)
+    tables.README.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    assert tables.main([]) == tables.main(["--check"]) == 0
+    before, between, after = re.split(f"{re.escape(tables.BEGIN)}|{re.escape(tables.END)}", tables.README.read_text())
+    assert (before, after) == ("before\n", "\nafter\n")
+    assert "old" not in between and "**LeNet-300-100 on FashionMNIST**" in between and "VGG" not in between
+    assert "88.69" in between and "88.69" in tables.TABLES.read_text()  # merge, half of the neurons, as in the paper
+    names = {f"LeNet_300_100_FashionMNIST{of}" for of in ("", "_beyond", "_size", "_widths")}
+    assert {path.name for path in tables.FIGURES.iterdir()} == {f"{n}.{end}" for n in names for end in ("png", "svg")}
+    assert all(path.stat().st_size > 5000 for path in tables.FIGURES.iterdir())
+    shown = re.findall(r"\((?:results/)?figures/(\w+)\.png\)", between + tables.TABLES.read_text())
+    assert set(shown) == names
+
+
 def test_a_row_with_other_settings_is_in_no_table():
     """A ridge or split of somebody's own, appended to the same file, is no fourth seed."""
     lenet, everything = GRIDS["lenet"], rows.load()
@@ -144,8 +162,10 @@ def test_the_published_checkpoint_reproduces_the_published_table():
 
 
 def test_the_manifest_describes_the_files_as_they_are():
+    """Others may lie there too: those that the scripts train, say."""
     entries = manifest.read()
-    assert {path.name for path in grid.PRETRAINED.glob("*.pth.tar")} == set(entries)
+    shipped = [manifest.workbench().pretrained, *(grid.checkpoint for grid in GRIDS.values())]
+    assert {path.name for path in shipped} <= set(entries)
     for name, entry in entries.items():
         assert grid.sha256(grid.PRETRAINED / name) == entry["sha256"]
         assert entry["command"].startswith("python main.py --arch")
@@ -175,7 +195,7 @@ def test_chosen_widths_are_within_the_budget():
 
 def test_the_shipped_lenet_is_as_good_as_the_manifest_says(cli, pretrained):
     entry = manifest.read()[pretrained.name]
-    row = json.loads(cli("--pretrained", pretrained, "--evaluate", "--json", "-").out)
+    row = cli("--pretrained", pretrained, "--evaluate", "--json", "-").row
     assert abs(row["correct"] - entry["correct"]) <= 2  # another machine may round another way
     assert entry["accuracy"] >= 89.3
 
@@ -267,12 +287,16 @@ def test_rows_that_are_none_end_in_one_line(tmp_path, capsys, rows_file, message
     assert message in capsys.readouterr().err
 
 
-def test_figures_are_written_whole(tmp_path):
+def test_figures_are_written_whole_and_the_same_every_time(tmp_path):
     measured = {"consumers": ["a", "b"], "ratio": None, "criterion": "l2-norm", "images": 4}
     measured["errors"] = {"prune": [0.1, 0.5], "merge": [0.1, 0.3]}
-    figures.feature_errors("A network", measured, [tmp_path / "errors.png", tmp_path / "errors.svg"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.png", "errors.svg"]
-    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+    paths = [tmp_path / "errors.png", tmp_path / "errors.svg"]
+    figures.feature_errors("A network", measured, paths)
+    assert sorted(tmp_path.iterdir()) == paths
+    drawn = [path.read_bytes() for path in paths]
+    assert all(len(content) > 5000 for content in drawn)
+    figures.feature_errors("A network", measured, paths)
+    assert [path.read_bytes() for path in paths] == drawn
 
 
 def test_what_goes_beyond_the_paper_is_listed_once():

@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -16,13 +15,33 @@ from errors import NeuronMergingError
 from files import remove_partials
 from models import build, load_checkpoint, load_weights, save_checkpoint
 from tests.conftest import ROOT
+from tests.made import same
 
 TRAIN = """
-import sys, torch, data, main, train
-from tests.test_train import images
+import io, os, signal, sys, torch, data, main, train
+from tests.made import images
+
+def killed_at(call, function, before):
+    def counted(*args, **options):
+        nonlocal call
+        call -= 1
+        if call == 0:
+            before(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return counted
+
+def write_half(content, file, save=torch.save):
+    whole = io.BytesIO()
+    save(content, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+
 data.load = lambda name, split, root: images(name, 600 if split == "train" else 40)
 train.SAVE_SECONDS = 0  # the state is written after every step
-sys.exit(main.main(["--epochs", "20", "--schedule", "5", "--gammas", "0.1", "--save", *sys.argv[1:]]))
+torch.save = killed_at(int(sys.argv[1]), torch.save, write_half)
+train.F.cross_entropy = killed_at(int(sys.argv[2]), train.F.cross_entropy, lambda *_: None)
+sys.exit(main.main(["--epochs", "4", "--schedule", "1", "--gammas", "0.1", "--save", *sys.argv[3:]]))
 """
 
 
@@ -37,11 +56,12 @@ def nothing_goes_on():
         STARTED.pop().kill()
 
 
-def training(*arguments, limit=None):
-    """A process that trains. limit: bytes that a file can have."""
+def training(*arguments, limit=None, write=0, step=0):
+    """A process that trains. limit: bytes that a file can have. write, step: in which it is killed, the write half done."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
-        [sys.executable, "-c", TRAIN, *map(str, arguments)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-c", TRAIN, *map(str, (write, step, *arguments))],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
     )  # fmt: skip
     STARTED.append(run)
@@ -49,30 +69,18 @@ def training(*arguments, limit=None):
 
 
 def test_a_run_killed_between_and_inside_writes_goes_on_to_the_same_network(tmp_path):
-    whole = training(tmp_path / "whole")
-    assert whole.wait(120) == 0, whole.stdout.read()
-    state, target, rng = tmp_path / "killed.state", tmp_path / "killed", random.Random(0)
-    kills, inside = 0, 0  # all of them, and those that left half a file
-    while not target.exists() and (kills < 2 or (not inside and kills < 30)):
-        run = training(target, *(["--resume"] if state.exists() else []))
-        if kills < 2:  # at any time
-            before = state.stat().st_mtime_ns if state.exists() else 0
-            while run.poll() is None and not (state.exists() and state.stat().st_mtime_ns != before):
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.15))
-        else:  # as soon as a write has begun
-            while run.poll() is None and not any(tmp_path.glob(f".{state.name}.*")):
-                pass
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        kills, inside = kills + 1, inside + any(tmp_path.glob(f".{state.name}.*"))
-    assert inside, "no kill left half a file: none has hit a write"
-    if not target.exists():
-        last = training(target, "--resume")
-        assert last.wait(120) == 0, last.stdout.read()
-    assert not list(tmp_path.glob(".*"))  # a write that was killed leaves something, which the next run removes
+    def train(name, *arguments, code=0, **killed):
+        run = training(tmp_path / name, *arguments, **killed)
+        assert run.wait(120) == code, run.stdout.read()
+        return len(list(tmp_path.glob(f".{name}.state.*.partial")))
+
+    assert train("whole") == 0
+    assert train("killed", code=-signal.SIGKILL, write=9) == 1  # in the second of four epochs, as the next one
+    assert train("killed", "--resume", code=-signal.SIGKILL, step=2) == 0  # which has removed what the first one left
+    assert train("killed", "--resume") == 0
+    assert not list(tmp_path.glob(".*"))
     networks = [load_weights(build("LeNet_300_100"), load_checkpoint(tmp_path / name)) for name in ("whole", "killed")]
-    assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in networks)))
+    assert same(*networks)
 
 
 def test_a_write_that_is_killed_leaves_the_old_file(tmp_path):

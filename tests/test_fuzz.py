@@ -22,8 +22,7 @@ from experiments.zoo import plant
 from methods import LOOKING, METHODS, Settings
 from models import build
 from shrink import prunable, shrink, width
-from tests.test_train import images
-from trace import NORMS
+from tests.made import images, same, with_statistics
 
 MANY = int(os.environ.get("NEURON_MERGING_FUZZ", "0"))
 FREE = [name for name in METHODS if name not in LOOKING]
@@ -81,13 +80,7 @@ def networks(draw):
         layers += [nn.Linear(features, hidden, bias=draw(st.booleans())), nn.ReLU(), nn.Dropout(0.3)]
         features = hidden
     model = nn.Sequential(*layers, nn.Linear(features, 4))
-    for module in model.modules():
-        if isinstance(module, NORMS):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.3)
-            module.momentum = 1.0
-    model.train()(torch.randn(64, *shape))
-    return model.eval(), shape
+    return with_statistics(model, torch.randn(64, *shape)), shape
 
 
 def thinned(model, found, share):
@@ -118,7 +111,7 @@ def test_any_network_any_method(made, criterion, kind, share, coupled):
         assert not found and "has no layer that can be pruned" in str(error), error
         return
     assert small(x).shape == wanted.shape and torch.isfinite(small(x)).all()
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    assert same(before, model)
     dropped = any(kept < full for kept, full in zip(report.widths, report.full))
     assert report.params == (count_parameters(model), count_parameters(small))
     assert report.macs == (count_macs(model, shape), count_macs(small, shape))
@@ -304,7 +297,8 @@ def cli_quiet(capsys, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("latency.SECONDS", 0.01)
-    monkeypatch.setattr("data.load", lambda name, split, root: images(name, 40))  # no download, no 10,000 images
+    for place in ("data.load", "data.loader.load"):  # no download, no 10,000 images
+        monkeypatch.setattr(place, lambda name, split, root: images(name, 40))
     monkeypatch.setattr(sys, "path", [*sys.path])
     torch.save(tiny().state_dict(), tmp_path / "tiny.pth")
     torch.save(build("LeNet_300_100").state_dict(), tmp_path / "lenet.pth.tar")

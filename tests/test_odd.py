@@ -18,6 +18,7 @@ from methods import METHODS, Settings
 from models import build, load_checkpoint, save_checkpoint, stored
 from shrink import prunable, shrink, width
 from streams import Stream, scaling_matrices
+from tests.made import same, with_statistics
 from trace import units
 from walk import Walk, cholesky, rows
 
@@ -62,10 +63,15 @@ def test_a_dropped_block_of_tokens_runs_on_any_batch(kind):
 
 
 def test_quick_widths_weigh_tokens_by_feature():
+    """What the consumer adds counts by the variance of every feature of the sum, over samples and tokens."""
     torch.manual_seed(0)
-    model = Tokens().eval()
-    _, report = shrink(model, 0.5, example_input=(5, 6), compensation="restore", widths="quick", probe_samples=64)
+    model, x = Tokens().eval(), torch.randn(64, 5, 6) * torch.arange(1, 7)
+    _, report = shrink(model, 0.5, images=x, compensation="restore", widths="quick")
     assert report.params[1] < report.params[0]
+    (curve,) = report.curves
+    with torch.no_grad():
+        written = (x + model.fc2(F.relu(model.fc1(x)))).flatten(0, 1)
+    assert curve.damage[0] == pytest.approx(curve.error[0] / float(written.var(0, correction=0).sum()), rel=1e-4)
 
 
 @torch.no_grad()
@@ -238,7 +244,7 @@ def test_the_smaller_network_shares_nothing_with_the_original():
     model.ip1.weight.grad = torch.ones_like(model.ip1.weight)
     small.optimizer.zero_grad()
     assert model.ip1.weight.grad is not None
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert same(before, model)
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert not storages & {p.untyped_storage().data_ptr() for p in small.parameters()}
 
@@ -274,11 +280,8 @@ class TwoNames(nn.Module):
 
 @torch.no_grad()
 def test_layers_with_two_names_are_replaced_under_both():
-    model = TwoNames().eval()
-    for bn in (model.bn1, model.bn2):
-        bn.running_mean.normal_()
-        bn.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 3, 8, 8)
+    model = with_statistics(TwoNames(), x)
     torch.testing.assert_close(fused(model)(x), model(x), rtol=1e-4, atol=1e-5)
     for kind in KINDS:
         small, _ = shrink(model, [0], example_input=(3, 8, 8), compensation=kind, probe_samples=32)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 import main
-from tests.conftest import ROOT
-from tests.test_scripts import SCRIPTS
+from tests.conftest import ROOT, SCRIPTS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").rglob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

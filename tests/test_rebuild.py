@@ -6,61 +6,18 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from decompose import COMPENSATIONS, Decomposition, decompose, read, rebuild, select
+from decompose import COMPENSATIONS, Decomposition, decompose, rebuild, select
 from errors import NeuronMergingError
 from models import build, load_checkpoint, load_weights, save_checkpoint
 from tests import literal
-from tests.conftest import example
+from tests.conftest import NARROW
+from tests.made import example, plant_multiples, same, widths_of, without_batchnorm
 from trace import units
 
 
-def without_batchnorm(model: nn.Module) -> nn.Module:
-    """Every unit's BatchNorm folded into its convolution."""
-    model = copy.deepcopy(model).eval()
-    for unit in units(model):
-        if unit.bn is not None:
-            parent, _, name = unit.layer.rpartition(".")
-            setattr(
-                model.get_submodule(parent), name, fuse_conv_bn_eval(*map(model.get_submodule, (unit.layer, unit.bn)))
-            )
-            parent, _, name = unit.bn.rpartition(".")
-            setattr(model.get_submodule(parent), name, nn.Identity())
-    return model
-
-
-def plant_multiples(model: nn.Module) -> list[int]:
-    """Make half of every unit's neurons positive multiples of the other half (and their BatchNorm agree); the kept widths."""
-    random = torch.Generator().manual_seed(2)
-    widths = []
-    with torch.no_grad():
-        for unit in units(model):
-            layer = model.get_submodule(unit.layer)
-            bn = model.get_submodule(unit.bn) if unit.bn else None
-            N = len(layer.weight)
-            order = torch.randperm(N, generator=random)
-            leaders, followers = order[: N // 2], order[N // 2 :]
-            neurons = read(model, unit).W  # with the bias, where that is part of a neuron
-            for m in leaders:  # all of norm 1, so that every criterion keeps them before their multiples
-                for parameter in layer.parameters():
-                    parameter[m] /= neurons[m].norm()
-            if bn is not None:  # keep the scale of the leaders' activations
-                bn.running_mean[leaders], bn.running_var[leaders] = bn.running_mean[leaders] / 10, 1.0
-            for n, m in zip(followers, leaders[torch.arange(len(followers)) % len(leaders)]):
-                s = 0.05 + 0.15 * float(torch.rand((), generator=random))
-                layer.weight[n] = s * layer.weight[m]
-                if layer.bias is not None:
-                    layer.bias[n] = s * layer.bias[m]
-                if bn is not None:  # any γ_n > 0 and v_n; μ_n and β_n so that z_n = S z_m
-                    S = (
-                        s
-                        * (bn.weight[n] / bn.weight[m])
-                        * ((bn.running_var[m] + bn.eps) / (bn.running_var[n] + bn.eps)).sqrt()
-                    )
-                    bn.running_mean[n], bn.bias[n] = s * bn.running_mean[m], S * bn.bias[m]
-            widths.append(len(leaders))
-    return widths
+def halves(model: nn.Module) -> list[int]:
+    return [n // 2 for n in widths_of(model)]
 
 
 def shrink(model, widths, criterion, form, t=0.1, lam=0.85):
@@ -86,28 +43,27 @@ def test_positive_multiples_are_lossless_in_the_derived_form(network, batchnorm,
 @pytest.mark.parametrize("form", COMPENSATIONS)
 @torch.no_grad()
 def test_keeping_all_changes_nothing(network, form):
-    full = [len(network.get_submodule(unit.layer).weight) for unit in units(network)]
     x = example(network)
-    assert torch.allclose(shrink(network, full, "l1-norm", form)(x), network(x), atol=1e-6)
+    assert torch.allclose(shrink(network, widths_of(network), "l1-norm", form)(x), network(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("form", COMPENSATIONS)
 def test_the_network_is_left_untouched_and_the_small_one_is_of_its_own(network, form):
     before = copy.deepcopy(network.state_dict())
     found = units(network)
-    widths = [len(network.get_submodule(unit.layer).weight) // 2 for unit in found]
+    widths = halves(network)
     small = shrink(network, widths, "l2-norm", form)
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.fill_(1.0)
-    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
-    assert [len(small.get_submodule(unit.layer).weight) for unit in found] == widths
+    assert same(before, network)
+    assert widths_of(small, found) == widths
 
 
 @pytest.mark.parametrize("form", COMPENSATIONS)
 @torch.no_grad()
 def test_the_smaller_network_reloads_from_its_checkpoint(network, form, tmp_path):
-    widths = [len(network.get_submodule(unit.layer).weight) // 2 for unit in units(network)]
+    widths = halves(network)
     for unit in units(network):
         if unit.bn:  # a constant neuron: its shift has to be absorbed, which gives WideResNet's conv2 a bias
             network.get_submodule(unit.bn).weight[-1] = 0.0
@@ -116,15 +72,14 @@ def test_the_smaller_network_reloads_from_its_checkpoint(network, form, tmp_path
     small = shrink(network, widths, "l1-norm", form)
     save_checkpoint(tmp_path / "small.pth.tar", small, widths=widths)
     kind = type(network).__name__
-    depth_wide = {"LeNet_300_100": (), "VGG": (16,), "ResNet": (20,), "WideResNet": (16, 2)}[kind]
+    depth_wide = {arch: depth_wide for arch, depth_wide, _ in NARROW.values()}[kind]
     checkpoint = load_checkpoint(tmp_path / "small.pth.tar")
     again = load_weights(build(kind, depth_wide, widths=checkpoint.widths), checkpoint).eval()
     assert again.state_dict().keys() == small.state_dict().keys()
     if form == "merge-derived" and kind == "WideResNet":
         assert again.block1.layer[0].conv2.bias is not None
     x = example(network)
-    tolerance = 0.05 if kind == "VGG" else 1e-6  # VGG is large enough to be stored in half precision
-    assert torch.allclose(again(x), small(x), atol=tolerance)
+    assert torch.allclose(again(x), small(x), atol=1e-6)
 
 
 class Flattened(nn.Module):
@@ -152,7 +107,7 @@ def test_absorbing_agrees_with_the_literal_loop(form):
 
 def test_every_scaling_matrix_depends_on_the_original_weights_only(network):
     found = units(network)
-    widths = [max(1, len(network.get_submodule(unit.layer).weight) // 2) for unit in found]
+    widths = halves(network)
     together = decompose(network, found, widths, "l2-GM", "merge", t=0.1, lam=0.85)
     for unit, width, part in zip(reversed(found), reversed(widths), reversed(together)):
         (alone,) = decompose(network, [unit], [width], "l2-GM", "merge", t=0.1, lam=0.85)
@@ -188,7 +143,7 @@ def test_weights_keep_their_dtype(dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_network(network):
-    widths = [len(network.get_submodule(unit.layer).weight) // 2 for unit in units(network)]
+    widths = halves(network)
     here = shrink(network, widths, "l2-norm", "merge").state_dict()
     there = shrink(copy.deepcopy(network).cuda(), widths, "l2-norm", "merge").state_dict()
     assert all(torch.allclose(here[name], value.cpu(), atol=1e-5) for name, value in there.items())
@@ -201,7 +156,7 @@ def test_a_network_in_float64_with_one_output_is_left_untouched(form):
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 1)).double()
     before = copy.deepcopy(model.state_dict())
     rebuild(model, units(model), decompose(model, units(model), [3], "l1-norm", form))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(before, model)
 
 
 def test_what_cannot_be_decomposed_is_named():

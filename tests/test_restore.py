@@ -20,8 +20,7 @@ from restore import Options, restore
 from ridge import Ridge
 from rivals import fold, lbyl, reestimate
 from shrink import shrink
-from tests.conftest import example, with_statistics
-from tests.test_rebuild import plant_multiples, without_batchnorm
+from tests.made import example, plant_multiples, same, shape_of, widths_of, with_statistics, without_batchnorm
 from trace import units
 from walk import Walk, matrix, patches
 
@@ -29,34 +28,11 @@ DEFAULT = Options()
 RIVALS = ("lbyl", "fold", "prune-bn", "merge-bn")
 
 
-NARROW = {  # one of each family, thin: what is tested does not depend on the width
-    "LeNet": ("LeNet_300_100", (), None),
-    "VGG-11": ("VGG", (11,), (16, 16, 24, 24, 32, 32, 32, 32)),
-    "ResNet-8": ("ResNet", (8,), None),
-    "WRN-10-2": ("WideResNet", (10, 2), None),
-}
-
-
-@pytest.fixture(params=NARROW)
-def network(request):
-    torch.manual_seed(0)
-    arch, depth_wide, widths = NARROW[request.param]
-    return with_statistics(build(arch, depth_wide, widths=widths))
-
-
-def widths_of(model, found):
-    return [len(model.get_submodule(unit.layer).weight) for unit in found]
-
-
 def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=DEFAULT):
     found = units(model)
     widths = widths or [n // 2 for n in widths_of(model, found)]
     X = probe.make(model, shape, samples, seed=seed)
     return restore(model, found, choose(model, found, widths, criterion), X, options)
-
-
-def shape_of(model):
-    return tuple(example(model, 1).shape[1:])
 
 
 def duplicate(model):
@@ -79,7 +55,7 @@ def distance(a, b, x):
 
 @torch.no_grad()
 def test_keeping_everything_changes_nothing(network):
-    small = restored(network, shape_of(network), widths_of(network, units(network)))
+    small = restored(network, shape_of(network), widths_of(network))
     x = example(network)
     assert torch.allclose(small(x), network(x), atol=1e-4)
 
@@ -130,7 +106,7 @@ def test_the_original_is_left_as_it_was(network):
     network.train()
     before = copy.deepcopy(network.state_dict())
     small = restored(network, shape_of(network))
-    assert all(torch.equal(w, network.state_dict()[name]) for name, w in before.items())
+    assert same(before, network)
     assert all(module.training for module in [*network.modules(), *small.modules()])
     assert all(parameter.requires_grad for parameter in small.parameters())
 
@@ -155,9 +131,7 @@ class Chain(nn.Module):
         self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, stride=2, padding=2, dilation=2)
         self.na, self.nb = nn.BatchNorm2d(16), nn.BatchNorm2d(24)
         self.activation, self.fc = activation, nn.Linear(24 * 4, 10)
-        self.na.momentum = self.nb.momentum = 1.0
-        self.train()(torch.randn(64, 3, 16, 16))
-        self.eval()
+        with_statistics(self, torch.randn(64, 3, 16, 16), affine=False)
 
     def forward(self, x):
         x = self.activation(self.nb(self.b(self.activation(self.na(self.a(x))))))
@@ -192,9 +166,7 @@ class Late(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         self.conv2, self.bn2 = nn.Conv2d(16, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
         self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(12, 10)
-        self.bn1.momentum = self.bn2.momentum = 1.0
-        self.train()(torch.randn(64, 3, 8, 8))
-        self.eval()
+        with_statistics(self, torch.randn(64, 3, 8, 8), affine=False)
 
     def forward(self, x):
         x = self.relu(self.stem(x))
@@ -245,10 +217,7 @@ def test_networks_that_nobody_here_wrote(name):
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(num_classes=10)
     x = torch.randn(8, 3, 64, 64)
-    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        bn.momentum = 1.0
-    model.train()(x)
-    model.eval()
+    with_statistics(model, x, affine=False)
     found = units(model)
     assert found
     full = [torch.arange(n) for n in widths_of(model, found)]
@@ -301,10 +270,8 @@ def test_adaptation_lessens_what_the_consumers_lack(activation):
     torch.manual_seed(0)
     model = with_statistics(Pooled(activation))
     found, x = units(model), torch.randn(256, 3, 32, 32)
-    model.train()
-    model.bn.momentum = 1.0
-    model(x)  # the probe is what the network was normalised for
-    keep = choose(model.eval(), found, [4, 3], "l2-norm")
+    with_statistics(model, x, affine=False)  # the probe is what the network was normalised for
+    keep = choose(model, found, [4, 3], "l2-norm")
     off = [distance(model, restore(model, found, keep, x, Options(adaptations=n)), x) for n in (0, 1, 2, 4)]
     assert off == sorted(off, reverse=True) and off[-1] < 0.95 * off[0], off
 
@@ -433,12 +400,7 @@ def test_patches_are_what_a_convolution_sees(conv):
 )
 def test_every_part_can_be_left_out(switch):
     torch.manual_seed(0)
-    model = build("ResNet", (8,))
-    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        bn.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(64, 3, 32, 32))
-    model.eval()
+    model = with_statistics(build("ResNet", (8,)), torch.randn(64, 3, 32, 32), affine=False)
     whole, without = (restored(model, (3, 32, 32), options=o) for o in (Options(), Options(**{switch: False})))
     x = torch.randn(4, 3, 32, 32)
     assert distance(whole, without, x) > 1e-4
@@ -573,6 +535,28 @@ def test_folding_equal_filters_is_lossless(network):
     found = units(model)
     x = example(model)
     assert torch.allclose(fold(model, found, widths)(x), model(x), atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_fold_is_the_centroid_with_the_variance_of_its_members():
+    """Two filters as their BatchNorm scales them, (2, 0) and (0.6, 0.8), in one cluster."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 3, 1)).eval()
+    gain = torch.tensor([4.0, 0.5])
+    model[0].weight.copy_((torch.tensor([[2, 0], [0.6, 0.8]]) / gain[:, None]).view(2, 2, 1, 1))
+    model[0].bias.copy_(torch.tensor([0.3, -0.2]))
+    model[1].running_mean.copy_(torch.tensor([0.5, 1.0]))
+    model[1].running_var.copy_(torch.tensor([0.25, 4.0]) - model[1].eps)
+    model[1].weight.copy_(torch.tensor([2.0, 1.0]))
+    model[1].bias.copy_(torch.tensor([0.1, 0.7]))
+    small, x = fold(model, units(model), [1]), torch.randn(4, 2, 3, 3)
+    repair = 2 / (2 + 2 * 0.6) ** 0.5
+    mean = (4 * (0.5 - 0.3) + 0.5 * (1.0 + 0.2)) / 2
+    one = repair * (1.3 * x[:, :1] + 0.4 * x[:, 1:] - mean) + (0.1 + 0.7) / 2
+    assert torch.allclose(small[:2](x), one, atol=1e-5)
+    assert torch.allclose(small(x), model[3](one.relu().expand(-1, 2, -1, -1)), atol=1e-5)
+    plain = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
+    small = fold(plain, units(plain), [1])
+    assert torch.allclose(small[0].weight, plain[0].weight.mean(0)) and small[0].bias == plain[0].bias.mean()
 
 
 @torch.no_grad()

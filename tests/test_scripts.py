@@ -7,17 +7,8 @@ import subprocess
 import pytest
 from torchvision.datasets import CIFAR100
 
-from tests.conftest import ROOT
-from tests.test_data import cifar
-
-SCRIPTS = {
-    "LeNet_300_100_FashionMNIST": "-t -c -r",
-    "VGG16_CIFAR10": "-t -c",
-    "VGG16_CIFAR100": "-t -c",
-    "VGG16_CIFAR100_train": "",
-    "ResNet56_CIFAR10": "-t -c -r",
-    "WideResNet_40_4_CIFAR10": "-t -c -r",
-}
+from tests.conftest import ROOT, SCRIPTS
+from tests.made import cifar
 
 
 def run(name: str, *arguments: str, cwd="/") -> subprocess.CompletedProcess:
@@ -60,7 +51,10 @@ def test_the_published_command_from_another_folder(tmp_path):
 
 def test_the_original_is_evaluated_without_a_warning():
     done = run("LeNet_300_100_FashionMNIST", "-t", "original")
-    assert done.returncode == 0 and done.stderr == "" and "89.36 %" in done.stdout
+    assert done.returncode == 0 and done.stderr == ""
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("accuracy")]
+    measured = line.split("%")[1]  # behind what the file says
+    assert abs(float(measured) - 89.36) < 0.02
 
 
 @pytest.mark.parametrize("name", ["VGG16_CIFAR10", "VGG16_CIFAR100", "ResNet56_CIFAR10", "WideResNet_40_4_CIFAR10"])

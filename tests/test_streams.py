@@ -16,12 +16,7 @@ from models import build, fit, load_checkpoint, load_weights, save_checkpoint
 from restore import restore
 from shrink import prunable, select, shrink, summary
 from streams import Stream, scaling_matrices, streams
-from tests.conftest import with_statistics
-from tests.test_restore import network, shape_of  # noqa: F401 (network: a fixture)
-
-
-def images(model, count=4):
-    return torch.randn(count, *shape_of(model), generator=torch.Generator().manual_seed(3))
+from tests.made import example, same, shape_of, with_statistics
 
 
 class Dense(nn.Module):
@@ -46,16 +41,10 @@ class Dense(nn.Module):
 
 def dense():
     torch.manual_seed(0)
-    model = Dense()
-    for bn in (model.norm, model.norm2):
-        nn.init.uniform_(bn.weight, 0.5, 1.5)
-        nn.init.normal_(bn.bias)
-        bn.momentum = 1.0
-    model.train()(torch.randn(32, 3, 12, 12))
-    return model.eval()
+    return with_statistics(Dense(), torch.randn(32, 3, 12, 12))
 
 
-def test_the_published_networks_lose_channels_in_every_layer_but_the_last(network):  # noqa: F811
+def test_the_published_networks_lose_channels_in_every_layer_but_the_last(network):
     found, left_out = prunable(network, coupled=True)
     assert list(left_out.values()) == ["its output is an output of the network"]
     shared = [unit.layer for unit in found if isinstance(unit, Stream)]
@@ -65,24 +54,26 @@ def test_the_published_networks_lose_channels_in_every_layer_but_the_last(networ
 
 @pytest.mark.parametrize("kind", ["prune", "merge", "merge-derived", "restore"])
 @torch.no_grad()
-def test_coupled_networks_run_and_are_smaller(network, kind):  # noqa: F811
-    before, x = copy.deepcopy(network.state_dict()), images(network)
+def test_coupled_networks_run_and_are_smaller(network, kind):
+    before, x = copy.deepcopy(network.state_dict()), example(network)
     small, report = shrink(
         network, 0.5, example_input=shape_of(network), compensation=kind, coupled=True, probe_samples=24
     )
     assert small(x).shape == network(x).shape
     assert report.params[1] == count_parameters(small) < 0.6 * report.params[0]
     assert report.macs[1] == count_macs(small, shape_of(network)) < 0.6 * report.macs[0]
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values()))
+    assert same(before, network)
 
 
 @pytest.mark.parametrize("kind", ["merge", "restore"])
 @torch.no_grad()
-def test_twins_are_merged_without_loss(network, kind):  # noqa: F811
+def test_twins_are_merged_without_loss(network, kind):
     found, _ = prunable(network, coupled=True)
     keep = plant(network, found)
-    x = images(network)
-    small = METHODS[kind](network, found, keep, Settings(shape_of(network), t=0.1, lam=1.0, images=images(network, 32)))
+    x = example(network)
+    small = METHODS[kind](
+        network, found, keep, Settings(shape_of(network), t=0.1, lam=1.0, images=example(network, 32))
+    )
     assert torch.allclose(small(x), network(x), atol=2e-3 * float(network(x).abs().max()))
 
 
@@ -117,15 +108,9 @@ def test_keeping_everything_changes_nothing():
 def test_positive_multiples_in_a_stream_are_merged_without_loss():
     """Twice the channel everywhere it is written, behind its BatchNorms, is absorbed by every reader."""
     torch.manual_seed(0)
-    model = build("ResNet", (8,)).train()
-    model(torch.randn(32, 3, 32, 32))
-    model.eval()
+    model = with_statistics(build("ResNet", (8,)), torch.randn(32, 3, 32, 32))
     (stream,) = [s for s in streams(model)[0] if "conv1" in s.writers]
     assert stream.writers == ("conv1", "layer1.0.conv2")
-    for place in stream.followers:
-        bn = model.get_submodule(place.module)
-        nn.init.uniform_(bn.weight, 0.5, 1.5)
-        nn.init.normal_(bn.bias)
     for writer, chain in zip(stream.writers, stream.chains):
         conv, bn = model.get_submodule(writer), model.get_submodule(chain[0].module)
         conv.weight[1] = conv.weight[0]
@@ -133,7 +118,7 @@ def test_positive_multiples_in_a_stream_are_merged_without_loss():
         bn.weight[1], bn.bias[1] = 2 * bn.weight[0], 2 * bn.bias[0]
     keep = torch.tensor([i for i in range(16) if i != 1])
     small = METHODS["merge"](model, [stream], [keep], Settings(t=0.99))
-    x = images(model)
+    x = example(model)
     assert torch.allclose(small(x), model(x), atol=1e-4)
     assert small.conv1.out_channels == 15
 
@@ -350,14 +335,14 @@ def test_what_stays_whole_says_why():
 
 @pytest.mark.parametrize("ending", [".pth.tar", ".safetensors"])
 @torch.no_grad()
-def test_a_coupled_network_reloads_into_the_original_code(tmp_path, ending, network):  # noqa: F811
+def test_a_coupled_network_reloads_into_the_original_code(tmp_path, ending, network):
     small, report = shrink(network, 0.4, compensation="prune", coupled=True)
     path = tmp_path / f"small{ending}"
     save_checkpoint(path, small, widths=report.widths, coupled=True)
     checkpoint = load_checkpoint(path)
     assert checkpoint.about == {"widths": report.widths, "coupled": True}
     again = load_weights(fit(copy.deepcopy(network), checkpoint.state_dict), checkpoint).eval()
-    assert torch.equal(again(images(network)), small(images(network)))
+    assert torch.equal(again(example(network)), small(example(network)))
 
 
 def test_what_does_not_go_together_is_said():

@@ -120,6 +120,11 @@ LEFT_OUT = {
     ),
     "a LayerNorm": (lambda m, x: m.ln(x), {"ln": nn.LayerNorm(30)}, "LayerNorm"),
     "weights parametrized": (lambda m, x: x, {"second": weight_norm(nn.Conv2d(8, 4, 3))}, "parametrized"),
+    "the width as a number": (lambda m, x: x / x.size(1), {}, "2 times"),
+    "the width as a shape": (lambda m, x: x.relu() / x.shape[1], {}, "2 times"),
+    "the number of elements": (lambda m, x: x / x.numel(), {}, "2 times"),
+    "a view by the width": (lambda m, x: x.view(x.size(1), -1), FLAT, "2 times"),
+    "a view by the width as a shape": (lambda m, x: x.view(x.shape[1], -1), FLAT, "2 times"),
     "pool with indices": (lambda m, x: m.pool(x)[0], {"pool": nn.MaxPool2d(2, return_indices=True)}, "MaxPool2d"),
 }  # fmt: skip
 
@@ -144,9 +149,6 @@ MIXES = {
     "a divisor of its own, module": (lambda m, x: m.pool(x), {"pool": nn.AvgPool2d(2, divisor_override=1)}),
     "a hook on the way": (lambda m, x: m.act(x), {"act": HOOKED}),
     "a flatten of the wrong dimensions": (lambda m, x: x.flatten(end_dim=1), {"second": nn.Linear(8, 4)}),
-    "the width as a number": (lambda m, x: x / x.size(1), {}),
-    "the width as a shape": (lambda m, x: x.relu() / x.shape[1], {}),
-    "the number of elements": (lambda m, x: x / x.numel(), {}),
 }
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,19 +15,12 @@ from torch import nn
 import main
 import settings
 import train
-from data import DATASETS, Images
 from errors import NeuronMergingError
-from models import build
+from models import build, load_checkpoint
 from tests.conftest import ROOT
+from tests.made import images, same
 
 CPU = torch.device("cpu")
-
-
-def images(name="FashionMNIST", count=150, seed=0) -> Images:
-    random = torch.Generator().manual_seed(seed)
-    dataset = DATASETS[name]
-    pixels = torch.randint(0, 256, (count, *dataset.shape), dtype=torch.uint8, generator=random)
-    return Images(pixels, torch.randint(0, dataset.classes, (count,), generator=random), dataset)
 
 
 RECIPE = settings.Recipe(epochs=3, lr=0.05, weight_decay=1e-4, schedule=(1,), gammas=(0.1,), batch_size=32)
@@ -47,10 +40,6 @@ class Tiny(nn.Module):
 def tiny() -> Tiny:
     torch.manual_seed(0)
     return Tiny()
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def run(model, recipe=RECIPE, **options):
@@ -144,6 +133,7 @@ def test_the_batches_of_an_epoch_are_all_images_once():
     again = torch.cat([x for x, *_ in train.batches(data, 32, seed=3)])
     assert torch.equal(pixels, again)
     assert not torch.equal(pixels, torch.cat([x for x, *_ in train.batches(data, 32, seed=4)]))
+    assert [size for *_, size in train.batches(images(count=97), 32, seed=3)] == [32] * 3  # one alone has no variance
 
 
 def test_crops_and_flips_are_what_torchvision_would_cut():
@@ -155,16 +145,19 @@ def test_crops_and_flips_are_what_torchvision_would_cut():
         for y in range(9):
             for x in range(9):
                 crop = padded[i, :, y : y + 32, x : x + 32]
-                crops[crop.numpy().tobytes()] = crops[crop.flip(2).numpy().tobytes()] = (i, y, x)
-    seen = set()
+                crops[crop.numpy().tobytes()] = i, (y, x), False
+                crops[crop.flip(2).numpy().tobytes()] = i, (y, x), True
+    seen, flips = set(), []
     for epoch in range(30):
         for x, labels, _ in train.batches(data, 6, seed=epoch):
             std, mean = torch.tensor(data.dataset.std).view(3, 1, 1), torch.tensor(data.dataset.mean).view(3, 1, 1)
             for image, label in zip(((x * std + mean) * 255).round().to(torch.uint8), labels):
-                i, *place = crops[image.contiguous().numpy().tobytes()]
+                i, place, flipped = crops[image.contiguous().numpy().tobytes()]
                 assert data.labels[i] == label
-                seen.add(tuple(place))
+                seen.add(place)
+                flips.append(flipped)
     assert len(seen) > 60
+    assert len(flips) == 180 and 60 < sum(flips) < 120
 
 
 def test_the_shares_of_several_processes_make_up_the_global_batch():
@@ -181,11 +174,58 @@ def test_learning_rates():
     assert [train.learning_rate(published, epoch, 0) for epoch in (0, 99, 100, 149, 150)] == pytest.approx(
         [0.1, 0.1, 0.01, 0.01, 0.001]
     )
-    lenet = settings.recipe("LeNet_300_100")
-    assert (lenet.epochs, lenet.weight_decay, lenet.batch_size, lenet.schedule) == (60, 1e-4, 128, (15, 30, 45))
     fast = settings.recipe("VGG", "fast")
     rates = [train.learning_rate(fast, 0, progress) for progress in (0, 0.2, 0.6, 1)]
     assert rates == pytest.approx([0.02, 0.2, 0.1, 0.0])
+
+
+SIZES = ((0.0, 0.5), (0.4, 0.75), (0.7, 1.0))
+STEPS = {"momentum": 0.9, "nesterov": False, "label_smoothing": 0.0, "decay_all": True, "one_cycle": False, "sizes": ()}
+CYCLE = {"momentum": 0.9, "nesterov": True, "label_smoothing": 0.1, "decay_all": False, "one_cycle": True}
+LENET = {
+    "epochs": 60,
+    "lr": 0.1,
+    "weight_decay": 1e-4,
+    "schedule": (15, 30, 45),
+    "gammas": (0.1,) * 3,
+    "batch_size": 128,
+}
+CIFAR = {
+    "epochs": 200,
+    "lr": 0.1,
+    "weight_decay": 5e-4,
+    "schedule": (100, 150),
+    "gammas": (0.1,) * 2,
+    "batch_size": 128,
+}
+SHORT = {"epochs": 30, "lr": 0.2, "schedule": (), "gammas": ()}
+
+
+def test_the_recipes_are_what_they_are():
+    assert asdict(settings.recipe("LeNet_300_100")) == LENET | STEPS
+    assert asdict(settings.recipe("LeNet_300_100", "fast")) == LENET | SHORT | CYCLE | {"sizes": ()}
+    for arch in ("VGG", "ResNet", "WideResNet"):
+        assert asdict(settings.recipe(arch)) == CIFAR | STEPS
+        assert asdict(settings.recipe(arch, "fast")) == CIFAR | SHORT | CYCLE | {"sizes": SIZES}
+
+
+@pytest.mark.parametrize("name", settings.RECIPES)
+def test_the_optimiser_is_that_of_the_recipe(name):
+    recipe = settings.recipe("ResNet", name)
+    made = train.sgd(Tiny(), recipe).defaults
+    assert (made["lr"], made["momentum"], made["nesterov"]) == (recipe.lr, 0.9, name == "fast")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_smoothed_as_the_recipe_says(monkeypatch, smoothing):
+    monkeypatch.setattr(train, "autocast_dtype", lambda device: None)
+    model, data = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), images(count=64)
+    with torch.no_grad():
+        log_p = model(data.normalised(data.pixels)).log_softmax(1)
+    wanted = -(1 - smoothing) * log_p.gather(1, data.labels[:, None]).mean() - smoothing * log_p.mean()
+    recipe = replace(RECIPE, epochs=1, batch_size=64, label_smoothing=smoothing)
+    last = train.train(model, data, data, recipe, device=CPU, say=lambda line: None)
+    assert last["loss"] == pytest.approx(float(wanted), abs=1e-4)
 
 
 def test_the_fast_recipe_spares_batchnorm_and_biases_from_decay():
@@ -196,36 +236,77 @@ def test_the_fast_recipe_spares_batchnorm_and_biases_from_decay():
     assert len(train.sgd(model, settings.recipe("ResNet")).param_groups) == 1
 
 
-DDP = """
-import sys, torch
-from tests.test_train import images, RECIPE
-from models import build
-import settings, train
-train.autocast_dtype = lambda device: None  # in bfloat16 halves of a batch round another way than the whole
-torch.manual_seed(0)
-model = build("LeNet_300_100")
-with train.process_group(torch.device("cpu")) as (device, rank):
-    last = train.train(model, images(count=150), images(count=51, seed=1), RECIPE, device=device, say=lambda line: None)
-    if rank == 0:
-        last.pop("seconds")
-        torch.save({"state_dict": model.state_dict(), "last": last}, sys.argv[1])
-"""
+def trained(path, monkeypatch):
+    """Train a LeNet, alone or as one of torchrun's processes, and write what became of it."""
+    monkeypatch.setattr(train, "autocast_dtype", lambda device: None)  # bfloat16 rounds halves and wholes differently
+    torch.manual_seed(0)
+    model = build("LeNet_300_100")
+    with train.process_group(CPU) as (device, rank):
+        last = train.train(model, images(), images(count=51, seed=1), RECIPE, device=device, say=lambda line: None)
+        if rank == 0:
+            last.pop("seconds")
+            torch.save({"state_dict": model.state_dict(), "last": last}, path)
 
 
-def test_two_processes_give_the_update_of_one(tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
+TRAINED = "import sys, pytest; from tests.test_train import trained; trained(sys.argv[1], pytest.MonkeyPatch())"
+
+
+def torchrun(tmp_path, code: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run `code` in two processes."""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*run, script, *arguments]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command, name in (([sys.executable], "one"), (torchrun, "two")):
-        done = subprocess.run(
-            [*command, str(script), str(tmp_path / name)], env=env, cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([*map(str, command)], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_two_processes_give_the_update_of_one(tmp_path, monkeypatch):
+    trained(tmp_path / "one", monkeypatch)
+    torchrun(tmp_path, TRAINED, tmp_path / "two")
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
     for name, weights in one["state_dict"].items():
         assert torch.allclose(weights, two["state_dict"][name], atol=1e-5), name
     assert one["last"] == pytest.approx(two["last"], abs=1e-3)
+
+
+MAIN = """
+import sys, torch, data, main, train
+from tests.made import images
+data.load = lambda name, split, root: images(name, 60 if split == "train" else 40)
+
+def kept(model, *args, train=train.train, **options):
+    last = train(model, *args, **options)
+    torch.save(dict(model.named_buffers()), f"{sys.argv[1]}.{torch.distributed.get_rank()}")
+    return last
+
+train.train = kept
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+def test_torchrun_trains_one_network_and_saves_it_once(tmp_path):
+    """Also its BatchNorms, which see half of every batch each, are the same in both processes in the end."""
+    options = ["--arch", "ResNet", "--depth-wide", 8, "--epochs", 1, "--schedule", 1, "--gammas", 1, "--batch-size", 20]
+    done = torchrun(tmp_path, MAIN, tmp_path / "buffers", *options, "--save", tmp_path / "made" / "net", "--json", "-")
+    row = json.loads(done.stdout)
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["net", "net.csv"]
+    assert done.stderr.count("saved ") == done.stderr.count("epoch 1 ") == 1
+    one, two = (torch.load(tmp_path / f"buffers.{rank}", weights_only=True) for rank in range(2))
+    saved = load_checkpoint(tmp_path / "made" / "net")
+    assert saved.accuracy == row["accuracy"] and any("running_var" in name for name in one)
+    for name, value in one.items():
+        assert torch.equal(value, two[name]) and torch.equal(value, saved.state_dict[name]), name
+
+
+@pytest.mark.parametrize("options", [["--evaluate"], ["--summary"], ["--model", "torch.nn:Identity", "--summary"]])
+def test_torchrun_is_for_training(cli, monkeypatch, options):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    done = cli(*options)
+    assert (done.code, done.out) == (2, "") and done.err == "main.py: torchrun is for training: run this without it\n"
 
 
 @pytest.fixture
@@ -237,19 +318,18 @@ def fashion(monkeypatch):
 def test_training_and_fine_tuning_on_the_command_line(cli, fashion, tmp_path):
     trained = tmp_path / "trained.pth.tar"
     done = cli("--epochs", 2, "--schedule", 1, "--gammas", 0.1, "--save", trained, "--json", "-")
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["params"] == 266_610
+    assert done.row["params"] == 266_610
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trained.pth.tar", "trained.pth.tar.csv"]
     tuned = tmp_path / "tuned.pth.tar"
     options = ["--epochs", 1, "--schedule", 1, "--gammas", 1, "--save", tuned]
     done = cli("--pretrained", trained, "--model-type", "merge", "--retrain", "--pruning-ratio", 0.8, *options)
     assert done.code == 0, done.err
-    row = json.loads(cli("--pretrained", tuned, "--evaluate", "--json", "-").out)
+    row = cli("--pretrained", tuned, "--evaluate", "--json", "-").row
     assert (row["params"], row["widths"]) == (48_530, [60, 20])
     again = tmp_path / "again.pth.tar"
     done = cli("--pretrained", tuned, "--retrain", "--epochs", 1, "--schedule", 1, "--gammas", 1, "--save", again)
     assert done.code == 0, done.err  # a pruned file fine-tuned keeps its widths
-    assert json.loads(cli("--pretrained", again, "--evaluate", "--json", "-").out)["widths"] == [60, 20]
+    assert cli("--pretrained", again, "--evaluate", "--json", "-").row["widths"] == [60, 20]
 
 
 def test_a_state_belongs_to_one_experiment(cli, fashion, tmp_path, pretrained, monkeypatch):
@@ -270,14 +350,13 @@ def test_a_state_belongs_to_one_experiment(cli, fashion, tmp_path, pretrained, m
         interrupt_at(patch, 1)
         assert cli("--model-type", "prune", *options).code == 130
     done = cli("--model-type", "merge", *options, "--resume")
-    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.refused
     assert "another experiment" in done.err
     assert cli("--model-type", "prune", *options, "--resume").code == 0
 
 
 def test_what_was_trained_twice_says_both_commands_and_shows_no_small_images(cli, fashion, tmp_path, monkeypatch):
     from experiments.manifest import _as_shipped
-    from models import load_checkpoint
     from options import parser, recipe
 
     made = tmp_path / "made.pth.tar"
@@ -300,8 +379,8 @@ def test_what_was_trained_twice_says_both_commands_and_shows_no_small_images(cli
     assert not recipe(parser().parse_args([*line, "--retrain"])).sizes
 
 
-def test_what_is_saved_is_what_is_measured(monkeypatch, tmp_path):
-    """Half precision where it holds the weights; where one would overflow or vanish, the tensor stays float32."""
+def test_a_file_holds_half_precision_where_it_keeps_the_weights(monkeypatch, tmp_path):
+    """Where one would overflow or vanish, the tensor stays float32."""
     from models import checkpoint
 
     monkeypatch.setattr(checkpoint, "HALF_ABOVE", 0)
@@ -317,9 +396,37 @@ def test_what_is_saved_is_what_is_measured(monkeypatch, tmp_path):
     assert same(model, again)
 
 
-def test_ctrl_c_on_the_command_line(cli, fashion, tmp_path, monkeypatch):
+def test_a_second_signal_does_not_wait_for_the_step():
+    with train._StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+ONE_EPOCH = ("--epochs", 1, "--schedule", 1, "--gammas", 1)
+
+
+@pytest.mark.parametrize("options", [("--evaluate",), ONE_EPOCH], ids=["evaluated", "trained"])
+def test_a_row_is_of_the_network_as_the_file_holds_it(cli, fashion, tmp_path, monkeypatch, options):
+    """Here storing it costs it its last layer: all that is left to say is class 0."""
+    from models import checkpoint
+
+    def without_the_last(model, *args, stored=checkpoint.stored):
+        return {name: torch.zeros_like(w) if name.startswith("ip3") else w for name, w in stored(model, *args).items()}
+
+    for place in ("models.stored", "models.checkpoint.stored"):
+        monkeypatch.setattr(place, without_the_last)
+    row = cli(*options, "--save", tmp_path / "x", "--json", "-").row
+    assert row["correct"] == int((images("FashionMNIST", 40).labels == 0).sum())
+    again = cli("--pretrained", tmp_path / "x", "--evaluate", "--json", "-").row
+    assert again["correct"] == row["correct"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_on_the_command_line(cli, fashion, tmp_path, monkeypatch, number):
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 1, signal.SIGTERM)
+        interrupt_at(patch, 1, number)
         done = cli("--save", tmp_path / "x")
     assert done.code == 130
     assert done.err == f"main.py: stopped in epoch 1 of 60; go on with --resume ({tmp_path / 'x.state'})\n"
@@ -328,7 +435,7 @@ def test_ctrl_c_on_the_command_line(cli, fashion, tmp_path, monkeypatch):
     assert main.main(["--save", str(tmp_path / "y"), "--resume", *map(str, short)]) == 2
     state = (tmp_path / "x.state").read_bytes()
     done = cli("--save", tmp_path / "x", *short)  # the same without --resume would lose what was trained
-    assert (done.code, done.err.count("\n")) == (2, 1) and "go on with --resume, or delete it" in done.err
+    assert done.refused and "go on with --resume, or delete it" in done.err
     assert (tmp_path / "x.state").read_bytes() == state
 
 

@@ -21,7 +21,7 @@ from methods import METHODS, Settings, layerwise
 from models import build, load_checkpoint, load_weights, save_checkpoint
 from restore import restore
 from shrink import shrink as of_network
-from tests.test_restore import network, shape_of, widths_of  # noqa: F401 (network: a fixture)
+from tests.made import same, shape_of, widths_of, with_statistics
 from trace import units
 from walk import Walk
 
@@ -36,7 +36,7 @@ def curve(damage):
 
 
 @pytest.mark.parametrize("kind", ["prune", "restore"])
-def test_costs_are_those_of_the_smaller_network(network, kind):  # noqa: F811
+def test_costs_are_those_of_the_smaller_network(network, kind):
     found, shape, random = units(network), shape_of(network), np.random.default_rng(0)
     cost = W.Cost(network, found, shape, biases=kind == "restore")
     for _ in range(3):
@@ -156,12 +156,12 @@ def test_sensitivity_is_the_change_of_the_output_when_one_unit_alone_is_thinned(
         assert made[i][k] == pytest.approx(change, rel=1e-3)
 
 
-def test_curves_look_at_nothing_else(network):  # noqa: F811
+def test_curves_look_at_nothing_else(network):
     """The network is left as it is; the same probe gives the same curves; D falls to 0 with the width."""
     before = copy.deepcopy(network.state_dict())
     found, x = units(network), probe.make(network, shape_of(network), 48)
     first, second = (W.curves(network, found, x, "l2-norm", None, 0.03) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values()))
+    assert same(before, network)
     for unit, a, b, N in zip(found, first, second, widths_of(network, found)):
         assert np.array_equal(a.damage, b.damage)
         assert len(a.damage) == N + 1 and a.damage[-1] == 0 and a.damage[0] > 0
@@ -243,12 +243,8 @@ def test_a_block_left_out_is_a_constant(arch, tmp_path):
     name, *depth = arch.split("-")
     depth = tuple(map(int, depth))
     torch.manual_seed(0)
-    model = build(name, depth)
-    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        bn.bias.normal_()
     x = torch.randn(4, 3, 32, 32)
-    model.train()(x)
-    model.eval()
+    model = with_statistics(build(name, depth), x)
     found = units(model)
     widths = widths_of(model, found)
     widths[1] = 0
@@ -275,13 +271,8 @@ def test_a_block_left_out_is_a_constant(arch, tmp_path):
 @torch.no_grad()
 def test_restoration_gives_a_lost_block_its_mean():
     torch.manual_seed(0)
-    model = build("ResNet", (14,)).train()
     x = torch.randn(64, 3, 32, 32)
-    for bn in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        bn.bias.normal_()
-        bn.momentum = 1.0
-    model(x)
-    model.eval()
+    model = with_statistics(build("ResNet", (14,)), x)
     found = units(model)
     widths = widths_of(model, found)
     widths[0] = 0
@@ -334,19 +325,14 @@ def test_what_is_left_over_goes_back_over_flat_pieces():
 LENET = ("--arch", "LeNet_300_100", "--criterion", "l1-norm", "--evaluate", "--json", "-")
 
 
-def row_of(outcome):
-    assert outcome.code == 0, outcome.err
-    return json.loads(outcome.out)
-
-
 @pytest.mark.parametrize(("kind", "more"), [("prune", 2), ("merge", 2), ("restore", 1)])
 def test_auto_is_better_than_uniform_for_no_more(cli, kind, more):
     common = (*LENET, "--model-type", kind, "--pruning-ratio", "0.7")
-    uniform, auto = (row_of(cli(*common, "--widths", rule)) for rule in ("uniform", "auto"))
+    uniform, auto = (cli(*common, "--widths", rule).row for rule in ("uniform", "auto"))
     assert auto["params"] <= uniform["params"] and auto["macs"] <= uniform["macs"]
     assert auto["accuracy"] > uniform["accuracy"] + more
     assert auto["widths_rule"] == "auto" and auto["seed"] == 1 and auto["seconds_widths"] <= auto["seconds_decompose"]
-    again = row_of(cli(*common, "--widths", ",".join(map(str, auto["widths"]))))
+    again = cli(*common, "--widths", ",".join(map(str, auto["widths"]))).row
     assert again["correct"] == auto["correct"]
 
 
@@ -359,13 +345,13 @@ def test_chosen_widths_are_saved_and_printed(cli, tmp_path):
     assert row["budget"] == "params=0.4,macs=0.5" and row["multiple"] == 8
     assert row["params"] <= 0.4 * row["params_original"] and row["ratio"] is None
     assert f"widths      {','.join(map(str, row['widths']))}" in made.out
-    assert row_of(cli("--pretrained", file, *LENET))["correct"] == row["correct"]
+    assert cli("--pretrained", file, *LENET).row["correct"] == row["correct"]
 
 
 def test_the_neurons_that_explain_most(cli):
     common = (*LENET[:2], *LENET[4:], "--pruning-ratio", "0.8", "--model-type")
     greedy, norm, pruned = (
-        row_of(cli(*common, kind, "--criterion", criterion))
+        cli(*common, kind, "--criterion", criterion).row
         for kind, criterion in (("restore", "auto"), ("restore", "l1-norm"), ("prune", "l1-norm"))
     )
     assert greedy["widths"] == norm["widths"] and greedy["criterion"] == "auto"
