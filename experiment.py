@@ -221,9 +221,11 @@ def shrink(
 def kept_widths(model: nn.Module, found: Sequence[Unit | Stream], experiment: Experiment) -> list[int]:
     """Kept width of every unit, or those whose cost is the budget where widths are chosen.
 
-    Raises NeuronMergingError for a list of another length (`choose` checks its numbers).
+    Raises NeuronMergingError where there are no units, and for a list of another length (`choose` checks its numbers).
     """
     full = [width(model, unit) for unit in found]
+    if not full:
+        raise NeuronMergingError(f"{type(model).__name__} has no layer left that can be pruned")
     if not isinstance(experiment.widths, str):
         if len(experiment.widths) != len(full):
             raise NeuronMergingError(

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], dict[str
         from shrink import prunable, summary
 
         network = xp.load(experiment)[0] if args.pretrained else experiment.network()
-        kept = xp.kept_widths(network, prunable(network, args.coupled)[0], experiment) if args.thins else None
+        found, _ = prunable(network, args.coupled)
+        kept = xp.kept_widths(network, found, experiment) if args.thins and found else None
         return {"summary": summary(network, kept, coupled=args.coupled, multiple=args.multiple)}, dict
     return evaluate(args, experiment, device) if args.evaluate else (train(args, experiment, device), dict)
 
@@ -66,7 +67,7 @@ def evaluate(
 
     model, checkpoint = xp.load(experiment)
     if args.model_type != "original":
-        xp.kept_widths(model, prunable(model, args.coupled)[0], experiment)  # no download where there are none
+        xp.kept_widths(model, prunable(model, args.coupled)[0], experiment)  # or no download
     looked_at, images = xp.calibration(experiment, args.data), data.load(args.dataset, args.split, args.data)
     shrunk = xp.shrink(xp.placed(model, device), experiment, looked_at)
     if args.save:

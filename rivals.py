@@ -28,6 +28,7 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
     For filter p with X = W[keep]ᵀ, y = w_p and g = γ_p/σ_p:
         α = (XᵀX + λ₁ g² a aᵀ + λ₂ diag(k²))⁻¹ (Xᵀy + λ₁ g (g μ_p − β_p) a)
     with a_j = μ_j − σ_j β_j / γ_j and k_j = (γ_p/γ_j)(σ_j/σ_p), and Z[:, p] = k ∘ α. Without BatchNorm a = 0, k = 1.
+    Kept filters that their BatchNorm makes nothing of (γ_j = 0) have no part in it; λ₂ k² is a little above 0 everywhere.
     """
     W, N = neurons.W, len(neurons.W)
     drop = others(W, keep)

@@ -59,7 +59,7 @@ def uniform_widths(arch: str, depth_wide: Sequence[int], full: Sequence[int], ra
     else:
         step = depth_wide[1] if arch == "WideResNet" and all(n % depth_wide[1] == 0 for n in full) else 1
         widths = [step * floor(n // step * (1 - ratio)) for n in full]
-    if min(widths, default=1) < 1:
+    if min(widths) < 1:
         raise NeuronMergingError(
             f"--pruning-ratio {ratio} leaves no neuron in a layer of {min(full)}: choose a smaller one"
         )

@@ -112,6 +112,7 @@ def absorb_by_neuron(W_next: np.ndarray, Z: np.ndarray) -> np.ndarray:
 def lbyl_column(W, bn, keep, p, ridge) -> tuple[np.ndarray, float]:
     """Column p of Z [P, N] by rivals.lbyl, and the condition number of what was solved for it. bn: as of `scaling_matrix`."""
     P = len(keep)
+    X = [W[j] for j in keep]
     a, k, g, wanted = np.zeros(P), np.ones(P), 0.0, 0.0
     if bn is not None:
         gamma, beta, mu, v, eps = bn
@@ -120,13 +121,14 @@ def lbyl_column(W, bn, keep, p, ridge) -> tuple[np.ndarray, float]:
         wanted = g * mu[p] - beta[p]
         for i, j in enumerate(keep):
             usable = abs(gamma[j]) > 1e-6  # else it is a constant, and of no use
+            X[i] = W[j] if usable else 0 * W[j]
             a[i] = mu[j] - sigma[j] * beta[j] / gamma[j] if usable else 0
             k[i] = (gamma[p] / gamma[j]) * (sigma[j] / sigma[p]) if usable else 0
     least = max(1e-8 * sum(float(W[j] @ W[j]) for j in keep) / P, 1e-30)  # so that it can be solved
     A, right = np.zeros((P, P)), np.zeros(P)
     for i in range(P):
-        right[i] = W[keep[i]] @ W[p] + ridge * g * wanted * a[i]
+        right[i] = X[i] @ W[p] + ridge * g * wanted * a[i]
         for j in range(P):
-            A[i, j] = W[keep[i]] @ W[keep[j]] + ridge * g**2 * a[i] * a[j]
+            A[i, j] = X[i] @ X[j] + ridge * g**2 * a[i] * a[j]
         A[i, i] += max(ridge * k[i] ** 2, least)
     return k * np.linalg.solve(A, right), float(np.linalg.cond(A))

@@ -166,7 +166,7 @@ def test_two_processes_that_download_at_once_both_have_it(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path), i], env=env) for i in "12"]
     try:
-        assert [process.wait(120) for process in both] == [0, 0]
+        assert [process.wait(600) for process in both] == [0, 0]
     finally:
         for process in both:
             process.kill()
