@@ -7,6 +7,7 @@ accuracy is measured in the precision of the training and, where a recipe shows 
 
 import contextlib
 import csv
+import gc
 import io
 import math
 import os
@@ -313,4 +314,5 @@ def process_group(device: torch.device) -> Iterator[tuple[torch.device, int]]:
         yield device, dist.get_rank()
         dist.barrier()  # nobody leaves before all are done
     finally:
+        gc.collect()  # what still holds the group, as DistributedDataParallel does in a cycle
         dist.destroy_process_group()
