@@ -167,7 +167,7 @@ def rows(layer: nn.Module, x: Tensor, y: Tensor, positions: int = POSITIONS) -> 
 def places(layer: nn.Module, y: Tensor, positions: int = POSITIONS) -> Tensor:
     """The positions [n] of y, what `layer` gives, that a fit looks at: of very many always the same random ones."""
     count, features = y.numel() // y.shape[channel(layer, y)], layer.weight[0].numel()
-    most = min(positions * features, ENTRIES // features)
+    most = max(min(positions * features, ENTRIES // features), len(y))  # as many as samples, at least
     chosen = torch.arange(count, device="cpu")
     if count > most:
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:most].sort().values
