@@ -312,7 +312,7 @@ def taken_out(args: argparse.Namespace, model: nn.Module, small: nn.Module, shap
     return found
 
 
-def about(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def description(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """What a file that is saved says of itself: of its row what is known of `names`, and the command that made it."""
     command = shlex.join(["python", "main.py", *sys.argv[1:]])
     return {name: row[name] for name in names if row.get(name) is not None} | {"command": command}

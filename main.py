@@ -143,13 +143,13 @@ def save(path: Path, model: "torch.nn.Module", row: dict[str, Any], before: str 
 
     `before`: the command that made the network which this one was trained from.
     """
-    from experiment import about
+    from experiment import description
     from models import save_checkpoint
 
     names = (
         "arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths", "coupled", "split", "epochs", "versions",
     )  # fmt: skip
-    known = about(row, names)
+    known = description(row, names)
     known["command"] = " && ".join(filter(None, (before, known["command"])))
     save_checkpoint(path, model, acc=row["accuracy"], **known)
 

@@ -21,7 +21,7 @@ import settings
 from errors import NeuronMergingError, said
 from evaluate import CPU_BATCH, count_parameters, fused
 from evaluate import accuracy as on_images
-from experiment import about, placed, taken_out, versions
+from experiment import description, placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
 from shrink import check_choice, check_names, check_sizes, network_macs, parse_budget, shrink, summary
 
@@ -220,7 +220,7 @@ def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any],
         row |= measure({"smaller": small} | ({} if report is None else {"original": model}))
     if args.save:
         names = ("type", "criterion", "ratio", "budget", "widths", "input_size")
-        known = about(row, names) | ({"weights": began} if began else {})
+        known = description(row, names) | ({"weights": began} if began else {})
         save_checkpoint(args.save, small, math.inf, network=args.model, **known)
     if args.benchmark and report is None:  # the file may hold a smaller network already: this is what it was made from
         model = build(args.model, args.model_args).eval().to(device)

@@ -28,7 +28,7 @@ from errors import said
 from ridge import Ridge
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
-from trace import CONVS, RELU, Unit
+from trace import CONVS, RELU, Unit, ancestors
 from walk import POSITIONS, Walk, as_weight, channel, matrix, outputs, places, precision, rows, steps
 
 ROUNDING = 1e-6  # of a neuron's largest output: what is left over below it is not fitted
@@ -257,7 +257,7 @@ class _Lockstep:
 
     def _learned(self, node: fx.Node) -> bool:
         """Whether a layer with weights stands anywhere before `node`."""
-        modules = (self.teacher.modules[source.target] for source in _before(node) if source.op == "call_module")
+        modules = (self.teacher.modules[source.target] for source in ancestors(node) if source.op == "call_module")
         return any(next(module.parameters(), None) is not None for module in modules)
 
     def _read(self, node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
@@ -348,7 +348,11 @@ def _order(graph: fx.Graph, summands: dict[fx.Node, fx.Node | None]) -> list[fx.
     while stack:
         node = stack[-1]
         summand = summands.get(node)
-        if summand is not None and node not in order and node in _before(summand, partial(_sources, summands=summands)):
+        if (
+            summand is not None
+            and node not in order
+            and node in ancestors(summand, partial(_sources, summands=summands))
+        ):
             summands[node] = None
         waiting = [source for source in _sources(node, summands) if source not in order]
         if waiting:
@@ -358,21 +362,9 @@ def _order(graph: fx.Graph, summands: dict[fx.Node, fx.Node | None]) -> list[fx.
     return list(order)
 
 
-def _before(
-    node: fx.Node, sources: Callable[[fx.Node], list[fx.Node]] = lambda node: node.all_input_nodes
-) -> set[fx.Node]:
-    """All nodes that have to be computed before `node`."""
-    seen, stack = set(), [node]
-    while stack:
-        new = [source for source in sources(stack.pop()) if source not in seen]
-        seen.update(new)
-        stack += new
-    return seen
-
-
 def _between(first: str, node: fx.Node) -> list[fx.Node]:
     """The call of the layer `first` and, in their order, the nodes through which its output comes to `node`."""
-    before, path = _before(node), {}
+    before, path = ancestors(node), {}
     for inner in node.graph.nodes:
         if inner in before and (inner.target == first or any(source in path for source in inner.all_input_nodes)):
             path[inner] = None

@@ -12,7 +12,7 @@ import copy
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -264,15 +264,21 @@ def pools(network: Graph, node: fx.Node, sides: int) -> bool:
     return not (options.get("return_indices") or options.get("divisor_override") or divisor_given_by_place)
 
 
-def of_one_batch(node: fx.Node, understood: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """Nodes that have the batch size of `node`: those that it comes from, through what is understood."""
+def ancestors(
+    node: fx.Node, sources: Callable[[fx.Node], Sequence[fx.Node]] = lambda node: node.all_input_nodes
+) -> set[fx.Node]:
+    """All nodes that have to be computed before `node`. sources: what a node reads, where it is not what the graph says."""
     seen, stack = set(), [node]
     while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes if understood(node) else ()
+        new = [source for source in sources(stack.pop()) if source not in seen]
+        seen.update(new)
+        stack += new
     return seen
+
+
+def of_one_batch(node: fx.Node, understood: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """Nodes that have the batch size of `node`: those that it comes from, through what is understood."""
+    return {node} | ancestors(node, lambda node: node.all_input_nodes if understood(node) else ())
 
 
 def _keeps_batch(network: Graph, node: fx.Node) -> bool:

@@ -289,6 +289,14 @@ def test_layers_with_two_names_are_replaced_under_both():
         assert small(x).shape == (2, 4)
 
 
+def walked(model, x):
+    """What a walk through a copy of the network gives."""
+    walk, values = Walk(copy.deepcopy(model)), {}
+    for node in walk.graph.nodes:
+        values[node] = walk.run(node, values, x)
+    return values[node]
+
+
 class Overwritten(nn.Module):
     """What `shortcut` hands on is rectified with its input, being the same tensor; `shift` has no samples."""
 
@@ -310,10 +318,7 @@ class Overwritten(nn.Module):
 def test_a_walk_gives_what_the_network_gives_where_it_overwrites(activation):
     torch.manual_seed(0)
     model, x = Overwritten(activation).eval(), torch.randn(4, 3, 8, 8)
-    walk, values = Walk(copy.deepcopy(model)), {}
-    for node in walk.graph.nodes:
-        values[node] = walk.run(node, values, x)
-    torch.testing.assert_close(values[node], model(x))
+    torch.testing.assert_close(walked(model, x), model(x))
 
 
 @pytest.mark.parametrize("shift", [(8, 1, 1), (1,), ()])
@@ -488,10 +493,7 @@ def test_a_walk_gives_what_the_network_gives_however_it_overwrites(run):
     torch.manual_seed(0)
     layers = {"conv1": conv(3, 8), "conv2": conv(8, 8), "conv3": conv(8, 8), "relu": nn.ReLU(inplace=True)}
     model, x = Written(run, **layers).eval(), torch.randn(4, 3, 8, 8)
-    walk, values = Walk(copy.deepcopy(model)), {}
-    for node in walk.graph.nodes:
-        values[node] = walk.run(node, values, x)
-    torch.testing.assert_close(values[node], model(x))
+    torch.testing.assert_close(walked(model, x), model(x))
     small, _ = shrink(model, 0.5, example_input=(3, 8, 8), probe_samples=16)
     assert small.relu.inplace and model.relu.inplace
 
@@ -560,10 +562,8 @@ def test_the_first_layer_is_the_one_that_is_called_first():
 def test_dropout_without_a_word_about_training_draws_nothing():
     torch.manual_seed(0)
     model = Written(lambda m, x: m.b(F.dropout(F.relu(m.a(x)), 0.5)), a=nn.Linear(8, 64), b=nn.Linear(64, 4)).eval()
-    walk, x, values = Walk(copy.deepcopy(model)), torch.randn(3, 8), {}
-    for node in walk.graph.nodes:
-        values[node] = walk.run(node, values, x)
-    torch.testing.assert_close(values[node], model.b(F.relu(model.a(x))))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(walked(model, x), model.b(F.relu(model.a(x))))
 
 
 @torch.no_grad()
