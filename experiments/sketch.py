@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure, axis = plt.subplots(figsize=(9.6, 3.7), layout="constrained")
     for y, name, color, stream in ((2.4, "teacher", BLUE, "r_t"), (0.6, "student", GREEN, "r_s")):
         label = f"{name} ({'all' if color == BLUE else 'kept'} neurons)"
-        axis.text(1.45, y + 0.4, label, color=color, fontsize=10)
+        axis.text(3.85, y + 0.4, label, color=color, fontsize=10)
         for x, text in ((2.2, "pruned layer"), (4.6, "BatchNorm, ReLU"), (7.0, "consumer")):
             box(axis, x, y, text, color)
         box(axis, 9.2, y, "+", color, 0.5)
