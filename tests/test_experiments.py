@@ -214,7 +214,7 @@ def test_the_shipped_networks_are_as_good_as_the_manifest_says(data_folder, name
 
 def test_the_demo_prints_published_beside_measured_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "FOLDER", tmp_path)
-    assert demo.main() == 0
+    assert demo.main([]) == 0
     out = capsys.readouterr().out
     by_ratio = {line.split()[0]: line.split() for line in out.splitlines() if line[:1].isdigit() and "%" in line[:6]}
     assert [by_ratio[r][2] for r in ("50", "60", "70", "80")] == ["88.40", "85.17", "71.26", "66.76"]
