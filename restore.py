@@ -25,6 +25,7 @@ from adapt import LITTLE, adapt
 from blocks import Constant, Silence
 from decompose import Decomposition, Neurons, effective, merge, merge_derived, only_twins, prune, read, rebuild
 from errors import said
+from products import times
 from ridge import Ridge
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
@@ -190,7 +191,7 @@ class _Lockstep:
         """Fit a layer that sees x to the target; `aware` makes a better one of a prediction and the target, both [n, M]."""
         U, T = rows(layer, x, target, self.options.positions)
         solve, W0 = Ridge(U, self.options.ridge), matrix(layer)
-        before = U @ W0.T
+        before = times(U, W0)
 
         def fit(aim: Tensor) -> tuple[Tensor, Tensor]:
             mean = aim.mean(0)
@@ -200,7 +201,7 @@ class _Lockstep:
 
         W, mean = fit(T)
         for _ in range(self.options.relu_steps if aware else 0):
-            W, mean = fit(aware(U @ W.T + mean, T))
+            W, mean = fit(aware(times(U, W) + mean, T))
         _put(layer, W, mean - W @ solve.mean)
         if name in self.pruned:
             self.solvers[name] = solve.forget()

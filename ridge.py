@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from products import across
 from walk import centre, cholesky, covariance, penalty
 
 
@@ -38,4 +39,4 @@ class Ridge:
         """
         if self.dual:
             return (self.U.T @ torch.cholesky_solve(R.double(), self.factor) / (len(R) * self.penalty[:, None])).T
-        return torch.cholesky_solve(((self.U if U is None else U).T @ R).double() / len(R), self.factor).T
+        return torch.cholesky_solve(across(R, self.U if U is None else U).T.double() / len(R), self.factor).T

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from errors import NeuronMergingError
 from evaluate import count_macs
+from products import gram
 from trace import CONVS, DROPOUT, NORMS, addition
 
 ENTRIES = 2**27  # numbers in a matrix of patches, at most: 512 MB
@@ -204,17 +205,6 @@ def as_weight(W: Tensor, layer: nn.Module) -> Tensor:
     return W.view(len(W), -1, shape[1]).transpose(1, 2).reshape(-1, *shape[1:]) if isinstance(layer, CONVS) else W
 
 
-def gram(U: Tensor, blocks: int = 8) -> Tensor:
-    """Uᵀ U, [F, F], by blocks of rows on and above the diagonal: little more than half of the full product's work."""
-    features = U.shape[1]
-    A, size = U.new_empty(features, features), max(64, -(-features // blocks))
-    for start in range(0, features, size):
-        part = slice(start, start + size)
-        block = U[:, part].T @ U[:, start:]
-        A[part, start:], A[start:, part] = block, block.T
-    return A
-
-
 def centre(U: Tensor) -> Tensor:
     """Take the mean [F] off the columns of U [n, F], in place, and return it."""
     mean = U.mean(0)
@@ -224,7 +214,7 @@ def centre(U: Tensor) -> Tensor:
 
 def covariance(U: Tensor) -> Tensor:
     """Of centred columns U [n, F]: [F, F], in float64 but for the products."""
-    return gram(U).double() / len(U)
+    return gram(U) / len(U)
 
 
 def cholesky(A: Tensor) -> Tensor:

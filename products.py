@@ -1,0 +1,53 @@
+"""Matrix products of many rows, in which restoration and the choice of widths spend their time (ours).
+
+PyTorch hands products to MKL, which runs at half speed on CPUs other than Intel's, and convolutions to oneDNN, which does
+not. So in float32 on a CPU a product here is a convolution at one place, 1 × 1 (`make bench` measures both).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+ROWS = 2**14  # whose products are summed in the dtype of the rows; more of them, in float64
+BLOCKS = 6  # of columns in a Gram matrix: of the blocks below the diagonal none is computed
+LEAST = 64  # columns, of which a block has a multiple
+
+
+def times(U: Tensor, W: Tensor) -> Tensor:
+    """U Wᵀ, [n, M], of U [n, F] and W [M, F]."""
+    if not _convolves(U):
+        return U @ W.T
+    return F.conv2d(_places(U), W[:, :, None, None]).movedim(1, -1).reshape(len(U), len(W))
+
+
+def across(R: Tensor, U: Tensor) -> Tensor:
+    """Rᵀ U, [M, F], of R [n, M] and U [n, F]."""
+    if not _convolves(U):
+        return R.T @ U
+    size = (R.shape[1], U.shape[1])
+    return conv2d_weight(_places(U), (*size, 1, 1), _places(R)).view(size)
+
+
+def gram(U: Tensor) -> Tensor:
+    """Uᵀ U of U [n, F]: [F, F] in float64, by blocks of columns on and above the diagonal."""
+    features = U.shape[1]
+    A = U.new_zeros(features, features, dtype=torch.float64)
+    size = max(2 * LEAST, -(-features // (BLOCKS * LEAST)) * LEAST)
+    starts = range(0, features, size)
+    for part in U.split(ROWS):
+        for start in starts:
+            block = part[:, start : start + size].contiguous()
+            A[start : start + size, start:] += across(block, part[:, start:].contiguous())
+    for start in starts:
+        A[start + size :, start : start + size] = A[start : start + size, start + size :].T
+    return A
+
+
+def _convolves(U: Tensor) -> bool:
+    return U.device.type == "cpu" and U.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
+
+def _places(U: Tensor) -> Tensor:
+    """Rows [n, F] as the places of one image with F channels, in channels_last: [1, F, n, 1]."""
+    return U.contiguous()[None, :, None].permute(0, 3, 1, 2)
