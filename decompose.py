@@ -4,7 +4,7 @@
     that is positive, ReLU(Zᵀ v) = Zᵀ ReLU(v), so Z moves into the next layer: W_next ← W_next ×₂ Z.
 
 The letters are the paper's: N neurons of D weights, P kept ones, Z, threshold t, λ. Matrices over pairs are [P, Q]: row m
-is a kept neuron, column n one of the Q = N − P others, which it may stand in for. All is computed in float64 and cast back.
+is a kept neuron, column n one of the Q = N − P others, which it may stand in for. Results are those of float64, cast back.
 
 To add a criterion or a compensation, write its function and name it in `CRITERIA` or `COMPENSATIONS`.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from blocks import drop as drop_block
 from errors import NeuronMergingError
+from pairs import Pairs
 from trace import CONVS, Unit
 
 
@@ -48,11 +49,13 @@ class Neurons:
 
     W: [N, D] float64, a neuron or flattened filter a row; without BatchNorm the bias is appended as the last column.
     bn: the BatchNorm behind the layer (a bias of the layer is part of its μ), or None. relu: a ReLU follows.
+    stored: W in the dtype of the network, where it is at hand.
     """
 
     W: Tensor
     bn: BatchNorm | None
     relu: bool
+    stored: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,17 @@ def merge(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposit
     stands where the standard deviation is meant, and n and m have changed places against s.
     """
     drop = others(neurons.W, keep)
-    cos, s = similarity(neurons.W, keep, drop)
+    pairs = Pairs(neurons.W, keep, drop, neurons.stored)
+    s = pairs.s
     usable = s > 0  # a filter of zeros can neither be scaled up nor be replaced
-    scale = s
-    distance = 1 - cos
-    if neurons.bn is not None:
-        gamma, beta, mu, v, _ = neurons.bn.of(drop)  # [Q]
-        gamma_m, beta_m, mu_m, v_m, _ = neurons.bn.of(keep, column=True)  # [P, 1]
-        scale = s * (gamma_m / gamma) * (v / v_m)
-        B = ((gamma_m / v_m) * (s * (mu - v * beta / gamma) - mu_m) + beta_m).abs() / scale
-        usable = usable & torch.isfinite(scale) & torch.isfinite(B)  # γ or v of 0: nobody's partner, nobody stands in
-        distance = lam * distance + (1 - lam) * _minmax(B, usable)
-    return Decomposition(keep, scaling_matrix(keep, drop, scale, distance, cos, usable, t))
+    if neurons.bn is None:
+        return Decomposition(keep, nearest(pairs, s, usable, t=t))
+    gamma, beta, mu, v, _ = neurons.bn.of(drop)  # [Q]
+    gamma_m, beta_m, mu_m, v_m, _ = neurons.bn.of(keep, column=True)  # [P, 1]
+    S = s * (gamma_m / v_m) * (v / gamma)
+    B = ((gamma_m / v_m) * (s * (mu - v * beta / gamma) - mu_m) + beta_m).abs() / S
+    usable = usable & torch.isfinite(S) & torch.isfinite(B)  # γ or v of 0: nobody's partner, nobody stands in
+    return Decomposition(keep, nearest(pairs, S, usable, B, t=t, lam=lam))
 
 
 def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposition:
@@ -137,14 +139,14 @@ def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> De
     if neurons.bn is None:
         return merge(neurons, keep, t=t, lam=lam)
     drop = others(neurons.W, keep)
-    cos, s = similarity(neurons.W, keep, drop)
+    pairs = Pairs(neurons.W, keep, drop, neurons.stored)
+    s = pairs.s
     gamma, beta, mu, _, sigma = neurons.bn.of(drop)  # [Q]
     gamma_m, beta_m, mu_m, _, sigma_m = neurons.bn.of(keep, column=True)  # [P, 1]
     S = s * (gamma / gamma_m) * (sigma_m / sigma)
     B = (gamma / sigma) * (s * (mu_m - sigma_m * beta_m / gamma_m) - mu) + beta
     usable = (S > 0) & torch.isfinite(S) & torch.isfinite(B)
-    distance = lam * (1 - cos) + (1 - lam) * _minmax(B.abs() / S, usable)
-    Z = scaling_matrix(keep, drop, S, distance, cos, usable, t)
+    Z = nearest(pairs, S, usable, B.abs() / S, t=t, lam=lam)
     shift = torch.zeros_like(neurons.bn.beta)
     shift[drop] = torch.where(gamma == 0, beta.relu() if neurons.relu else beta, 0)
     return Decomposition(keep, Z, shift if shift.any() else None)
@@ -170,20 +172,24 @@ def only_twins(Z: Tensor) -> Tensor:
     return Z.where((Z - 1).abs() < 1e-3, 0)
 
 
-def similarity(W: Tensor, keep: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """cos(w_n, w_m) and s = ‖w_n‖ / ‖w_m‖, both [P, Q]; both 0 where either is a filter of zeros."""
-    norm = W.norm(dim=1)
-    kept, dropped = norm[keep][:, None], norm[drop]
-    s = dropped / kept.where(kept > 0, torch.inf)
-    both = kept * dropped
-    return (W.index_select(0, keep) @ W.index_select(0, drop).T) / both.where(both > 0, 1), s
-
-
 def _minmax(B: Tensor, usable: Tensor) -> Tensor:
     """B [P, Q] scaled to 0…1 over the usable partners m of every n; 0 where they are all equal."""
     low = B.where(usable, torch.inf).amin(0)
     spread = B.where(usable, -torch.inf).amax(0) - low
     return ((B - low) / spread.where(spread > 0, 1)).where(usable & (spread > 0), 0)
+
+
+def nearest(
+    pairs: Pairs, scale: Tensor, usable: Tensor, B: Tensor | None = None, *, t: float, lam: float = 1.0
+) -> Tensor:
+    """Z with the scale [P, Q] of the usable partner that has the least λ (1 − cos) + (1 − λ) minmax(B), B [P, Q]."""
+    apart = 0 if B is None else (1 - lam) * _minmax(B, usable)
+
+    def distance(cos: Tensor) -> Tensor:
+        return lam * (1 - cos) + apart
+
+    cos = pairs.cos_to_choose(distance, usable, t)
+    return scaling_matrix(pairs.keep, pairs.drop, scale, distance(cos), cos, usable, t)
 
 
 def scaling_matrix(
@@ -301,14 +307,17 @@ def neurons(
 ) -> Neurons:
     """The neurons of the layer `name` with this part of the BatchNorm `bn` behind it, in float64; raises as `read` does."""
     layer = model.get_submodule(name)
-    W = layer.weight.detach().double().flatten(1)
+    stored = layer.weight.detach().flatten(1)
+    check_finite(name, stored, *([] if layer.bias is None else [layer.bias.detach()]))
+    W = stored.double()
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
-    check_finite(name, W, bias)
+    if bn is None and layer.bias is not None:
+        return Neurons(torch.cat([W, bias[:, None]], 1), None, relu)
     if bn is None:
-        return Neurons(W if layer.bias is None else torch.cat([W, bias[:, None]], 1), None, relu)
+        return Neurons(W, None, relu, stored)
     norm = batchnorm(model.get_submodule(bn), part)
     check_finite(bn, norm.gamma, norm.beta, norm.mu, norm.var)
-    return Neurons(W, replace(norm, mu=norm.mu - bias), relu)
+    return Neurons(W, replace(norm, mu=norm.mu - bias), relu, stored)
 
 
 def check_finite(name: str, *values: Tensor) -> None:
@@ -389,10 +398,12 @@ def _swapped(W: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _times(W: Tensor, Z: Tensor) -> Tensor:
     """W ×₂ Z: [N, M, k] and [P, N] → [P, M, k]; overwrites W."""
-    if Z.count_nonzero(0).max() > 1:
+    m, n = Z.nonzero(as_tuple=True)
+    if n.bincount(minlength=1).max() > 1:
         return torch.einsum("nmk,pn->pmk", W, Z)
     W *= Z.sum(0)[:, None, None]  # at most one entry a column, as in the paper: zeros need not be multiplied
-    return torch.zeros_like(W[: len(Z)]).index_add_(0, Z.abs().argmax(0), W)
+    partner = n.new_zeros(len(W)).index_copy_(0, n, m)
+    return torch.zeros_like(W[: len(Z)]).index_add_(0, partner, W)
 
 
 def cut(module: nn.Module, keep: Tensor) -> None:

@@ -44,10 +44,21 @@ def gram(U: Tensor) -> Tensor:
     return A
 
 
+def full_precision(device: torch.device) -> bool:
+    """Whether products are quick here and those of float32, as no program has allowed PyTorch to compute less precisely."""
+    conv = getattr(torch.backends.mkldnn, "conv", None)
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.get_float32_matmul_precision() == "highest"
+        and getattr(conv, "fp32_precision", "none") in ("none", "ieee")
+    )
+
+
 def _convolves(U: Tensor) -> bool:
     return U.device.type == "cpu" and U.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def _places(U: Tensor) -> Tensor:
-    """Rows [n, F] as the places of one image with F channels, in channels_last: [1, F, n, 1]."""
-    return U.contiguous()[None, :, None].permute(0, 3, 1, 2)
+    """Rows [n, F] as the places of an image of F channels, in channels_last: [1, F, 1, n]."""
+    return U.contiguous()[None, None].permute(0, 3, 1, 2)

@@ -26,11 +26,11 @@ from decompose import (
     neurons,
     others,
     read,
-    similarity,
 )
 from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
 from methods import ALONE, LOOKING, METHODS, Settings, layerwise
+from pairs import Pairs
 from restore import Options
 from settings import CHOSEN_WIDTHS, by_name
 from streams import Stream, apart, choose_channels, streams
@@ -464,7 +464,7 @@ def _cosine(W: Tensor, keep: Tensor) -> float:
     drop = others(W, keep)
     if not len(keep) or not len(drop):
         return nan
-    return float(similarity(W, keep, drop)[0].amax(0).mean())
+    return float(Pairs(W, keep, drop).cos().amax(0).mean())
 
 
 def _reasons(left_out: dict[str, str]) -> str:

@@ -28,9 +28,9 @@ from decompose import (
     others,
     ranked,
     scaling_matrix,
-    similarity,
 )
 from errors import NeuronMergingError
+from pairs import Pairs
 from trace import (
     ACTIVATIONS,
     ADDITIONS,
@@ -397,7 +397,7 @@ def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float
         start = W if reader.writer is None else neurons(model, reader.writer).W
         to_readers.append(_way(model, reader.path, start.norm(dim=1), keep, drop))
     alike = torch.stack([way.alike for way in (*to_sum, *to_readers)]).amin(0)
-    cos = _both(similarity(W, keep, drop)[0], alike)
+    cos = _both(Pairs(W, keep, drop).cos(), alike)
     passes = torch.stack([way.scale > 0 for way in to_sum]).all(0)
     found = []
     for way in to_readers:
@@ -452,9 +452,9 @@ def _way(model: nn.Module, places: Sequence[Place], strength: Tensor, keep: Tens
                 neurons(model, place.module).W[part].split([module.weight[0].numel(), module.bias is not None], 1)
             )
             factor, constant = filters.norm(dim=1), bias.sum(1)
-            alike = _both(alike, similarity(filters, keep, drop)[0])
+            alike = _both(alike, Pairs(filters, keep, drop).cos())
         gain, strength = gain * factor, strength * factor
-        alike = _both(alike, similarity(torch.stack([strength, constant], 1), keep, drop)[0])
+        alike = _both(alike, Pairs(torch.stack([strength, constant], 1), keep, drop).cos())
         scale = scaled()
         passes = passes & (scale > 0)
     return _Way(gain, scale.where(passes, 0), alike)
