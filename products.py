@@ -1,7 +1,7 @@
 """Matrix products of many rows, in which restoration and the choice of widths spend their time (ours).
 
-PyTorch hands products to MKL, which runs at half speed on CPUs other than Intel's, and convolutions to oneDNN, which does
-not. So in float32 on a CPU a product here is a convolution at one place, 1 × 1 (`make bench` measures both).
+PyTorch hands products to MKL, which runs at half speed on AMD's CPUs, and convolutions to oneDNN, which does not. So in
+float32 on a CPU a product here is a convolution at one place, 1 × 1 (`make bench` measures both).
 """
 
 import torch
@@ -50,6 +50,7 @@ def full_precision(device: torch.device) -> bool:
     return (
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
         and torch.get_float32_matmul_precision() == "highest"
         and getattr(conv, "fp32_precision", "none") in ("none", "ieee")
     )

@@ -88,6 +88,8 @@ def _name(unit: Unit | Stream) -> str:
 
 
 @torch.inference_mode(False)  # restoration follows gradients
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def shrink(
     model: nn.Module,
     ratio: Ratio = 0.5,

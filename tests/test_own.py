@@ -15,6 +15,7 @@ from torch import nn
 import latency
 import memory
 import own
+import pairs
 from decompose import decompose, rebuild
 from errors import NeuronMergingError
 from experiment import Experiment
@@ -225,6 +226,18 @@ def test_a_call_in_inference_mode_gives_an_ordinary_network():
     with torch.inference_mode():
         small, _ = shrink(model, 0.5, example_input=(3, 32, 32), compensation="restore", probe_samples=32)
     assert not any(tensor.is_inference() for tensor in small.state_dict().values())
+
+
+@pytest.mark.parametrize("compensation", ["merge", "restore"])
+def test_autocast_around_a_call_makes_no_difference(compensation, monkeypatch):
+    monkeypatch.setattr(pairs, "LARGE", 0)
+    model = build("ResNet", (8,)).eval()
+    told = {"example_input": (3, 32, 32), "compensation": compensation, "probe_samples": 32}
+    plain, _ = shrink(model, 0.5, **told)
+    with torch.autocast("cpu", torch.bfloat16):
+        small, _ = shrink(model, 0.5, **told)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, small.state_dict()[name]), name
 
 
 def test_what_stays_whole_keeps_its_width():

@@ -68,6 +68,8 @@ def test_where_less_precise_products_are_allowed_float64_is_taken(monkeypatch):
     monkeypatch.setattr(pairs, "LARGE", 0)
     W, keep = close_pairs(1.0)
     assert Pairs(W, keep, others(W, keep)).quick
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not Pairs(W, keep, others(W, keep)).quick
     torch.set_float32_matmul_precision("medium")
     try:
         assert not Pairs(W, keep, others(W, keep)).quick
