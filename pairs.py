@@ -1,7 +1,7 @@
 """Kept and dropped neurons in pairs, all at once: row m of [P, Q] is a kept one, column n one that it may stand in for.
 
-Who is most similar is the one large product that merging cannot do without. Float32 finds it in a third of the time, but
-for the columns in which its rounding could decide: those are computed in float64. So partners are float64's, always.
+Who is most similar is the one large product of merging. In wide layers it is computed in float32, but for the columns in
+which float32's rounding could decide: those are computed in float64. So partners are float64's, to within its own rounding.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from products import full_precision, times
 
-LARGE = 10**7  # multiplications, from which on the detour by float32 is worth its while
+LARGE = 10**7  # multiplications, from which on the detour by float32 is worth its while …
+LONG = 2**13  # … and weights of a neuron, up to which: of longer ones float32 leaves too much open
 RANGE = 1e-12, 1e12  # of norms: what float32 can multiply without overflow, and without underflow that is felt
 
 
@@ -30,7 +31,7 @@ class Pairs:
         both = norm_m * norm_n
         self.norms = both.where(both > 0, 1)  # cosines with zeros are 0
         least, most = RANGE
-        large = len(keep) * len(drop) * W.shape[1] >= LARGE
+        large = len(keep) * len(drop) * W.shape[1] >= LARGE and W.shape[1] <= LONG
         self.quick = large and full_precision(W.device) and bool(((norm > least) & (norm < most)).all())
 
     def cos(self) -> Tensor:
@@ -50,7 +51,7 @@ class Pairs:
         off = (1.1 * W.shape[1] + 8) / 2**24  # at most: D products and sums, in any order, of rounded numbers
         of_usable = distance(cos).where(usable, torch.inf)
         least, partner = of_usable.min(0)
-        near = of_usable <= least + 2 * off
+        near = usable & (of_usable <= least + 2 * off)
         close = near.sum(0) > 1
         close |= (cos.gather(0, partner[None])[0] - t).abs() <= off
         n = close.nonzero().squeeze(1)

@@ -1,7 +1,7 @@
 """Matrix products of many rows, in which restoration and the choice of widths spend their time (ours).
 
 PyTorch hands products to MKL, which runs at half speed on AMD's CPUs, and convolutions to oneDNN, which does not. So in
-float32 on a CPU a product here is a convolution at one place, 1 × 1 (`make bench` measures both).
+float32 on a CPU, with two threads or more, a product here is a convolution with a kernel of 1 × 1 (`make bench` measures both).
 """
 
 import torch
@@ -45,19 +45,23 @@ def gram(U: Tensor) -> Tensor:
 
 
 def full_precision(device: torch.device) -> bool:
-    """Whether products are quick here and those of float32, as no program has allowed PyTorch to compute less precisely."""
-    conv = getattr(torch.backends.mkldnn, "conv", None)
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and not torch.is_autocast_enabled("cpu")
-        and torch.get_float32_matmul_precision() == "highest"
-        and getattr(conv, "fp32_precision", "none") in ("none", "ieee")
-    )
+    """Whether float32 products on this device are quick and computed in full float32: a program may have allowed less."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        return False
+    conv, matmul = (getattr(torch.backends.mkldnn, name, None) for name in ("conv", "matmul"))
+    if conv is None or not hasattr(conv, "fp32_precision"):  # an older PyTorch
+        return torch.get_float32_matmul_precision() == "highest"
+    return {conv.fp32_precision, matmul.fp32_precision} <= {"none", "ieee"}
 
 
 def _convolves(U: Tensor) -> bool:
-    return U.device.type == "cpu" and U.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return (
+        U.device.type == "cpu"
+        and U.dtype == torch.float32
+        and U.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and torch.get_num_threads() > 1  # with one, PyTorch does not hand such convolutions to oneDNN
+    )
 
 
 def _places(U: Tensor) -> Tensor:

@@ -51,17 +51,21 @@ def test_a_cosine_at_the_threshold(found):
     found(Neurons(W, None, True), keep, t=float(best.sort().values[25] * (1 + 1e-12)))
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e12, 1e25])
-def test_weights_of_any_size(monkeypatch, scale):
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e9, 1e25])
+def test_weights_of_any_size(monkeypatch, scale, zeros):
     monkeypatch.setattr(pairs, "LARGE", 0)
     W, _ = close_pairs(1e-3)
     keep = select(W, 60, "l2-norm")
-    W = W.where(torch.rand(len(W), 1, generator=torch.Generator().manual_seed(3)) < 0.9, 0) * scale
+    if zeros:
+        W = W.where(torch.rand(len(W), 1, generator=torch.Generator().manual_seed(3)) < 0.9, 0)
+    W = W * scale
     of = Pairs(W, keep, others(W, keep))
+    assert of.quick == (scale in (1e-12, 1.0, 1e9) and not zeros)
     usable = of.s > 0
     cos = of.cos_to_choose(lambda cos: 1 - cos, usable, t=0.3)
     torch.testing.assert_close(cos, of.cos(), rtol=0, atol=1e-6)
-    assert (~usable).any() and ((cos == 0) | usable).all()
+    assert (~usable).any() == zeros and ((cos == 0) | usable).all()
 
 
 def test_where_less_precise_products_are_allowed_float64_is_taken(monkeypatch):
@@ -75,3 +79,10 @@ def test_where_less_precise_products_are_allowed_float64_is_taken(monkeypatch):
         assert not Pairs(W, keep, others(W, keep)).quick
     finally:
         torch.set_float32_matmul_precision("highest")
+    if not hasattr(torch.backends, "fp32_precision"):  # an older PyTorch
+        return
+    torch.backends.fp32_precision = "bf16"
+    try:
+        assert not Pairs(W, keep, others(W, keep)).quick
+    finally:
+        torch.backends.fp32_precision = "none"
