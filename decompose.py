@@ -311,10 +311,9 @@ def neurons(
     check_finite(name, stored, *([] if layer.bias is None else [layer.bias.detach()]))
     W = stored.double()
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
-    if bn is None and layer.bias is not None:
-        return Neurons(torch.cat([W, bias[:, None]], 1), None, relu)
     if bn is None:
-        return Neurons(W, None, relu, stored)
+        whole = Neurons(W, None, relu, stored)
+        return whole if layer.bias is None else replace(whole, W=torch.cat([W, bias[:, None]], 1), stored=None)
     norm = batchnorm(model.get_submodule(bn), part)
     check_finite(bn, norm.gamma, norm.beta, norm.mu, norm.var)
     return Neurons(W, replace(norm, mu=norm.mu - bias), relu, stored)

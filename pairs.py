@@ -25,14 +25,19 @@ class Pairs:
     def __init__(self, W: Tensor, keep: Tensor, drop: Tensor, stored: Tensor | None = None) -> None:
         self.W, self.keep, self.drop = W, keep, drop
         self.stored = W if stored is None else stored
-        norm = W.norm(dim=1)
-        norm_m, norm_n = norm[keep][:, None], norm[drop]
+        self.norm = W.norm(dim=1)
+        norm_m, norm_n = self.norm[keep][:, None], self.norm[drop]
         self.s = norm_n / norm_m.where(norm_m > 0, torch.inf)
         both = norm_m * norm_n
         self.norms = both.where(both > 0, 1)  # cosines with zeros are 0
+
+    @property
+    def quick(self) -> bool:
+        """Whether float32 can find partners here, and is worth its while."""
         least, most = RANGE
-        large = len(keep) * len(drop) * W.shape[1] >= LARGE and W.shape[1] <= LONG
-        self.quick = large and full_precision(W.device) and bool(((norm > least) & (norm < most)).all())
+        length = self.W.shape[1]
+        large = len(self.keep) * len(self.drop) * length >= LARGE and length <= LONG
+        return large and full_precision(self.W.device) and bool(((self.norm > least) & (self.norm < most)).all())
 
     def cos(self) -> Tensor:
         """cos(w_n, w_m), [P, Q] in float64; 0 where either is a filter of zeros."""

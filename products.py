@@ -11,7 +11,7 @@ from torch.nn.grad import conv2d_weight
 
 ROWS = 2**14  # whose products are summed in the dtype of the rows; more of them, in float64
 BLOCKS = 6  # of columns in a Gram matrix: of the blocks below the diagonal none is computed
-LEAST = 64  # columns, of which a block has a multiple
+COLUMNS = 64  # a block has a multiple of as many, and twice as many at least
 
 
 def times(U: Tensor, W: Tensor) -> Tensor:
@@ -33,12 +33,11 @@ def gram(U: Tensor) -> Tensor:
     """Uᵀ U of U [n, F]: [F, F] in float64, by blocks of columns on and above the diagonal."""
     features = U.shape[1]
     A = U.new_zeros(features, features, dtype=torch.float64)
-    size = max(2 * LEAST, -(-features // (BLOCKS * LEAST)) * LEAST)
+    size = max(2 * COLUMNS, -(-features // (BLOCKS * COLUMNS)) * COLUMNS)
     starts = range(0, features, size)
     for part in U.split(ROWS):
         for start in starts:
-            block = part[:, start : start + size].contiguous()
-            A[start : start + size, start:] += across(block, part[:, start:].contiguous())
+            A[start : start + size, start:] += across(part[:, start : start + size], part[:, start:])
     for start in starts:
         A[start + size :, start : start + size] = A[start : start + size, start + size :].T
     return A
@@ -46,7 +45,7 @@ def gram(U: Tensor) -> Tensor:
 
 def full_precision(device: torch.device) -> bool:
     """Whether float32 products on this device are quick and computed in full float32: a program may have allowed less."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+    if not _onednn(device) or torch.is_autocast_enabled("cpu"):
         return False
     conv, matmul = (getattr(torch.backends.mkldnn, name, None) for name in ("conv", "matmul"))
     if conv is None or not hasattr(conv, "fp32_precision"):  # an older PyTorch
@@ -54,14 +53,13 @@ def full_precision(device: torch.device) -> bool:
     return {conv.fp32_precision, matmul.fp32_precision} <= {"none", "ieee"}
 
 
+def _onednn(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
 def _convolves(U: Tensor) -> bool:
-    return (
-        U.device.type == "cpu"
-        and U.dtype == torch.float32
-        and U.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and torch.get_num_threads() > 1  # with one, PyTorch does not hand such convolutions to oneDNN
-    )
+    several = torch.get_num_threads() > 1  # with one, PyTorch does not hand such convolutions to oneDNN
+    return _onednn(U.device) and U.dtype == torch.float32 and U.numel() > 0 and several
 
 
 def _places(U: Tensor) -> Tensor:

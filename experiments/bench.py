@@ -1,6 +1,6 @@
 """How long everything takes, each against its yardstick in one run: results/BENCH.md and bench.json.
 
-Merging against a literal loop over neurons and against the float64 matrix product it cannot do without, also as layers grow;
+Merging against a literal loop over neurons and against the float64 matrix product of its formulas, also as layers grow;
 restoration against the peak of this machine's matrix products; evaluation against the usual DataLoader loop; what a smaller
 network buys; starting.
 """
@@ -50,12 +50,12 @@ Measured = dict[str, Any]
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
     """Of `work`, the median of `repeats` runs after one to warm up."""
-    times = []
+    taken = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
 
 
 def peak(side: int = 2048, repeats: int = 5) -> dict[str, float]:
@@ -312,7 +312,7 @@ too small to keep the machine busy.
 ## Evaluation
 
 Images a second in float32, against the usual loop: a DataLoader with two workers, ToTensor, Normalize, batches of 128.
-Where it is more than 100 % of the peak, larger convolutions are faster than that of a matrix product.
+Where it is more than 100 % of the peak, the network's own convolutions run faster than that of a matrix product.
 
 {markdown(["network", "images", "usual loop, images/s", "ours", "ratio", "of the GEMM peak", both], evaluated)}
 

@@ -179,7 +179,7 @@ def growth(measured: Sequence[dict[str, Any]], paths: Sequence[Path]) -> None:
     """Draw the seconds of merging one layer against its width (rows of bench.growth): ours, the loop's, the product's."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     lines = {"loop": ("literal loop", "prune"), "ours": ("decompose + rebuild", "merge")}
-    lines["product"] = ("the matrix product alone", "merge-derived")
+    lines["product"] = ("the float64 matrix product alone", "merge-derived")
     for key, (name, style) in lines.items():
         color, marker, dash = STYLES[style]
         axis.loglog(
