@@ -25,7 +25,7 @@ rows: .venv/runtime ## measure every experiment, of the paper and beyond, that r
 features: .venv/runtime ## measure the error of every feature map (results/features.jsonl)
 	@$(RUN) -m experiments.features
 
-reproduce: rows features tables ## all of it: rows, tables and figures of every network whose checkpoint is there
+reproduce: rows features manifest tables ## all of it: rows, tables and figures of every network whose checkpoint is there
 
 tables: .venv/runtime ## rebuild results/TABLES.md, the README's results and the figures from the rows
 	@$(RUN) -m experiments.tables
@@ -33,10 +33,10 @@ tables: .venv/runtime ## rebuild results/TABLES.md, the README's results and the
 check-tables: .venv/runtime ## fail where a table no longer matches its rows
 	@$(RUN) -m experiments.tables --check
 
-manifest: .venv/runtime ## evaluate the shipped checkpoints and rebuild pretrained/MANIFEST.json
+manifest: .venv/runtime ## evaluate the checkpoints in pretrained/ that MANIFEST.json does not know yet
 	@$(RUN) -m experiments.manifest
 
-tuning: .venv/runtime ## how restoration's settings were chosen, on held-out training images (results/tuning/)
+tuning: .venv/runtime ## how restoration's settings were chosen, on training images (results/tuning/)
 	@$(RUN) -m experiments.tuning
 
 zoo: .venv/runtime ## make torchvision's networks smaller (results/zoo.md)
@@ -53,7 +53,8 @@ bench-train: .venv/runtime ## images a second of the trainer against the usual l
 
 clean: ## remove the environment, what demo and tests leave behind, and halves of files that a killed run left
 	rm -rf .venv results/demo .pytest_cache .hypothesis .ruff_cache
-	find pretrained saves results -name '.*.partial' -delete 2>/dev/null || true
+	find . -name '.*.partial' -delete 2>/dev/null || true
+	rm -rf data/.download-*
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -23,7 +23,7 @@ import memory
 import probe
 import settings
 from data import DATASETS, Images
-from decompose import COMPENSATIONS, BatchNorm, choose, compensate, decompose, others, read, rebuild
+from decompose import BatchNorm, choose, compensate, decompose, others, read, rebuild
 from errors import NeuronMergingError
 from evaluate import accuracy, count_macs
 from experiment import kept_widths, versions
@@ -330,7 +330,7 @@ def measured(grids: dict[str, Grid], widths: Sequence[int] = WIDTHS) -> Measured
     report["merging"] = [
         {"network": name} | merging(random_network(grid), kind)
         for name, grid in named.items()
-        for kind in COMPENSATIONS
+        for kind in literal.FORMS
     ]
     report["growth"] = [growth(width) for width in widths]
     for what, measure in (("restoration", restoration), ("bought", bought)):

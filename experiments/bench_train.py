@@ -1,10 +1,12 @@
 """Images a second of the trainer against the usual loop (DataLoader, transforms, float32), in one run: BENCH_TRAIN.md."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,12 +96,30 @@ def images_per_second(
     return count / (time.perf_counter() - start)
 
 
+def document(report: dict[str, Any]) -> str:
+    """BENCH_TRAIN.md from what was measured, bench_train.json."""
+    lines = []
+    for found in report["rates"]:
+        usual, *others = (found[name] for name in ("usual", "trainer", "compiled", "cycle"))
+        lines.append([found["network"], *(f"{rate:,.0f}" for rate in (usual, *others))])
+        lines[-1] += [f"{rate / usual:.2f} ×" for rate in others]
+    header = ["network", "usual loop, images/s", "trainer", "--compile", "fast recipe"]
+    table = markdown([*header, *(f"{name}, ratio" for name in header[2:])], lines)
+    return (
+        "# Training speed\n\nMade by `make bench-train`: {batches} batches of {batch_size} on {device}, {threads} threads,"
+        " PyTorch {torch}.\n*Usual loop*: a DataLoader with two workers, in float32. The trainer computes in {precision}"
+        " here and keeps the\nmemory that it frees (memory.py).\n"
+        "*Trainer* and *--compile*: at full size, as the published recipe trains.\n"
+        "*Fast recipe*: over a whole training by it, which shows smaller images at first (not compiled).\n\n{table}\n"
+    ).format(**report, precision=report["dtype"] or "float32 (this hardware has no bfloat16)", table=table)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Time both loops on made-up images of CIFAR's shape and write the table."""
     parser = Parser(prog="python -m experiments.bench_train", description=main.__doc__)
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(TRAINED)} [the first two]")
-    parser.add_argument("--batches", type=int, default=8, help="batches to time, after two to warm up [%(default)s]")
+    parser.add_argument("--batches", type=int, default=32, help="batches to time, after two to warm up [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
@@ -114,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = Images(pixels, torch.randint(0, 10, (count,)), DATASETS["cifar10"])
     plain = {arch: images_per_second(arch, usual, images, size, device, fast=False) for arch in networks}
     memory.keep_freed()  # as main.py does, and the usual loop does not
-    lines = []
+    rates = []
     for arch in networks:
 
         def at(share: float, arch: str = arch) -> float:
@@ -122,21 +142,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         fast, cycle = at(1.0), whole_cycle(settings.recipe(arch, "fast").sizes, at)
         compiled = images_per_second(arch, ours, images, size, device, fast=True, compiled=True)
-        rates = (plain[arch], fast, compiled, cycle)
-        lines.append([arch, *(f"{rate:,.0f}" for rate in rates), *(f"{rate / rates[0]:.2f} ×" for rate in rates[1:])])
-    header = ["network", "usual loop, images/s", "trainer", "--compile", "fast recipe"]
-    table = markdown([*header, *(f"{name}, ratio" for name in header[2:])], lines)
+        rates.append({"network": arch, "usual": plain[arch], "trainer": fast, "compiled": compiled, "cycle": cycle})
     dtype = autocast_dtype(device)
-    precision = "float32 (this hardware has no bfloat16)" if dtype is None else dtype
-    text = (
-        f"# Training speed\n\nMade by `make bench-train`: {args.batches} batches of {size} on {device}, "
-        f"{torch.get_num_threads()} threads, PyTorch {versions()['torch']}.\n"
-        f"*Usual loop*: a DataLoader with two workers, in float32. The trainer computes in {precision} here and keeps the\n"
-        "memory that it frees (memory.py).\n"
-        "*Trainer* and *--compile*: at full size, as the published recipe trains.\n"
-        "*Fast recipe*: over a whole training by it, which shows smaller images at first (not compiled).\n\n"
-        f"{table}\n"
-    )
+    report = {
+        "batches": args.batches, "batch_size": size, "device": str(device), "threads": torch.get_num_threads(),
+        "torch": versions()["torch"], "dtype": None if dtype is None else str(dtype), "rates": rates,
+    }  # fmt: skip
+    text = document(report)
+    write_text(RESULTS / "bench_train.json", json.dumps(report, indent=1) + "\n")
     write_text(RESULTS / "BENCH_TRAIN.md", text)
     print(text)
     return 0

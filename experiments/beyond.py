@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 from statistics import mean, median
 
-from decompose import CRITERIA
 from experiment import Experiment
-from experiments.grid import Grid
+from experiments.grid import CRITERIA, Grid
 from experiments.rows import Row
 from experiments.rows import ratio as ratio_label
 from methods import LOOKING
@@ -43,11 +42,16 @@ def kind(row: Row) -> tuple[str, bool]:
     return row["type"], row.get("calibrate") is not None
 
 
+def complete(measured: Sequence[Row], seeds: int = len(SEEDS)) -> bool:
+    """Whether all seeds of a cell are measured, or the one number of a method without."""
+    seeded = measured and measured[0].get("seed") is not None and not measured[0].get("calibrate")
+    return len(measured) >= (seeds if seeded else 1)
+
+
 def cell(measured: Sequence[Row], seeds: int = len(SEEDS)) -> str:
     """An accuracy, or the mean over seeds ± half the range; nothing where seeds are still to be measured."""
     values = [row["accuracy"] for row in measured]
-    seeded = measured and measured[0].get("seed") is not None and not measured[0].get("calibrate")
-    if not values or (seeded and len(values) < seeds):
+    if not complete(measured, seeds):
         return ""
     return f"{mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 

@@ -1,6 +1,7 @@
 """Widths chosen without data (ours) against uniform ones (the paper's, for VGG-16), at no more parameters and MACs."""
 
 from collections.abc import Iterator, Sequence
+from math import inf
 
 from experiment import Experiment
 from experiments.beyond import SEEDS, cell, seconds
@@ -53,7 +54,8 @@ def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str
     columns = [(kind, name) for kind in KINDS for name in ("uniform", "auto")]
     columns += [("restore", name) for name in list(RULES)[1:] if name != BLOCKS or grid.blocks]
     lines = []
-    for label in dict.fromkeys(ratio(row) for row in measured if rule(grid, row) == "auto"):
+    budgets = {(row["ratio"] or inf, ratio(row)) for row in measured if rule(grid, row) == "auto"}
+    for _, label in sorted(budgets):
         here = [row for row in measured if ratio(row) == label and rule(grid, row)]
         sizes = [f"{max(row[size] for row in here if rule(grid, row) in RULES):,}" for size in ("params", "macs")]
         cells = (cell([row for row in here if (row["type"], rule(grid, row)) == column]) for column in columns)

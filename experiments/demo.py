@@ -3,13 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-from data import load
 from experiment import choose_device
 from experiments import command, rows
 from experiments.figures import accuracy_against_ratio
 from experiments.grid import GRIDS, run
 from options import Parser
-from settings import data_folder
 
 FOLDER = rows.RESULTS / "demo"
 
@@ -31,12 +29,12 @@ def table(measured: list[rows.Row], criterion: str = "l1-norm") -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure prune and merge for every criterion and ratio, print l1-norm, draw all three."""
+    """Measure prune and both forms of merge for every criterion and ratio, print l1-norm, draw all three."""
     Parser(prog="python -m experiments.demo", description=main.__doc__).parse_args(argv)
     grid = GRIDS["lenet"]
     path = FOLDER / "rows.jsonl"
     path.unlink(missing_ok=True)  # the demo measures, it does not remember
-    measured = run(grid, load(grid.dataset, "test", data_folder()), choose_device("auto"), path)
+    measured = run(grid, choose_device("auto"), path)
     figure = FOLDER / f"{grid.figure}.png"
     accuracy_against_ratio(grid, measured, [figure])
     seconds = sum(row["seconds_decompose"] + row["seconds_evaluate"] for row in measured)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from data import Images, load
-from decompose import COMPENSATIONS, Decomposition, decompose, rebuild
+from decompose import Decomposition, decompose, rebuild
 from experiment import kept_widths
 from experiment import load as load_network
-from experiments import command
-from experiments.grid import GRIDS, Grid
+from experiments import command, rows
+from experiments.grid import FORMS, GRIDS, Grid
 from experiments.rows import RESULTS
 from files import write_text
+from models.checkpoint import sha256
 from options import Parser
 from settings import data_folder
 from trace import Unit, units
@@ -64,7 +65,7 @@ def measure(grid: Grid, images: Images) -> dict[str, Any]:
     widths = kept_widths(model, found, experiment)
     x = images.normalised(images.pixels[:BATCH])
     errors = {}
-    for kind in COMPENSATIONS:
+    for kind in FORMS:
         parts = decompose(model, found, widths, CRITERION, kind, t=experiment.threshold, lam=experiment.lamda)
         errors[kind] = [round(e, 6) for e in relative_errors(model, rebuild(model, found, parts), found, parts, x)]
     return {
@@ -80,17 +81,23 @@ def measure(grid: Grid, images: Images) -> dict[str, Any]:
     }
 
 
-def read(path: Path = FEATURES) -> list[dict[str, Any]]:
+def read(path: Path | None = None) -> list[dict[str, Any]]:
     """The measured rows, one a network."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path = path or FEATURES
+    measured = rows.load(path)
+    rows.keys(measured, path, lambda row: row["checkpoint_sha256"])
+    return measured
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every network of the grid whose checkpoint is there."""
+    """Measure every network of the grid whose checkpoint is there and was not measured yet."""
     Parser(prog="python -m experiments.features", description=main.__doc__).parse_args(argv)
+    known = {row["checkpoint_sha256"]: row for row in read()}
     there = [grid for grid in GRIDS.values() if grid.checkpoint.exists()]
-    measured = [measure(grid, load(grid.dataset, "test", data_folder())) for grid in there]
+    measured = [
+        known.get(sha256(grid.checkpoint)) or measure(grid, load(grid.dataset, "test", data_folder())) for grid in there
+    ]
     text = "".join(json.dumps(row) + "\n" for row in measured)
     write_text(FEATURES, text)
     return 0

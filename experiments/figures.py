@@ -8,10 +8,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from decompose import COMPENSATIONS, CRITERIA
 from experiments import chosen
-from experiments.beyond import IMAGES, SEEDS, criterion_of
-from experiments.grid import Grid
+from experiments.beyond import IMAGES, SEEDS, complete, criterion_of
+from experiments.grid import CRITERIA, FORMS, Grid
 from experiments.rows import Row, published, published_key, ratio
 from files import write_atomically
 from models import build
@@ -31,12 +30,11 @@ STYLES = {
     "restore": ("#009E73", "d", "-"),
     f"restore, {IMAGES} real images": ("#009E73", "d", ":"),
 }
-PAPER = tuple(COMPENSATIONS)
 BEYOND = tuple(name for name in STYLES if name != "merge-derived")
 
 
 def accuracy_against_ratio(
-    grid: Grid, measured: Sequence[Row], paths: Sequence[Path], kinds: Sequence[str] = PAPER
+    grid: Grid, measured: Sequence[Row], paths: Sequence[Path], kinds: Sequence[str] = FORMS
 ) -> None:
     """Draw the rows of one grid and checkpoint, the mean where there are seeds, into each of `paths`.
 
@@ -83,8 +81,8 @@ def accuracy_against_ratio(
 
 
 def _line(measured: Sequence[Row], kind: str, criterion: str, grid: Grid) -> dict[float, float]:
-    """Ratio → accuracy, the mean over seeds, in order."""
-    values: dict[float, list[float]] = {}
+    """Ratio → accuracy, the mean over seeds, in order; without those of which seeds are still to be measured."""
+    found: dict[float, list[Row]] = {}
     for row in measured:
         if (
             label(row) == kind
@@ -92,8 +90,8 @@ def _line(measured: Sequence[Row], kind: str, criterion: str, grid: Grid) -> dic
             and row["ratio"]
             and row["widths_rule"] != "auto"
         ):
-            values.setdefault(row["ratio"], []).append(row["accuracy"])
-    return {ratio: mean(values[ratio]) for ratio in sorted(values)}
+            found.setdefault(row["ratio"], []).append(row)
+    return {ratio: mean(row["accuracy"] for row in found[ratio]) for ratio in sorted(found) if complete(found[ratio])}
 
 
 def label(row: Row) -> str:
@@ -114,7 +112,11 @@ def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[P
                 for row in measured:
                     if (row["type"], chosen.rule(grid, row)) == (kind, rule):
                         points.setdefault(ratio(row), []).append(row)
-                drawn = [(mean(r[size] for r in p) / 1e6, mean(r["accuracy"] for r in p)) for p in points.values()]
+                drawn = [
+                    (mean(r[size] for r in p) / 1e6, mean(r["accuracy"] for r in p))
+                    for p in points.values()
+                    if complete(p)
+                ]
                 if drawn:
                     axis.plot(*zip(*sorted(drawn)), color=color, marker=marker, markerfacecolor=filled, linestyle=dash,
                               label=f"{kind}, {label}")  # fmt: skip

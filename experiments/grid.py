@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 import memory
 import settings
-from data import Images, load
-from decompose import COMPENSATIONS, CRITERIA
+from data import load
 from errors import NeuronMergingError
 from experiment import Experiment, choose_device, measure
 from experiments import command, rows
@@ -20,6 +19,10 @@ from models.checkpoint import sha256
 from options import Parser
 
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+# What the paper compares, and the form of merging that follows from its formulas (ours). What is added to decompose.py later
+# does not join the paper's tables.
+CRITERIA = ("l1-norm", "l2-norm", "l2-GM")
+FORMS = ("prune", "merge", "merge-derived")
 CIFAR_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
@@ -57,11 +60,11 @@ class Grid:
         return Experiment(self.arch, self.dataset, self.checkpoint, self.depth_wide, kind, **about)
 
     def experiments(self) -> Iterator[Experiment]:
-        """The paper's: the original, then every compensation by criterion and ratio."""
+        """The original, then pruning and both forms of merging by criterion and ratio."""
         yield self.experiment()
         for criterion in CRITERIA:
             for ratio in self.ratios:
-                for compensation in COMPENSATIONS:
+                for compensation in FORMS:
                     yield self.experiment(compensation, criterion=criterion, ratio=ratio)
 
 
@@ -85,7 +88,6 @@ GRIDS = {
 
 def run(
     grid: Grid,
-    images: Images,
     device: torch.device,
     path: Path,
     pretrained: Path | None = None,
@@ -95,15 +97,21 @@ def run(
     """Measure the experiments (the grid's own) whose rows `path` does not hold yet; all rows of the grid's checkpoint.
 
     Interrupt it when you like: every row is on disk before the next begins. `pretrained`: another checkpoint than shipped.
-    root: folder of the data sets.
+    root: folder of the data sets, which is looked at only where something is to be measured.
+    Raises NeuronMergingError where the checkpoint becomes another one meanwhile.
     """
     done = rows.keys(rows.load(path), path)
-    checkpoint = sha256(pretrained or grid.checkpoint)
-    wanted = [replace(e, pretrained=pretrained or grid.checkpoint) for e in experiments or grid.experiments()]
+    pretrained = pretrained or grid.checkpoint
+    checkpoint = sha256(pretrained)
+    wanted = [replace(experiment, pretrained=pretrained) for experiment in experiments or grid.experiments()]
+    missing = [e for e in wanted if rows.key(e.settings() | {"checkpoint_sha256": checkpoint}) not in done]
+    images = load(grid.dataset, "test", root or settings.data_folder()) if missing else None
     known = {}  # what is found of the units serves all budgets
-    for experiment in tqdm(wanted, grid.title, unit="row", leave=False, disable=None):
-        if rows.key(experiment.settings() | {"checkpoint_sha256": checkpoint}) not in done:
-            rows.append(measure(experiment, images, device, known=known, root=root), path)
+    for experiment in tqdm(missing, grid.title, unit="row", leave=False, disable=None):
+        row = measure(experiment, images, device, known=known, root=root)
+        if row["checkpoint_sha256"] != checkpoint:  # and what is known is of the one before
+            raise NeuronMergingError(f"{pretrained} was replaced while it was measured: run this again")
+        rows.append(row, path)
     return [row for row in rows.load(path) if row["checkpoint_sha256"] == checkpoint]
 
 
@@ -116,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("network", nargs="?", choices=GRIDS, help="[every network whose checkpoint is there]")
     parser.add_argument("--pretrained", type=Path, help="another checkpoint of that network")
     parser.add_argument(
-        "--paper", action="store_true", help="the paper's experiments only, without ours and its rivals"
+        "--paper",
+        action="store_true",
+        help="prune, merge and merge-derived only, neither restoration and its rivals nor chosen widths",
     )
     parser.add_argument("--data", type=Path, help="folder of the data sets [$NEURON_MERGING_DATA, or data]")
     parser.add_argument("--device", default="auto")
@@ -132,10 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (args.pretrained or grid.checkpoint).exists():
             print(f"{grid.title}: no checkpoint yet ({grid.checkpoint.name})")
             continue
-        images = load(grid.dataset, "test", args.data or settings.data_folder())
         ours = () if args.paper else (*beyond.experiments(grid), *chosen.experiments(grid))
         wanted = [*grid.experiments(), *ours]
-        measured = run(grid, images, device, args.rows, args.pretrained, wanted, args.data)
+        measured = run(grid, device, args.rows, args.pretrained, wanted, args.data)
         print(f"{grid.title}: {len(measured)} rows in {args.rows}")
     return 0
 

@@ -11,19 +11,25 @@ import torch
 
 import settings
 from data import load
+from errors import said
 from experiment import Experiment, measure
 from experiments import command
 from experiments.grid import GRIDS, PRETRAINED
 from files import write_text
 from models import load_checkpoint
+from models.checkpoint import sha256
 from options import Parser
 
 MANIFEST = PRETRAINED / "MANIFEST.json"
 
 
 def read() -> dict[str, dict[str, Any]]:
-    """File name → entry."""
-    return json.loads(MANIFEST.read_text(encoding="utf-8")) if MANIFEST.exists() else {}
+    """File name → entry. Raises NeuronMergingError where the file is something else."""
+    if not MANIFEST.exists():
+        return {}
+    with said(f"{MANIFEST} is damaged, delete it and run make manifest"):
+        entries = json.loads(MANIFEST.read_text(encoding="utf-8"))
+        return {name: entry for name, entry in entries.items() if entry["sha256"]}
 
 
 @functools.cache
@@ -68,11 +74,16 @@ def workbench() -> Experiment:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rebuild the manifest from the checkpoints in pretrained/."""
+    """Rebuild the manifest from the checkpoints in pretrained/; of those that it knows already nothing is measured again."""
     Parser(prog="python -m experiments.manifest", description=main.__doc__).parse_args(argv)
     files = [(g.title, g.experiment(), "test") for g in GRIDS.values()]
     files.append(("ResNet-20 on CIFAR-10 without the val images, to choose settings on", workbench(), "val"))
-    entries = {e.pretrained.name: entry(title, e, split) for title, e, split in files if e.pretrained.exists()}
+    known = {about["sha256"]: about for about in read().values()}
+    entries = {
+        e.pretrained.name: known.get(sha256(e.pretrained)) or entry(title, e, split)
+        for title, e, split in files
+        if e.pretrained.exists()
+    }
     text = json.dumps(entries, indent=2) + "\n"
     write_text(MANIFEST, text)
     print(text, end="")

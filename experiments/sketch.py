@@ -16,7 +16,7 @@ BLUE, GREEN, RED = "#0072B2", "#009E73", "#D55E00"
 
 
 def box(axis: Axes, x: float, y: float, text: str, color: str, width: float = 1.5) -> None:
-    """A rounded box around `text` with its centre at (x, y)."""
+    """A box around `text` with its centre at (x, y)."""
     shape = plt.Rectangle((x - width / 2, y - 0.28), width, 0.56, facecolor="white", edgecolor=color, linewidth=1.5)
     axis.add_patch(shape)
     axis.text(x, y, text, ha="center", va="center", fontsize=9)

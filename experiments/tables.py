@@ -4,10 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from decompose import COMPENSATIONS, CRITERIA
 from errors import NeuronMergingError
 from experiments import beyond, chosen, command, features, rows
-from experiments.grid import GRIDS, Grid
+from experiments.grid import CRITERIA, FORMS, GRIDS, Grid
 from experiments.manifest import shipped
 from experiments.rows import Row
 from files import write_text
@@ -38,7 +37,9 @@ def full_table(measured: Sequence[Row]) -> str:
     paper = rows.published()
     order = {name: i for i, name in enumerate([None, *CRITERIA])}
     lines = []
-    for row in sorted(measured, key=lambda r: (checkpoint(r), order[r["criterion"]], r["ratio"] or 0)):
+    kinds = ["original", *FORMS]
+    place = lambda r: (checkpoint(r), order[r["criterion"]], r["ratio"] or 0, kinds.index(r["type"]))  # noqa: E731
+    for row in sorted(measured, key=place):
         known = paper.get(rows.published_key(row))
         lines.append(
             [
@@ -137,19 +138,19 @@ MACs (the columns have the largest of all compensations and seeds); *neurons too
 half the range of three seeds. A cell is empty where nothing was measured: rivals have one criterion a network. Without
 BatchNorm (LeNet) `prune-bn`, `merge-bn` and `merge-derived` are the same as `prune` and `merge`. Seconds are medians over
 the seeds, on the machine that measured: of restoration with its probe; of the choice of widths, which serves all budgets of a
-network, and of that and restoration together. The first row of a run includes what PyTorch needs to start.
+network, and of that and restoration together. The first row of a run includes what PyTorch needs to start. A row is not
+measured again when the code gets faster: how fast it is today, `make bench` says (BENCH.md).
 """
 
 
 def documents(everything: Sequence[Row]) -> dict[Path, str]:
     """What TABLES.md and README.md have to say."""
+    by_grid = {grid: measured for grid in GRIDS.values() if (measured := of_grid(grid, everything))}
+    versions = {row["versions"]["torch"] for measured in by_grid.values() for row in measured}
     tables = [INTRODUCTION, *(f"- checkpoint *{name}*: {what}" for name, what in CHECKPOINTS.items())]
-    tables += [f"- PyTorch {' and '.join(sorted({row['versions']['torch'] for row in everything}))}", ""]
+    tables += [f"- PyTorch {' and '.join(sorted(versions))}", ""]
     summary = []
-    for grid in GRIDS.values():
-        measured = of_grid(grid, everything)
-        if not measured:
-            continue
+    for grid, measured in by_grid.items():
         tables += [f"## {grid.title}", "", full_table(papers(measured)), ""]
         by_checkpoint = {name: [row for row in measured if checkpoint(row) == name] for name in CHECKPOINTS}
         for name, of_checkpoint in by_checkpoint.items():
@@ -212,9 +213,7 @@ def replaced(path: Path, begin: str, end: str, content: str) -> str:
 
 def papers(measured: Sequence[Row]) -> list[Row]:
     """The rows of the paper's methods and widths."""
-    return [
-        r for r in measured if r["type"] in ("original", *COMPENSATIONS) and r["widths_rule"] in (None, "published")
-    ]
+    return [r for r in measured if r["type"] in ("original", *FORMS) and r["widths_rule"] in (None, "published")]
 
 
 def ours(measured: Sequence[Row]) -> list[Row]:
@@ -228,7 +227,7 @@ def has_figure(grid: Grid, measured: Sequence[Row]) -> bool:
 
 
 def has_beyond_figure(grid: Grid, measured: Sequence[Row]) -> bool:
-    """Whether restoration was measured at more than one ratio with the shipped checkpoint."""
+    """Whether there are curves of restoration to draw."""
     return has_figure(grid, measured) and any(row["type"] == "restore" for row in ours(measured))
 
 
@@ -249,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m experiments.tables", description=main.__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
-    everything = rows.load()
+    everything = rows.load(rows.ROWS)
+    rows.keys(everything, rows.ROWS)  # or it is no file of rows
     for path, text in documents(everything).items():
         if not args.check:
             write_text(path, text)

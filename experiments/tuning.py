@@ -1,4 +1,4 @@
-"""How the settings of restoration and of the choice of widths were found, on held-out training images (results/tuning/).
+"""How the settings of restoration and of the choice of widths were found, on training images (results/tuning/).
 
 Never on the test set. The workbenches are a small ResNet-20, trained without the images that are measured here, and the
 shipped LeNet-300-100. `make tuning` measures what rows.jsonl does not hold yet and rebuilds the tables.
@@ -19,6 +19,7 @@ import probe
 import settings
 from data import Images, load
 from decompose import choose
+from errors import NeuronMergingError
 from evaluate import accuracy
 from experiment import Experiment, calibration, kept_widths, shrink
 from experiment import load as load_network
@@ -38,7 +39,7 @@ FOLDER = RESULTS / "tuning"
 DOCS = RESULTS.parent / "docs" / "restore.md"
 BEGIN, END = "<!-- ablation: made by `make tuning` -->", "<!-- end of ablation -->"
 SEEDS = (1, 2)
-IMAGES = 2000  # of the held-out ones
+IMAGES = 2000  # of the val split
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,14 @@ WIDTHS = {
 VARIANTS = ABLATIONS | SWEEP | WIDTHS
 
 
-def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Images, known: dict) -> float:
-    """Accuracy in % on held-out training images. `known`: as of `experiment.shrink`."""
+def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Images, known: dict) -> tuple[float, str]:
+    """Accuracy in % on training images, and the SHA-256 of the checkpoint. `known`: as of `experiment.shrink`."""
     changes = {"model_type": "restore", "criterion": bench.criterion} | variant.experiment
     changes |= {name: value.format(dataset=bench.dataset) for name, value in changes.items() if name == "calibrate"}
     experiment = Experiment(
         bench.arch, bench.dataset, bench.checkpoint, bench.depth_wide, ratio=ratio, seed=seed, **changes
     )
-    model, _ = load_network(experiment)
+    model, checkpoint = load_network(experiment)
     model.eval()
     if variant.options or variant.probe:  # what the command line does not offer
         found = units(model)
@@ -151,7 +152,7 @@ def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Ima
     else:
         small = shrink(model, experiment, calibration(experiment), known).model
     correct, total = accuracy(small, images)
-    return round(100 * correct / total, 2)
+    return round(100 * correct / total, 2), checkpoint.sha256
 
 
 def key(row: Row) -> tuple:
@@ -175,7 +176,7 @@ def wanted() -> list[Row]:
 
 def run(path: Path) -> list[Row]:
     """Measure every variant on every bench whose row `path` does not hold yet; all rows."""
-    done = {key(row) for row in rows.load(path)}
+    done = rows.keys(rows.load(path), path, key)
     todo = [row for row in wanted() if key(row) not in done]
     loaded: dict[str, Images] = {}
     known: dict = {}
@@ -183,7 +184,9 @@ def run(path: Path) -> list[Row]:
         bench, variant = BENCHES[row["network"]], VARIANTS[row["variant"]]
         if bench.dataset not in loaded:
             loaded[bench.dataset] = load(bench.dataset, "val", settings.data_folder())[:IMAGES]
-        value = measure(bench, variant, row["ratio"], row["seed"], loaded[bench.dataset], known)
+        value, checkpoint = measure(bench, variant, row["ratio"], row["seed"], loaded[bench.dataset], known)
+        if checkpoint != row["checkpoint_sha256"]:  # and what is known is of the one before
+            raise NeuronMergingError(f"{bench.checkpoint} was replaced while it was measured: run this again")
         rows.append(row | {"accuracy": value}, path, key)
     return rows.load(path)
 
@@ -203,7 +206,7 @@ def documents(measured: Sequence[Row]) -> dict[Path, str]:
     ablation = table(measured, list(ABLATIONS))
     tables = (
         "# How the settings of restoration and of the choice of widths were chosen\n\nMade by `make tuning` from `rows.jsonl`."
-        f" Accuracy in % on {IMAGES:,} held-out *training* images, mean of {len(SEEDS)} probe\nseeds ± half the range;"
+        f" Accuracy in % on {IMAGES:,} *training* images, mean of {len(SEEDS)} probe\nseeds ± half the range;"
         " one change at a time against the first line. ResNet-20 (l2-norm) never saw these images;\nLeNet-300-100"
         f" (l1-norm) was trained on them.\n\n## Ablation\n\n{ablation}\n\n## Settings\n\n{table(measured, list(SWEEP))}\n"
         "\n## Widths\n\nChosen ones have no more parameters and MACs than uniform ones.\n\n"

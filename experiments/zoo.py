@@ -35,7 +35,7 @@ KINDS = ("prune", "merge", "restore")
 RATIO = 0.3  # of the neurons that are dropped
 SAMPLES = 8  # inputs of the probe
 TWINS = 0.99  # least cosine of what is merged where there are twins
-SIDES = {"inception_v3": 96, "swin": 64, "alexnet": 80, "maxvit_t": 224, "vit": 224}  # by name or its beginning
+SIDES = {"inception_v3": 96, "alexnet": 80, "maxvit_t": 224, "vit": 224}  # by name or its beginning
 LARGEST = 1e9  # parameters; the largest of torchvision's, 645 M, takes 16 GB of memory
 
 
@@ -205,7 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown is not None:
         raise NeuronMergingError(f"torchvision has no classification network {unknown}")
     path = FOLDER / "rows.jsonl"
-    done = {row["network"] for row in rows.load(path) if "not_tried" not in row}
+    measured = rows.load(path)
+    rows.keys(measured, path, lambda row: row["network"])
+    done = {row["network"] for row in measured if "not_tried" not in row}
     for name in tqdm([n for n in args.names or known if n not in done], "zoo", leave=False, disable=None):
         rows.append(tried(name, args.largest), path, key=lambda row: (row["network"], row.get("not_tried")))
     text = table(rows.load(path))

@@ -34,6 +34,8 @@ def test_the_benchmark_of_a_small_network(monkeypatch):
 def test_the_document_is_what_was_measured():
     measured = json.loads((bench.RESULTS / "bench.json").read_text())
     assert (bench.RESULTS / "BENCH.md").read_text() == bench.document(measured)
+    measured = json.loads((bench.RESULTS / "bench_train.json").read_text())
+    assert (bench.RESULTS / "BENCH_TRAIN.md").read_text() == bench_train.document(measured)
 
 
 def test_slopes_are_those_of_the_wide_half():
@@ -50,6 +52,7 @@ def test_the_trainer_that_is_timed_takes_steps(monkeypatch, tmp_path, capsys):
     assert bench_train.main(["ResNet", "--batches", "1", "--batch-size", "8"]) == 0
     assert len(steps) == 3 * 6  # the usual loop, ours, compiled, and at three sizes
     text = (tmp_path / "BENCH_TRAIN.md").read_text()
+    assert text == bench_train.document(json.loads((tmp_path / "bench_train.json").read_text()))
     assert text in capsys.readouterr().out and text.count("| ResNet |") == 1
 
 

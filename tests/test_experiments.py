@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import random
 import re
 import resource
 import warnings
@@ -13,11 +14,11 @@ import torch
 from torch import nn
 
 from data import load
-from decompose import decompose, rebuild
+from decompose import COMPENSATIONS, CRITERIA, decompose, rebuild
 from errors import NeuronMergingError
 from experiment import load as load_checkpoint_of
 from experiment import measure
-from experiments import beyond, chosen, demo, features, figures, grid, manifest, rows, tables, tuning
+from experiments import beyond, chosen, demo, features, figures, grid, manifest, rows, tables, tuning, zoo
 from experiments.grid import GRIDS
 from trace import units
 
@@ -98,13 +99,29 @@ def test_what_is_measured_already_is_not_measured_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(grid, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
-        grid.run(GRIDS["lenet"], None, None, path)
+        grid.run(GRIDS["lenet"], None, path)
     assert len(rows.load(path)) == 3
-    assert len(grid.run(GRIDS["lenet"], None, None, path)) == 37
+    assert len(grid.run(GRIDS["lenet"], None, path)) == 37
     assert len(measured) == 37 + 1  # the interrupted one was begun twice
+    nowhere = tmp_path / "no data"  # nor are images read where nothing is to be measured
+    assert len(grid.run(GRIDS["lenet"], None, path, root=nowhere)) == 37 and not nowhere.exists()
 
 
-def test_the_papers_grid():
+def test_a_checkpoint_that_is_replaced_meanwhile_gives_no_row(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(grid, "measure", lambda e, *args, **kw: e.settings() | {"checkpoint_sha256": "another"})
+    with pytest.raises(NeuronMergingError, match="was replaced while it was measured"):
+        grid.run(GRIDS["lenet"], None, path)
+    monkeypatch.setattr(tuning, "load", lambda *args: [])
+    monkeypatch.setattr(tuning, "measure", lambda *args: (50.0, "another"))
+    with pytest.raises(NeuronMergingError, match="was replaced while it was measured"):
+        tuning.run(path)
+    assert not path.exists()
+
+
+def test_the_papers_grid(monkeypatch):
+    monkeypatch.setitem(CRITERIA, "of my own", CRITERIA["l2-norm"])  # what somebody adds is not the paper's
+    monkeypatch.setitem(COMPENSATIONS, "of my own", COMPENSATIONS["merge"])
     lenet = list(GRIDS["lenet"].experiments())
     assert len(lenet) == 1 + 3 * 4 * 3
     assert {e.model_type for e in lenet} == {"original", "prune", "merge", "merge-derived"}
@@ -139,9 +156,51 @@ def test_a_row_with_other_settings_is_in_no_table():
     restored = next(
         row for row in everything if (row["arch"], row["type"], row.get("seed")) == (lenet.arch, "restore", 1)
     )
+    documents = tables.documents(everything)
     for change in ({"ridge": 0.5}, {"split": "val"}, {"seed": 9}, {"checkpoint_sha256": "another"}):
-        assert tables.of_grid(lenet, [*everything, restored | change]) == tables.of_grid(lenet, everything)
+        foreign = restored | change | {"versions": {"torch": "0.1"}}
+        assert tables.documents([foreign, *everything]) == documents
     assert restored in tables.of_grid(lenet, everything)
+
+
+def test_the_tables_do_not_depend_on_the_order_of_rows():
+    everything = rows.load()
+    documents = tables.documents(everything)
+    random.Random(0).shuffle(everything)
+    assert tables.documents(everything) == documents
+
+
+def test_a_point_whose_seeds_are_not_all_there_is_not_drawn():
+    lenet = GRIDS["lenet"]
+    measured = tables.ours(tables.of_grid(lenet, rows.load()))
+    one = next(row for row in measured if (row["type"], row["ratio"], row.get("seed")) == ("restore", 0.6, 2))
+    lines = [
+        figures._line(found, "restore", one["criterion"], lenet)
+        for found in (measured, [row for row in measured if row is not one])
+    ]
+    assert list(lines[0]) == list(lenet.ratios) and list(lines[1]) == [0.5, 0.7, 0.8]
+
+
+DAMAGED = {  # the command, the attribute that names its file, and a file of something else
+    "tables": (tables, (rows, "ROWS"), '{"network": "x"}'),
+    "tuning": (tuning, (tuning, "FOLDER"), '{"arch": "x"}'),
+    "zoo": (zoo, (zoo, "FOLDER"), '{"arch": "x"}'),
+    "features": (features, (features, "FEATURES"), '{"arch": "x"}'),
+    "manifest": (manifest, (manifest, "MANIFEST"), '{"VGG": 1}'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("content", ["no JSON", None])
+def test_a_damaged_file_ends_a_command_in_a_line(tmp_path, monkeypatch, capsys, name, content):
+    command, (module, attribute), other = DAMAGED[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content or other)
+    monkeypatch.setattr(module, attribute, tmp_path if attribute == "FOLDER" else path)
+    assert command.main([]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and str(path) in said.err
+    assert path.read_text() == (content or other)
 
 
 def test_a_table_that_was_edited_is_found(tmp_path, monkeypatch, capsys):
@@ -182,11 +241,16 @@ def test_the_shipped_networks_load(name):
     assert torch.equal(model.state_dict()[names[name]], checkpoint.state_dict[names[name]])
 
 
+def in_tables() -> list[rows.Row]:
+    """The committed rows that are in a table: whoever adds others, of networks of their own, disturbs nothing."""
+    return [row for network in GRIDS.values() for row in tables.of_grid(network, rows.load())]
+
+
 def test_chosen_widths_are_within_the_budget():
     """The committed rows: no more parameters and MACs than the uniform (VGG-16: published) widths of the same cell."""
-    measured = [row for row in rows.load() if row["type"] == "prune" and row["widths_rule"] == "published"]
+    measured = [row for row in in_tables() if row["type"] == "prune" and row["widths_rule"] == "published"]
     limits = {(row["checkpoint_sha256"], row["ratio"]): row for row in measured}
-    chosen_rows = [row for row in rows.load() if row["widths_rule"] == "auto" and not row.get("budget")]
+    chosen_rows = [row for row in in_tables() if row["widths_rule"] == "auto" and not row.get("budget")]
     assert len(chosen_rows) > 50
     for row in chosen_rows:
         limit = limits[row["checkpoint_sha256"], row["ratio"]]
@@ -227,23 +291,23 @@ def test_the_demo_prints_published_beside_measured_and_draws(tmp_path, monkeypat
 
 
 def test_merging_is_above_pruning_but_where_the_readme_says():
-    """On every checkpoint, in every cell of the paper; docs/widths.md: no residual block of ResNet-56 was left out."""
+    """On every checkpoint, in every cell of the paper; docs/widths.md: no residual block was left out."""
     cells: dict = {}
-    for row in rows.load():
+    for row in in_tables():
         if row["type"] in ("prune", "merge") and row["widths_rule"] == "published":
             cell = row["checkpoint_sha256"], row["arch"], row["criterion"], row["ratio"]
             cells.setdefault(cell, {})[row["type"]] = row["accuracy"]
     assert len(cells) > 60 and all(len(found) == 2 for found in cells.values())
     below = {cell[1:] for cell, found in cells.items() if found["merge"] <= found["prune"]}
     assert below == {("ResNet", "l1-norm", 0.7), ("ResNet", "l2-norm", 0.7)}
-    blocks = [row["widths"] for row in rows.load() if row["arch"] == "ResNet" and row.get("drop_blocks")]
-    assert len(blocks) == 9 and all(min(widths) > 0 for widths in blocks)
+    blocks = [(row["arch"], min(row["widths"])) for row in in_tables() if row.get("drop_blocks")]
+    assert {arch for arch, _ in blocks} == {"ResNet", "WideResNet"} and all(least > 0 for _, least in blocks)
 
 
 def test_restoration_is_above_its_rivals_but_where_the_readme_says():
     """In the mean over seeds, without data, with uniform or the paper's widths; fold against the selection by l1-norm."""
     cells: dict = {}
-    for row in rows.load():
+    for row in in_tables():
         if row["widths_rule"] in ("published", "uniform") and not row.get("calibrate"):
             cell = cells.setdefault((row["checkpoint_sha256"], row["arch"], row["ratio"]), {})
             cell.setdefault((row["type"], row["criterion"]), []).append(row["accuracy"])
