@@ -21,6 +21,8 @@ from errors import NeuronMergingError
 from pairs import Pairs
 from trace import CONVS, Unit
 
+ROUNDING = torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True)
 class BatchNorm:
@@ -326,9 +328,13 @@ def check_finite(name: str, *values: Tensor) -> None:
 
 
 def batchnorm(bn: nn.Module, part: slice = slice(None)) -> BatchNorm:
-    """A BatchNorm's numbers for part of its channels, in float64."""
+    """A BatchNorm's numbers for part of its channels, in float64.
+
+    A γ within float32's rounding of the largest is 0: what weight decay has left of a dead neuron is nothing to divide by.
+    """
     mu, var = bn.running_mean[part].double(), bn.running_var[part].double()
     gamma = torch.ones_like(mu) if bn.weight is None else bn.weight.detach()[part].double()
+    gamma = gamma.where(gamma.abs() > ROUNDING * gamma.abs().amax(), 0)
     beta = torch.zeros_like(mu) if bn.bias is None else bn.bias.detach()[part].double()
     return BatchNorm(gamma, beta, mu, var, bn.eps)
 
