@@ -21,7 +21,7 @@ from errors import NeuronMergingError
 from pairs import Pairs
 from trace import CONVS, Unit
 
-ROUNDING = torch.finfo(torch.float32).eps
+ROUNDING = torch.finfo(torch.float32).eps  # of γ, as a share of the largest in its layer
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,10 @@ def full_table(measured: Sequence[Row]) -> str:
     order = {name: i for i, name in enumerate([None, *CRITERIA])}
     lines = []
     kinds = ["original", *FORMS]
-    place = lambda r: (checkpoint(r), order[r["criterion"]], r["ratio"] or 0, kinds.index(r["type"]))  # noqa: E731
+
+    def place(row: Row) -> tuple:
+        return checkpoint(row), order[row["criterion"]], row["ratio"] or 0, kinds.index(row["type"])
+
     for row in sorted(measured, key=place):
         known = paper.get(rows.published_key(row))
         lines.append(
