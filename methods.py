@@ -121,8 +121,9 @@ def layerwise(name: str, settings: Settings) -> Callable[[Neurons, Tensor], Deco
         return partial(folded, seed=settings.seed)
     if name == "lbyl":
         return lbyl
-    if name.removesuffix("-bn") not in COMPENSATIONS:
+    form = COMPENSATIONS.get(name.removesuffix("-bn"))
+    if form is None:
         raise NeuronMergingError(
             f"no widths can be chosen for {name}, which has no form for a layer by itself: give them"
         )
-    return partial(COMPENSATIONS[name.removesuffix("-bn")], t=settings.t, lam=settings.lam)
+    return partial(form, t=settings.t, lam=settings.lam)

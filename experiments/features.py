@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,11 +80,10 @@ def measure(grid: Grid, images: Images) -> dict[str, Any]:
     }
 
 
-def read(path: Path | None = None) -> list[dict[str, Any]]:
+def read() -> list[dict[str, Any]]:
     """The measured rows, one a network."""
-    path = path or FEATURES
-    measured = rows.load(path)
-    rows.keys(measured, path, lambda row: row["checkpoint_sha256"])
+    measured = rows.load(FEATURES)
+    rows.keys(measured, FEATURES, lambda row: row["checkpoint_sha256"])
     return measured
 
 

@@ -109,10 +109,15 @@ def run(
     known = {}  # what is found of the units serves all budgets
     for experiment in tqdm(missing, grid.title, unit="row", leave=False, disable=None):
         row = measure(experiment, images, device, known=known, root=root)
-        if row["checkpoint_sha256"] != checkpoint:  # and what is known is of the one before
-            raise NeuronMergingError(f"{pretrained} was replaced while it was measured: run this again")
+        check_same(pretrained, checkpoint, row["checkpoint_sha256"])
         rows.append(row, path)
     return [row for row in rows.load(path) if row["checkpoint_sha256"] == checkpoint]
+
+
+def check_same(checkpoint: Path, before: str, measured: str) -> None:
+    """Raises NeuronMergingError where a checkpoint's SHA-256 has changed: what is known of its units is of the one before."""
+    if measured != before:
+        raise NeuronMergingError(f"{checkpoint} was replaced while it was measured: run this again")
 
 
 @command

@@ -19,13 +19,12 @@ import probe
 import settings
 from data import Images, load
 from decompose import choose
-from errors import NeuronMergingError
 from evaluate import accuracy
 from experiment import Experiment, calibration, kept_widths, shrink
 from experiment import load as load_network
 from experiments import command, rows
 from experiments.beyond import cell
-from experiments.grid import GRIDS, PRETRAINED
+from experiments.grid import GRIDS, PRETRAINED, check_same
 from experiments.manifest import workbench
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown, replaced
@@ -185,8 +184,7 @@ def run(path: Path) -> list[Row]:
         if bench.dataset not in loaded:
             loaded[bench.dataset] = load(bench.dataset, "val", settings.data_folder())[:IMAGES]
         value, checkpoint = measure(bench, variant, row["ratio"], row["seed"], loaded[bench.dataset], known)
-        if checkpoint != row["checkpoint_sha256"]:  # and what is known is of the one before
-            raise NeuronMergingError(f"{bench.checkpoint} was replaced while it was measured: run this again")
+        check_same(bench.checkpoint, row["checkpoint_sha256"], checkpoint)
         rows.append(row | {"accuracy": value}, path, key)
     return rows.load(path)
 

@@ -205,9 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown is not None:
         raise NeuronMergingError(f"torchvision has no classification network {unknown}")
     path = FOLDER / "rows.jsonl"
-    measured = rows.load(path)
-    rows.keys(measured, path, lambda row: row["network"])
-    done = {row["network"] for row in measured if "not_tried" not in row}
+    tried_already = (row for row in rows.load(path) if "not_tried" not in row)
+    done = rows.keys(tried_already, path, lambda row: row["network"])
     for name in tqdm([n for n in args.names or known if n not in done], "zoo", leave=False, disable=None):
         rows.append(tried(name, args.largest), path, key=lambda row: (row["network"], row.get("not_tried")))
     text = table(rows.load(path))
