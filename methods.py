@@ -111,6 +111,8 @@ METHODS |= {f"{name}-bn": partial(_reestimated, name) for name in ("prune", "mer
 SEEDED = ("restore", "fold")  # whose result depends on the seed
 LOOKING = ("prune-bn", "merge-bn")  # that cannot do without real images
 ALONE = ("lbyl", "fold")  # that have no form for coupled channels
+BY_LAYER = (*COMPENSATIONS, "lbyl")  # of which `layerwise` is all there is
+BIASED = ("restore", "merge-derived")  # that may leave a bias where there was none
 
 
 def layerwise(name: str, settings: Settings) -> Callable[[Neurons, Tensor], Decomposition] | None:

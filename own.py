@@ -213,6 +213,7 @@ def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any],
             **told, "widths": {unit.layer: kept for unit, kept in zip(report.units, report.widths)},
             "left_out": report.left_out, "params_original": report.params[0], "params": report.params[1],
             "macs_original": report.macs[0], "macs": report.macs[1], "seconds": round(report.seconds, 4),
+            "seconds_widths": report.seconds_widths and round(report.seconds_widths, 4),
             "peak_mb": report.peak_mb, "report": str(report),
         }  # fmt: skip
     model, small = model.to(device), small.to(device)

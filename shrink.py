@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from math import inf, nan
 from numbers import Real
 
@@ -29,13 +29,13 @@ from decompose import (
 )
 from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
-from methods import ALONE, LOOKING, METHODS, Settings, layerwise
+from methods import ALONE, BIASED, BY_LAYER, LOOKING, METHODS, Settings, layerwise
 from pairs import Pairs
 from restore import Options
 from settings import CHOSEN_WIDTHS, by_name
 from streams import Stream, apart, choose_channels, streams
 from trace import NORMS, Unit, survey
-from widths import HELD_OUT, Cost, Curve, allocate, curves
+from widths import HELD_OUT, Cost, Curve, allocate, curves, joint_damage
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
 Ratio = float | Mapping[str, float] | Sequence[int]
@@ -77,7 +77,8 @@ class Report:
         for label, size in (("parameters", self.params), ("MACs", self.macs)):
             if size is not None:
                 lines.append(f"{label:<12}{size[0]:>16,} -> {size[1]:,} ({100 * (size[1] / size[0] - 1):+.1f} %)")
-        return "\n".join([*lines, f"{self.seconds:.2f} s, peak memory {self.peak_mb:,.0f} MB"])
+        choice = "" if self.seconds_widths is None else f" ({self.seconds_widths:.2f} s of it for the choice)"
+        return "\n".join([*lines, f"{self.seconds:.2f} s{choice}, peak memory {self.peak_mb:,.0f} MB"])
 
 
 def _name(unit: Unit | Stream) -> str:
@@ -120,8 +121,9 @@ def shrink(
     example_input: inputs [B, …] or the shape of one, without the batch; restoration and the choice of widths need it.
     criterion: of decompose.CRITERIA, or "auto" (widths.py). compensation: of methods.METHODS; those that look at real images
     take them from `images` [B, …], in random order, which restoration and the choice of widths then look at instead of a probe.
-    widths: "uniform", or "auto" or "quick": chosen for no more parameters and MACs than the ratio would leave, or for
-    `budget`, the shares to keep: {"params": 0.5, "macs": 0.4}. multiple: widths are multiples of it, or full. drop_blocks: the
+    widths: "uniform", or "auto" or "quick": chosen for no more parameters and MACs than the ratio would leave (by "auto" the
+    ratio's own, where a compensation by layers is better off with them), or for `budget`, the shares to keep:
+    {"params": 0.5, "macs": 0.4}. multiple: widths are multiples of it, or full. drop_blocks: the
     choice may leave residual blocks out. coupled: also drop channels that several layers share (streams.py). ignore: layer
     names or globs that stay whole. threshold, lamda: of merging. known: curves from the report of an earlier call with the
     same arguments but ratio, budget, multiple, drop_blocks.
@@ -179,22 +181,27 @@ def shrink(
     kept = full
     if budget is None:
         kept = _uniform(model, ratio, found, full, left_out, multiple if widths == "uniform" else 1)
-    seconds_widths = None
-    if looks and known is not None and [len(curve.order) for curve in known] != full:
+    if known is not None and looks and [len(curve.order) for curve in known] != full:
         raise NeuronMergingError("known: these curves are of another network, or of one with other layers to ignore")
-    if looks and known is None:
-        began = time.perf_counter()
-        inputs = told.inputs(model, share=1 / (1 - HELD_OUT) if widths == "auto" else 1.0)
-        known = curves(
-            model, found, inputs, criterion, layerwise(compensation, told), ridge, sensitivity=widths == "auto"
-        )
-        seconds_widths = time.perf_counter() - began
-    if widths != "uniform":
-        cost = Cost(model, found, shape, biases=compensation == "restore")
-        limit = cost(kept)
-        if budget is not None:
-            limit = cost(full) * (budget.get("params", inf), budget.get("macs", inf))
-        kept = allocate(known, cost, limit, multiple=multiple, droppable=[drop_blocks and u.branch for u in found])
+    seconds_widths = None
+    if looks:
+        began, reused = time.perf_counter(), known is not None
+        share = 1 / (1 - HELD_OUT) if widths == "auto" else 1.0
+        inputs = cache(partial(told.inputs, model, share))  # made when they are needed
+        by_layer = layerwise(compensation, told)
+        if not reused:
+            known = curves(model, found, inputs(), criterion, by_layer, ridge, sensitivity=widths == "auto")
+        if widths != "uniform":
+            cost = Cost(model, found, shape, biases=compensation in BIASED)
+            limit = cost(kept)
+            if budget is not None:
+                limit = count_parameters(model) * budget.get("params", inf), macs * budget.get("macs", inf)
+            given = [k if k == N else k - k % multiple for k, N in zip(kept, full)]
+            kept = allocate(known, cost, limit, multiple=multiple, droppable=[drop_blocks and u.branch for u in found])
+            if widths == "auto" and budget is None and compensation in BY_LAYER and min(given) > 0:
+                damage = joint_damage(model, found, known, [kept, given], inputs(), by_layer)
+                kept = given if damage[1] < damage[0] else kept
+        seconds_widths = None if reused else time.perf_counter() - began
     if criterion == "auto":
         keep = [curve.order[:width].sort().values.to(device) for curve, width in zip(known, kept)]
     else:

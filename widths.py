@@ -7,11 +7,13 @@ Over a probe made up from the network itself (probe.py), for every unit by itsel
     D(k) = ρ(k) E(k)
 
 Then neurons are given up where the lower convex hull of D rises least for what they cost, until the budget holds.
-Errors and sensitivities are measured once for all budgets (`curves`), the rest takes a moment (`allocate`).
+Errors and sensitivities are measured once for all budgets (`curves`), the rest takes a moment (`allocate`). As D adds up
+as if units did not feel each other, widths can be compared with all units thinned at once (`joint_damage`).
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -64,8 +66,8 @@ class Curve:
 class Cost:
     """Parameters and MACs of a network for every choice of widths: wᵀ Q w with w the widths and a 1, as layers have two sides.
 
-    Where a block is left out (width 0), at most these: BatchNorms that go with it are counted.
-    biases: whether the compensation leaves a bias in every layer without a BatchNorm behind it (restoration does).
+    Where a block is left out (width 0), a constant stands for its consumer and the BatchNorm behind. biases: whether the
+    compensation leaves a bias in layers without a BatchNorm behind them; then every such layer is counted with one.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], shape: tuple[int, ...], biases: bool = False) -> None:
@@ -83,12 +85,17 @@ class Cost:
             if i >= 0 and units[i].bn:
                 self.Q[0, i, -1] += len(list(model.get_submodule(units[i].bn).parameters()))
             added += missing * len(layer.weight)
+        self.block = np.zeros(len(units))  # what leaving the block out adds to its consumer's bias and BatchNorm
+        for i, unit in enumerate(units):
+            layer, bn = model.get_submodule(unit.next), unit.next_bn and model.get_submodule(unit.next_bn)
+            biased = layer.bias is not None or (biases and not bn)
+            self.block[i] = (1 - biased) * len(layer.weight) - (count_parameters(bn) if bn else 0)
         self.Q[:, -1, -1] += (count_parameters(model) + added, count_macs(model, shape)) - self(self.full)
 
     def __call__(self, widths: Sequence[int]) -> np.ndarray:
         """(parameters, MACs)."""
         w = np.append(widths, 1)
-        return self.Q @ w @ w
+        return self.Q @ w @ w + (self.block @ (w[:-1] == 0), 0)
 
     def marginal(self, widths: Sequence[int]) -> np.ndarray:
         """What one neuron more costs, [2, units]."""
@@ -234,10 +241,7 @@ def curves(
     held_out = round(len(probe) * HELD_OUT) if sensitivity else 0
     if len(probe) - held_out < 2 or (sensitivity and not held_out):
         raise NeuronMergingError(f"the choice of widths has to look at 3 inputs at least, not at {len(probe)}")
-    what = f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}"
-    with said(what), torch.no_grad():
-        probe = probe.to(precision(model, probe))
-        work = copy.deepcopy(model).to(probe.dtype).eval().requires_grad_(False)
+    with _looking(model, probe) as (work, probe):
         walk = Walk(work)
         looks = _Looks(work, walk, units, criterion, decompose, ridge)
         looks.run(probe[held_out:])
@@ -245,6 +249,15 @@ def curves(
     if changes is None:
         return [replace(c, damage=_falling(c.error / max(v, 1e-12))) for c, v in zip(looks.curves, looks.variance)]
     return [_with_damage(curve, change) for curve, change in zip(looks.curves, changes)]
+
+
+@contextmanager
+def _looking(model: nn.Module, probe: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+    """A copy of the network to walk through, and the probe, both in the precision of walks."""
+    what = f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}"
+    with said(what), torch.no_grad():
+        probe = probe.to(precision(model, probe))
+        yield copy.deepcopy(model).to(probe.dtype).eval().requires_grad_(False), probe
 
 
 def _falling(damage: np.ndarray) -> np.ndarray:
@@ -307,9 +320,7 @@ class _Looks:
             slope = self.walk.slope(unit.next_bn).double()
         self.variance[i] = float(slope.pow(2) @ _each_variance(y, layer))
         U, _ = rows(layer, x, y)
-        columns = torch.arange(U.shape[1], device=x.device)
-        columns = columns.view(-1, N).T if isinstance(layer, CONVS) else columns.view(N, -1)  # [N, taps]
-        seen = _Seen(U, matrix(layer).double(), slope, columns, self.ridge)
+        seen = _Seen(U, matrix(layer).double(), slope, _columns(layer, N), self.ridge)
         order = seen.greedy() if self.criterion == "auto" else ranked(CRITERIA[self.criterion](neurons.W))
         measured = sorted({round(share * N) for share in MEASURED})
         if self.decompose is None:
@@ -409,15 +420,10 @@ class _Seen:
         self, parts: dict[int, Decomposition | None], measured: Sequence[int]
     ) -> tuple[np.ndarray, list[_Thinned]]:
         """E(k) when a compensation of one layer has made `parts` of its neurons (None: nothing is left), and the consumers."""
-        N, M = len(self.columns), len(self.W)
-        by_neuron = self.W[:, self.columns]  # [M, N, taps]
+        N = len(self.columns)
         error, thinned = {}, []
         for k, part in parts.items():
-            W, c = torch.zeros_like(self.W), self.W.new_zeros(M)
-            if part is not None:
-                W[:, self.columns[part.keep].flatten()] = torch.einsum("mnk,pn->mpk", by_neuron, part.Z).reshape(M, -1)
-                if part.shift is not None:
-                    c = by_neuron.sum(2) @ part.shift
+            W, c = _absorbed(self.W, self.columns, part)
             change = W - self.W
             error[k] = float((self.slope.pow(2) * (self._energy(change) + (change @ self.mean + c).pow(2))).sum())
             if k in measured:
@@ -466,6 +472,23 @@ class _Seen:
         return torch.tensor(order, device=self.W.device)
 
 
+def _columns(layer: nn.Module, N: int) -> Tensor:
+    """Which columns of what `layer` sees, and of its `matrix`, belong to each of the N neurons in front of it: [N, taps]."""
+    columns = torch.arange(layer.weight[0].numel(), device=layer.weight.device)
+    return columns.view(-1, N).T if isinstance(layer, CONVS) else columns.view(N, -1)
+
+
+def _absorbed(W: Tensor, columns: Tensor, part: Decomposition | None) -> tuple[Tensor, Tensor]:
+    """The consumer's weights W [M, F] and its constant [M] when the kept neurons stand in for all (None: none is kept)."""
+    by_neuron, changed, c = W[:, columns], torch.zeros_like(W), W.new_zeros(len(W))  # [M, N, taps]
+    if part is not None:
+        taken = torch.einsum("mnk,pn->mpk", by_neuron, part.Z)
+        changed[:, columns[part.keep].flatten()] = taken.reshape(len(W), -1)
+        if part.shift is not None:
+            c = by_neuron.sum(2) @ part.shift
+    return changed, c
+
+
 def _explained(G: Tensor, blocks: Tensor) -> Tensor:
     """tr(G_n R_nn⁻¹ G_nᵀ) of every neuron n, [N]; G [M, N, taps], R_nn [N, taps, taps]."""
     taps = blocks.shape[-1]
@@ -476,32 +499,81 @@ def _explained(G: Tensor, blocks: Tensor) -> Tensor:
     return along.pow(2).sum((1, 2)).nan_to_num(0)
 
 
+class _Output:
+    """What the network makes of some samples, and how that changes with consumers in their thinned form."""
+
+    def __init__(self, walk: Walk, probe: Tensor) -> None:
+        self.walk, self.probe, self.nodes = walk, probe, list(walk.graph.nodes)
+        self.original = self._output(0, {}, {})
+
+    def change(self, forms: dict[str, _Thinned], first: int = 0, values: dict[Any, Any] | None = None) -> float:
+        """The mean squared change of the network's output, centred per sample, with these forms of consumers by name.
+
+        first: the place of the first node that they concern; values: what the nodes before it give.
+        """
+        return float((self._output(first, values or {}, forms) - self.original).pow(2).sum(1).mean())
+
+    def _output(self, first: int, values: dict[Any, Any], forms: dict[str, _Thinned]) -> Tensor:
+        values = dict(values)
+        for node in steps(self.nodes[first:], values):
+            form = forms.get(node.target) if node.op == "call_module" else None
+            values[node] = (
+                self.walk.run(node, values, self.probe) if form is None else self._thinned(node, form, values)
+            )
+        return _centred(values[self.nodes[-1]])
+
+    def _thinned(self, node: Any, form: _Thinned, values: dict[Any, Any]) -> Tensor:
+        layer, (source,) = self.walk.modules[node.target], node.all_input_nodes
+        weight = as_weight(form.W.to(layer.weight), layer)
+        y = functional_call(layer, {"weight": weight}, (values[source],))
+        return y + form.c.to(y).view(-1, *[1] * (y.ndim - 1 - channel(layer, y)))
+
+
 def _sensitivity(
     walk: Walk, units: Sequence[Unit], thinned: Sequence[Sequence[_Thinned]], probe: Tensor
 ) -> list[dict[int, float]]:
     """By k the mean squared change of the network's output when one unit alone is thinned to k neurons."""
     consumer = {unit.next: i for i, unit in enumerate(units)}
-    nodes = list(walk.graph.nodes)
+    output = _Output(walk, probe)
     changes: list[dict[int, float]] = [{} for _ in units]
-
-    def finish(place: int, values: dict[Any, Any]) -> Tensor:
-        """The network's output from the values at nodes[: place + 1] on."""
-        for node in steps(nodes[place + 1 :], values):
-            values[node] = walk.run(node, values, probe)
-        return _centred(values[nodes[-1]])
-
-    original = finish(-1, {})
     values: dict[Any, Any] = {}
-    walked = tqdm(steps(nodes, values), "sensitivities", len(nodes), leave=False, disable=None)
+    walked = tqdm(steps(output.nodes, values), "sensitivities", len(output.nodes), leave=False, disable=None)
     for place, node in enumerate(walked):
-        values[node] = walk.run(node, values, probe)
         if node.op == "call_module" and node.target in consumer:
-            i, (source,), layer = consumer[node.target], node.all_input_nodes, walk.modules[node.target]
-            for form in thinned[i]:
-                y = functional_call(layer, {"weight": as_weight(form.W.to(layer.weight), layer)}, (values[source],))
-                y = y + form.c.to(y).view(-1, *[1] * (y.ndim - 1 - channel(layer, y)))
-                changes[i][form.k] = float((finish(place, {**values, node: y}) - original).pow(2).sum(1).mean())
+            i = consumer[node.target]
+            changes[i] = {form.k: output.change({node.target: form}, place, values) for form in thinned[i]}
+        values[node] = walk.run(node, values, probe)
     return changes
+
+
+def joint_damage(
+    model: nn.Module,
+    units: Sequence[Unit],
+    curves: Sequence[Curve],
+    choices: Sequence[Sequence[int]],
+    probe: Tensor,
+    decompose: Decompose,
+) -> list[float]:
+    """For each choice of kept widths the mean squared change of the network's output with all units thinned at once.
+
+    curves: whose order says which neurons stay. probe: [B, …]. decompose: a compensation that is made layer by layer.
+    """
+    with _looking(model, probe) as (work, probe):
+        output = _Output(Walk(work), probe)
+        return [output.change(_all_thinned(work, units, curves, widths, decompose)) for widths in choices]
+
+
+def _all_thinned(
+    model: nn.Module, units: Sequence[Unit], curves: Sequence[Curve], widths: Sequence[int], decompose: Decompose
+) -> dict[str, _Thinned]:
+    """Every consumer, by name, as it is with these widths."""
+    forms = {}
+    for unit, curve, k in zip(units, curves, widths):
+        neurons, layer = read(model, unit), model.get_submodule(unit.next)
+        kept = curve.order[:k].sort().values.to(neurons.W.device)
+        part = decompose(neurons, kept) if k else None
+        forms[unit.next] = _Thinned(k, *_absorbed(matrix(layer).double(), _columns(layer, len(curve.order)), part))
+    return forms
 
 
 def _centred(output: Any) -> Tensor:

@@ -9,6 +9,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -255,6 +256,18 @@ def test_chosen_widths_are_within_the_budget():
     for row in chosen_rows:
         limit = limits[row["checkpoint_sha256"], row["ratio"]]
         assert row["params"] <= limit["params"] and row["macs"] <= limit["macs"], row
+
+
+def test_chosen_widths_are_no_worse_than_the_given_ones():
+    """The committed rows, as docs/widths.md says: in every cell of prune, merge and restore, on average over the seeds."""
+    cells: dict = {}
+    for network in GRIDS.values():
+        for row in tables.of_grid(network, rows.load()):
+            cell = row["checkpoint_sha256"], row["type"], row["ratio"], row.get("budget")
+            cells.setdefault(cell, {}).setdefault(chosen.rule(network, row), []).append(row["accuracy"])
+    both = [found for found in cells.values() if {"uniform", "auto"} <= found.keys()]
+    assert len(both) >= 50
+    assert all(np.mean(found["auto"]) >= np.mean(found["uniform"]) for found in both)
 
 
 def test_the_shipped_lenet_is_as_good_as_the_manifest_says(cli, pretrained):

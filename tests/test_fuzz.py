@@ -136,7 +136,10 @@ def test_twins_are_folded_without_loss(made, kind, coupled):
 
 @few(40)
 @given(
-    networks(), st.sampled_from(["prune", "merge", "restore"]), st.sampled_from(["auto", "quick"]), st.floats(0.3, 0.9)
+    networks(),
+    st.sampled_from(["prune", "merge", "merge-derived", "restore"]),
+    st.sampled_from(["auto", "quick"]),
+    st.floats(0.3, 0.9),
 )
 @torch.no_grad()
 def test_any_network_any_budget(made, kind, rule, share):
@@ -147,10 +150,7 @@ def test_any_network_any_budget(made, kind, rule, share):
     except NeuronMergingError as error:
         assert "no widths are within the budget" in str(error) or "can be pruned" in str(error), error
         return
-    biases = sum(m.bias.numel() for m in small.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None)
-    constants = sum(p.numel() for name, p in small.named_parameters() if name.endswith("value"))
-    assert report.params[1] <= share * report.params[0] + (biases if kind == "restore" else 0) + constants
-    assert report.macs[1] <= share * report.macs[0]
+    assert report.params[1] <= share * report.params[0] and report.macs[1] <= share * report.macs[0]
     assert torch.isfinite(small(inputs(shape))).all()
 
 
