@@ -184,8 +184,9 @@ def _descend(
         best, most = None, 0.0
         for i, (ks, curve) in enumerate(zip(allowed, curves)):
             above = ks[ks > widths[i]]
-            fits = (spent[:, None] + np.outer(each[:, i], above - widths[i]) <= budget[:, None]).all(0)
-            above = above[fits]
+            more = np.outer(each[:, i], above - widths[i])
+            more[0] -= cost.block[i] * (widths[i] == 0)
+            above = above[(spent[:, None] + more <= budget[:, None]).all(0)]
             if len(above) and value[i] > 0:
                 gain = (curve.damage[widths[i]] - curve.damage[above]) / ((above - widths[i]) * value[i])
                 if gain.max() > most:

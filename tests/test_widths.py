@@ -325,6 +325,28 @@ def test_widths_in_multiples_and_blocks_left_out():
 # ---------------------------------------------------------------- blocks that are left out
 
 
+def test_a_block_that_comes_back_brings_its_batchnorm():
+    class Block(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(channels, 1, 3, padding=1), nn.Conv2d(1, channels, 3, padding=1)
+            self.bn = nn.BatchNorm2d(channels)
+
+        def forward(self, x):
+            return x + self.bn(self.b(self.a(x).relu()))
+
+    model = nn.Sequential(Block(2), Block(2)).eval()
+    cost = W.Cost(model, units(model), (2, 6, 6))
+    first, second = (cost(w)[0] for w in ([0, 1], [1, 1]))  # parameters without the first block, and of all
+    for limit in (first - 1, first, second - 1):
+        curves = [
+            curve([0.1, 0]),
+            curve([5, 0]),
+        ]  # the second is wanted back
+        chosen = W.allocate(curves, cost, (limit, np.inf), droppable=[True, True])
+        assert cost(chosen)[0] <= limit
+
+
 @pytest.mark.parametrize("arch", ["ResNet-14", "WideResNet-10-1"])
 @torch.no_grad()
 def test_a_block_left_out_is_a_constant(arch, tmp_path):
