@@ -198,7 +198,8 @@ def shrink(
                 limit = count_parameters(model) * budget.get("params", inf), macs * budget.get("macs", inf)
             given = [k if k == N else k - k % multiple for k, N in zip(kept, full)]
             kept = allocate(known, cost, limit, multiple=multiple, droppable=[drop_blocks and u.branch for u in found])
-            if widths == "auto" and budget is None and compensation in BY_LAYER and min(given) > 0:
+            comparable = budget is None and compensation in BY_LAYER and min(given) > 0
+            if widths == "auto" and comparable and kept != given:
                 damage = joint_damage(model, found, known, [kept, given], inputs(), by_layer)
                 kept = given if damage[1] < damage[0] else kept
         seconds_widths = None if reused else time.perf_counter() - began

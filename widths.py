@@ -101,6 +101,15 @@ class Cost:
         """What one neuron more costs, [2, units]."""
         return ((self.Q + self.Q.transpose(0, 2, 1)) @ np.append(widths, 1))[:, :-1]
 
+    def wider(self, i: int, k: int, above: np.ndarray, each: np.ndarray) -> np.ndarray:
+        """What it costs to make unit i, k wide, as wide as `above` [n], [2, n]; each: `marginal` of all widths.
+
+        A block that comes back brings its BatchNorm.
+        """
+        more = np.outer(each[:, i], above - k)
+        more[0] -= self.block[i] * (k == 0)
+        return more
+
 
 def _positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
     """At how many output positions every convolution and linear layer that is called works, for one input."""
@@ -184,9 +193,8 @@ def _descend(
         best, most = None, 0.0
         for i, (ks, curve) in enumerate(zip(allowed, curves)):
             above = ks[ks > widths[i]]
-            more = np.outer(each[:, i], above - widths[i])
-            more[0] -= cost.block[i] * (widths[i] == 0)
-            above = above[(spent[:, None] + more <= budget[:, None]).all(0)]
+            fits = (spent[:, None] + cost.wider(i, widths[i], above, each) <= budget[:, None]).all(0)
+            above = above[fits]
             if len(above) and value[i] > 0:
                 gain = (curve.damage[widths[i]] - curve.damage[above]) / ((above - widths[i]) * value[i])
                 if gain.max() > most:
@@ -421,10 +429,10 @@ class _Seen:
         self, parts: dict[int, Decomposition | None], measured: Sequence[int]
     ) -> tuple[np.ndarray, list[_Thinned]]:
         """E(k) when a compensation of one layer has made `parts` of its neurons (None: nothing is left), and the consumers."""
-        N = len(self.columns)
+        N, by_neuron = len(self.columns), self.W[:, self.columns]
         error, thinned = {}, []
         for k, part in parts.items():
-            W, c = _absorbed(self.W, self.columns, part)
+            W, c = _absorbed(by_neuron, self.columns, part)
             change = W - self.W
             error[k] = float((self.slope.pow(2) * (self._energy(change) + (change @ self.mean + c).pow(2))).sum())
             if k in measured:
@@ -479,15 +487,18 @@ def _columns(layer: nn.Module, N: int) -> Tensor:
     return columns.view(-1, N).T if isinstance(layer, CONVS) else columns.view(N, -1)
 
 
-def _absorbed(W: Tensor, columns: Tensor, part: Decomposition | None) -> tuple[Tensor, Tensor]:
-    """The consumer's weights W [M, F] and its constant [M] when the kept neurons stand in for all (None: none is kept)."""
-    by_neuron, changed, c = W[:, columns], torch.zeros_like(W), W.new_zeros(len(W))  # [M, N, taps]
+def _absorbed(by_neuron: Tensor, columns: Tensor, part: Decomposition | None) -> tuple[Tensor, Tensor]:
+    """The consumer's weights [M, F] and constant [M] when the kept neurons stand in for all (None: none is kept).
+
+    by_neuron: its weights as they were, [M, N, taps]. columns [N, taps]: where those are among the F.
+    """
+    M = len(by_neuron)
+    W, c = by_neuron.new_zeros(M, columns.numel()), by_neuron.new_zeros(M)
     if part is not None:
-        taken = torch.einsum("mnk,pn->mpk", by_neuron, part.Z)
-        changed[:, columns[part.keep].flatten()] = taken.reshape(len(W), -1)
+        W[:, columns[part.keep].flatten()] = torch.einsum("mnk,pn->mpk", by_neuron, part.Z).reshape(M, -1)
         if part.shift is not None:
             c = by_neuron.sum(2) @ part.shift
-    return changed, c
+    return W, c
 
 
 def _explained(G: Tensor, blocks: Tensor) -> Tensor:
@@ -573,7 +584,8 @@ def _all_thinned(
         neurons, layer = read(model, unit), model.get_submodule(unit.next)
         kept = curve.order[:k].sort().values.to(neurons.W.device)
         part = decompose(neurons, kept) if k else None
-        forms[unit.next] = _Thinned(k, *_absorbed(matrix(layer).double(), _columns(layer, len(curve.order)), part))
+        columns = _columns(layer, len(curve.order))
+        forms[unit.next] = _Thinned(k, *_absorbed(matrix(layer).double()[:, columns], columns, part))
     return forms
 
 

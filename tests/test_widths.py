@@ -221,10 +221,8 @@ def test_chosen_widths_are_no_worse_together_than_the_given_ones():
 
 def test_what_is_compared_with_the_given_widths(monkeypatch):
     """Only what a compensation by layers makes of `auto`, for a ratio; the given widths in multiples, never without neurons."""
-    model, compared = (
-        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4)).eval(),
-        [],
-    )
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4)).eval()
+    compared = []
 
     def first_is_worse(model, units, curves, choices, probe, decompose):
         compared.append(choices[1])
@@ -339,10 +337,7 @@ def test_a_block_that_comes_back_brings_its_batchnorm():
     cost = W.Cost(model, units(model), (2, 6, 6))
     first, second = (cost(w)[0] for w in ([0, 1], [1, 1]))  # parameters without the first block, and of all
     for limit in (first - 1, first, second - 1):
-        curves = [
-            curve([0.1, 0]),
-            curve([5, 0]),
-        ]  # the second is wanted back
+        curves = [curve([0.1, 0]), curve([5, 0])]  # the second is wanted back
         chosen = W.allocate(curves, cost, (limit, np.inf), droppable=[True, True])
         assert cost(chosen)[0] <= limit
 
