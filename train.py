@@ -30,6 +30,7 @@ from errors import NeuronMergingError
 from evaluate import accuracy
 from files import remove_partials, write_atomically, write_text
 from settings import Recipe
+from winograd import Winograd
 
 SAVE_SECONDS = 300  # within an epoch, the state is written this often
 
@@ -58,6 +59,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return torch.bfloat16 if any(getattr(torch.cpu, p, bool)() for p in probes) else None
     return None
+
+
+def arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a training step computes in: bfloat16 where it can; float32 and, on a CPU, Winograd's convolutions elsewhere."""
+    dtype = autocast_dtype(device)
+    if dtype is None and device.type == "cpu":
+        return Winograd()
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def batches(
@@ -173,7 +182,7 @@ def train(
             for number, (x, labels, size) in enumerate(bar, step):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe, epoch, (epoch + number / steps) / recipe.epochs)
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                with arithmetic(device):
                     logits = forward(x)
                 losses = F.cross_entropy(
                     logits.float(), labels, reduction="sum", label_smoothing=recipe.label_smoothing

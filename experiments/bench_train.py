@@ -4,8 +4,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from experiments.tables import markdown
 from files import write_text
 from models import build
 from options import Parser
-from train import autocast_dtype, batches, sgd
+from train import arithmetic, autocast_dtype, batches, sgd
 
 TRAINED = ("VGG", "ResNet", "WideResNet")  # on images of CIFAR's shape
 
@@ -73,7 +74,6 @@ def images_per_second(
     """Of forward, backward and SGD steps over `images`, the first two batches left out; `fast` as the trainer does it."""
     torch.manual_seed(0)
     model = build(arch, settings.NETWORKS[arch].depth_wide).to(device).train()
-    dtype = autocast_dtype(device) if fast else None
     if fast:
         model.to(memory_format=torch.channels_last)
     forward = torch.compile(model, dynamic=False) if compiled else model
@@ -83,7 +83,7 @@ def images_per_second(
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     count, start = 0, time.perf_counter()
     for number, (x, labels) in enumerate(feed(images, batch_size, device)):
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with arithmetic(device) if fast else nullcontext():
             loss = F.cross_entropy(forward(x).float(), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -105,13 +105,16 @@ def document(report: dict[str, Any]) -> str:
         lines[-1] += [f"{rate / usual:.2f} ×" for rate in others]
     header = ["network", "usual loop, images/s", "trainer", "--compile", "fast recipe"]
     table = markdown([*header, *(f"{name}, ratio" for name in header[2:])], lines)
+    precision = report["dtype"] or "float32 (this hardware has no bfloat16)"
+    if report["dtype"] is None and report["device"] == "cpu":
+        precision += ", wide 3 × 3 convolutions by Winograd's algorithm (winograd.py),"
     return (
         "# Training speed\n\nMade by `make bench-train`: {batches} batches of {batch_size} on {device}, {threads} threads,"
-        " PyTorch {torch}.\n*Usual loop*: a DataLoader with two workers, in float32. The trainer computes in {precision}"
-        " here and keeps the\nmemory that it frees (memory.py).\n"
+        " PyTorch {torch}.\n*Usual loop*: a DataLoader with two workers, in float32.\n"
+        "The trainer computes in {precision} here\nand keeps the memory that it frees (memory.py).\n"
         "*Trainer* and *--compile*: at full size, as the published recipe trains.\n"
         "*Fast recipe*: over a whole training by it, which shows smaller images at first (not compiled).\n\n{table}\n"
-    ).format(**report, precision=report["dtype"] or "float32 (this hardware has no bfloat16)", table=table)
+    ).format(**report, precision=precision, table=table)
 
 
 @command
@@ -137,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates = []
     for arch in networks:
 
+        @cache
         def at(share: float, arch: str = arch) -> float:
             return images_per_second(arch, partial(ours, share=share), images, size, device, fast=True)
 
