@@ -62,7 +62,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What a training step computes in: bfloat16 where it can; float32 and, on a CPU, Winograd's convolutions elsewhere."""
+    """What training computes in: bfloat16 where it can; float32 and, on a CPU, Winograd's convolutions elsewhere."""
     dtype = autocast_dtype(device)
     if dtype is None and device.type == "cpu":
         return Winograd()
@@ -153,7 +153,7 @@ def train(
     forward = torch.compile(parallel, dynamic=False) if compiled else parallel
     images, test = images.to(device), test.to(device)
     steps = math.ceil(len(images) / recipe.batch_size)
-    dtype = autocast_dtype(device)
+    computing = arithmetic(device)
     saved_at = time.monotonic()
 
     def save() -> None:
@@ -182,7 +182,7 @@ def train(
             for number, (x, labels, size) in enumerate(bar, step):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe, epoch, (epoch + number / steps) / recipe.epochs)
-                with arithmetic(device):
+                with computing:
                     logits = forward(x)
                 losses = F.cross_entropy(
                     logits.float(), labels, reduction="sum", label_smoothing=recipe.label_smoothing
@@ -209,7 +209,7 @@ def train(
             if world > 1:
                 for buffer in model.buffers():  # the running statistics that are saved are those that are measured
                     dist.broadcast(buffer, 0)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            with computing:
                 counts = accuracy(model, test, part=(rank, world), share=share)
             correct, total = _summed(torch.tensor(counts, device=device))
             epoch, step, seen = epoch + 1, 0, torch.zeros_like(seen)

@@ -6,24 +6,29 @@ Neural Networks, CVPR 2016, equation 8). With the sum over the input channels, �
 (m + 2)² places: (m + 2)² products a tile and pair of channels, where the definition takes 9 m².
 """
 
-import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 LEAST = 64  # channels: with fewer, transforming the tiles costs more than it saves
-SIDES = (4, 3, 2, 1)  # of a tile of the output: beyond 4, float32 loses digits
-TILES = 256  # at once, or a whole image's: so that they stay in the cache
+TILES = 256  # of as many images as have so many, one at least, the tiles are in memory at once, mostly in the cache
+POINTS = (0, 1, -1, 2, -2)  # where polynomials are evaluated, and ∞: more, larger ones would cost float32 digits
+SIDES = (4, 3, 2)  # m: takes m + 1 of the points
 
 
 class Winograd(TorchFunctionMode):
-    """Within it, `conv2d` computes 3 × 3 convolutions this way: float32, stride and padding 1, of many channels, on a CPU.
+    """Within it, 3 × 3 convolutions are computed this way if called as nn.Conv2d calls them: of many channels, on a CPU.
 
-    The results, and the gradients, differ from the usual ones by rounding: about 1e-5 of the largest.
+    They have stride and padding 1, and compute in float32. Values and gradients differ from the usual ones by rounding:
+    about 1e-5 of the largest, where those have 1e-6 themselves. Until the gradients are computed, the transformed input is
+    kept: 2.25 times the input for maps that tiles of 4 × 4 fill. Activation checkpointing computes again outside of the
+    mode, and refuses the difference.
     """
 
     def __torch_function__(
@@ -38,69 +43,78 @@ class Winograd(TorchFunctionMode):
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any) -> bool:
     return (
-        (x.device.type, x.dtype, x.ndim, *weight.shape[2:]) == ("cpu", torch.float32, 4, 3, 3)
+        (x.device.type, x.dtype, x.ndim, *weight.shape[1:]) == ("cpu", torch.float32, 4, x.shape[1], 3, 3)
         and geometry == ((1, 1), (1, 1), (1, 1), 1)  # stride, padding, dilation, groups
         and min(weight.shape[:2]) >= LEAST
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
 def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of x [B, C, H, W] with weight [K, C, 3, 3], stride 1, zero padding 1: [B, K, H, W], channels last."""
+    if x.shape[2:] == (1, 1):
+        return F.conv2d(x, weight[:, :, 1:2, 1:2])  # all but the middle of the filter sees zeros
     return _Convolution.apply(x, weight)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        V = list(_transformed(x))
-        ctx.save_for_backward(weight, *V)
-        _, _, G = _transforms(_tiling(x.shape)[0], x.dtype)
-        return _convolved(x.shape, V, _filters(G, weight).mT)
+        _, _, G = TRANSFORMS[_tiling(x.shape)[0], x.dtype]
+        V, kept = itertools.tee(_transformed(x)) if ctx.needs_input_grad[1] else (_transformed(x), ())
+        y = _convolved(x.shape, V, _filters(G, weight).mT)
+        ctx.save_for_backward(weight, *kept)
+        return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         weight, *V = ctx.saved_tensors
-        m, _, _, images = _tiling(g.shape)
-        A, _, G = _transforms(m, g.dtype)
+        m, _, _, at_once = _tiling(g.shape)
+        AT, _, G = TRANSFORMS[m, g.dtype]
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = _convolved(g.shape, _transformed(g), _filters(G.flip(1), weight))
-        if ctx.needs_input_grad[1]:
+            dx = _convolved(g.shape, _transformed(g), _filters(G.flip(1), weight))  # of the filters flipped
+        if ctx.needs_input_grad[1]:  # ∂Y = ∂[Aᵀ(U ⊙ V)A]: ∂U = (A ∂Y Aᵀ) ⊙ V, summed over the tiles, and ∂W = Gᵀ ∂U G
             dU = g.new_zeros((m + 2) ** 2, *weight.shape[:2])
-            for part, inputs in zip(g.split(images), V):
-                dU.baddbmm_((A @ _tiles(part, m, m)).permute(1, 2, 0), inputs.transpose(0, 1))
+            for outputs, inputs in zip(g.split(at_once), V):
+                dU.baddbmm_((AT.T @ _tiles(outputs, m, m)).permute(1, 2, 0), inputs.transpose(0, 1))
             dweight = (G.T @ dU.transpose(0, 1)).unflatten(1, (3, 3)).permute(0, 3, 1, 2)
         return dx, dweight
 
 
 def _transformed(x: Tensor) -> Iterator[Tensor]:
     """V = Bᵀ X B of all tiles X, in parts: [tiles, (m + 2)², C]."""
-    m, _, _, images = _tiling(x.shape)
-    _, B, _ = _transforms(m, x.dtype)
-    for part in x.split(images):
-        yield B @ _tiles(part, m + 2, m, border=1)
-
-
-def _convolved(shape: torch.Size, V: Iterable[Tensor], U: Tensor) -> Tensor:
-    """Aᵀ[U ⊙ V]A, put together: an input of `shape` [B, C, H, W], as V, with the filters U [(m + 2)², C, K]."""
-    m, rows, columns, images = _tiling(shape)
-    A, _, _ = _transforms(m, U.dtype)
-    y = U.new_empty(shape[0], rows, m, columns, m, U.shape[2])
-    for outputs, inputs in zip(y.split(images), V):
-        Y = A.T @ (inputs.transpose(0, 1) @ U).transpose(0, 1)  # [tiles, m², K]
-        outputs.copy_(Y.view(-1, rows, columns, m, m, U.shape[2]).transpose(2, 3))
-    return y.view(shape[0], rows * m, columns * m, -1)[:, : shape[2], : shape[3]].permute(0, 3, 1, 2)
+    m, _, _, at_once = _tiling(x.shape)
+    _, BT, _ = TRANSFORMS[m, x.dtype]
+    for images in x.split(at_once):
+        yield BT @ _tiles(images, m + 2, m, border=1)
 
 
 def _filters(G: Tensor, weight: Tensor) -> Tensor:
-    """U = G W Gᵀ [(m + 2)², K, C]; with G's columns backwards, of the filters flipped, which the input's gradient needs."""
+    """U = G W Gᵀ [(m + 2)², K, C] of weight [K, C, 3, 3]; with G's columns backwards, of the filters flipped."""
     return (G @ weight.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
+
+
+def _convolved(shape: torch.Size, V: Iterable[Tensor], U: Tensor) -> Tensor:
+    """Aᵀ(U ⊙ V)A, put together: an input of `shape` [B, C, H, W], as V, with the filters U [(m + 2)², C, K]."""
+    m, rows, columns, at_once = _tiling(shape)
+    AT, _, _ = TRANSFORMS[m, U.dtype]
+    size = (shape[0], U.shape[2], rows * m, columns * m)
+    y = torch.empty(size, dtype=U.dtype, memory_format=torch.channels_last)
+    places = y.permute(0, 2, 3, 1).unflatten(2, (columns, m)).unflatten(1, (rows, m)).transpose(2, 3)
+    for images, tiles in zip(places.split(at_once), V):  # [B, rows, columns, m, m, K]
+        Y = AT @ (tiles.transpose(0, 1) @ U).transpose(0, 1)  # [tiles, m², K]
+        images.copy_(Y.view(images.shape))
+    whole = size[2:] == shape[2:]
+    return y if whole else y[:, :, : shape[2], : shape[3]].clone(memory_format=torch.channels_last)
 
 
 def _tiling(shape: torch.Size) -> tuple[int, int, int, int]:
     """m, the tiles in a column and in a row of an image [B, C, H, W], and how many images are computed at once."""
     tilings = [(m, *(-(-size // m) for size in shape[2:])) for m in SIDES]
-    m, rows, columns = min(tilings, key=lambda t: (t[0] + 2) ** 2 * t[1] * t[2])  # the fewest products
+    m, rows, columns = min(tilings, key=lambda tiling: (tiling[0] + 2) ** 2 * tiling[1] * tiling[2])  # fewest products
     return m, rows, columns, max(1, TILES // (rows * columns))
 
 
@@ -113,18 +127,25 @@ def _tiles(x: Tensor, side: int, step: int, border: int = 0) -> Tensor:
     return tiles.permute(0, 2, 3, 4, 5, 1).reshape(-1, side * side, x.shape[1])
 
 
-@functools.cache
-def _transforms(m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """A ⊗ A [(m + 2)², m²], Bᵀ ⊗ Bᵀ [(m + 2)², (m + 2)²] and G ⊗ G [(m + 2)², 9]: the transforms of both dimensions at once.
+def _transforms(m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Aᵀ ⊗ Aᵀ [m², (m + 2)²], Bᵀ ⊗ Bᵀ [(m + 2)², (m + 2)²], G ⊗ G [(m + 2)², 9]: both dimensions at once, in float64.
 
-    The product of two polynomials (filter and output) is found at m + 2 points, 0, ±1, … and ∞, where it is a product of
-    numbers: A and G evaluate them, B⁻¹ evaluates their product; a correlation is that product transposed (Toom–Cook).
+    The product of two polynomials (filter and output) is found from their values at m + 2 points, ∞ among them, which are
+    products of numbers: A and G evaluate the two, B⁻¹ evaluates their product. A correlation is that product transposed
+    (Toom–Cook).
     """
-    points = torch.tensor([0.0, 1.0, -1.0, 2.0, -2.0][: m + 1], dtype=torch.float64)
+    points = torch.tensor(POINTS[: m + 1], dtype=torch.float64)
 
     def evaluation(coefficients: int) -> Tensor:
         at_infinity = torch.eye(coefficients, dtype=torch.float64)[-1:]
         return torch.cat([points[:, None] ** torch.arange(coefficients), at_infinity])
 
-    one = evaluation(m), evaluation(m + 2).inverse().T, evaluation(3)
-    return tuple(torch.kron(matrix, matrix).to(dtype) for matrix in one)
+    one = evaluation(m).T, evaluation(m + 2).inverse().T, evaluation(3)
+    return tuple(torch.kron(matrix, matrix) for matrix in one)
+
+
+TRANSFORMS = {
+    (m, dtype): tuple(matrix.to(dtype) for matrix in _transforms(m))
+    for m in SIDES
+    for dtype in (torch.float32, torch.float64)
+}

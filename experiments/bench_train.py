@@ -27,6 +27,7 @@ from files import write_text
 from models import build
 from options import Parser
 from train import arithmetic, autocast_dtype, batches, sgd
+from winograd import Winograd
 
 TRAINED = ("VGG", "ResNet", "WideResNet")  # on images of CIFAR's shape
 
@@ -105,16 +106,15 @@ def document(report: dict[str, Any]) -> str:
         lines[-1] += [f"{rate / usual:.2f} ×" for rate in others]
     header = ["network", "usual loop, images/s", "trainer", "--compile", "fast recipe"]
     table = markdown([*header, *(f"{name}, ratio" for name in header[2:])], lines)
-    precision = report["dtype"] or "float32 (this hardware has no bfloat16)"
-    if report["dtype"] is None and report["device"] == "cpu":
-        precision += ", wide 3 × 3 convolutions by Winograd's algorithm (winograd.py),"
+    precision = report["dtype"] or "float32 (no bfloat16 here)"
+    winograd = ", wide 3 × 3 convolutions by Winograd's\nalgorithm (winograd.py)," if report["winograd"] else ""
     return (
         "# Training speed\n\nMade by `make bench-train`: {batches} batches of {batch_size} on {device}, {threads} threads,"
         " PyTorch {torch}.\n*Usual loop*: a DataLoader with two workers, in float32.\n"
-        "The trainer computes in {precision} here\nand keeps the memory that it frees (memory.py).\n"
+        "The trainer computes in {precision}{how} and keeps the memory that it frees (memory.py).\n"
         "*Trainer* and *--compile*: at full size, as the published recipe trains.\n"
         "*Fast recipe*: over a whole training by it, which shows smaller images at first (not compiled).\n\n{table}\n"
-    ).format(**report, precision=precision, table=table)
+    ).format(**report, precision=precision, how=winograd, table=table)
 
 
 @command
@@ -150,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = autocast_dtype(device)
     report = {
         "batches": args.batches, "batch_size": size, "device": str(device), "threads": torch.get_num_threads(),
-        "torch": versions()["torch"], "dtype": None if dtype is None else str(dtype), "rates": rates,
+        "torch": versions()["torch"], "dtype": None if dtype is None else str(dtype),
+        "winograd": isinstance(arithmetic(device), Winograd), "rates": rates,
     }  # fmt: skip
     text = document(report)
     write_text(RESULTS / "bench_train.json", json.dumps(report, indent=1) + "\n")
