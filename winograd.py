@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 LEAST = 64  # channels: with fewer, transforming the tiles costs more than it saves
-TILES = 256  # of as many images as have so many, one at least, the tiles are in memory at once, mostly in the cache
+TILES = 256  # computed at once, those of whole images, one at least: most of it fits the cache
 POINTS = (0, 1, -1, 2, -2)  # where polynomials are evaluated, and ∞: more, larger ones would cost float32 digits
 SIDES = (4, 3, 2)  # m: takes m + 1 of the points
 
@@ -61,7 +61,8 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        _, _, G = TRANSFORMS[_tiling(x.shape)[0], x.dtype]
+        m, *_ = _tiling(x.shape)
+        _, _, G = TRANSFORMS[m, x.dtype]
         V, kept = itertools.tee(_transformed(x)) if ctx.needs_input_grad[1] else (_transformed(x), ())
         y = _convolved(x.shape, V, _filters(G, weight).mT)
         ctx.save_for_backward(weight, *kept)

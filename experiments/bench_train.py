@@ -82,9 +82,10 @@ def images_per_second(
         optimizer = sgd(model, replace(settings.recipe(arch), lr=0.01))
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    computing = arithmetic(device) if fast else nullcontext()
     count, start = 0, time.perf_counter()
     for number, (x, labels) in enumerate(feed(images, batch_size, device)):
-        with arithmetic(device) if fast else nullcontext():
+        with computing:
             loss = F.cross_entropy(forward(x).float(), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -107,14 +108,14 @@ def document(report: dict[str, Any]) -> str:
     header = ["network", "usual loop, images/s", "trainer", "--compile", "fast recipe"]
     table = markdown([*header, *(f"{name}, ratio" for name in header[2:])], lines)
     precision = report["dtype"] or "float32 (no bfloat16 here)"
-    winograd = ", wide 3 × 3 convolutions by Winograd's\nalgorithm (winograd.py)," if report["winograd"] else ""
+    convolutions = ", wide 3 × 3 convolutions by Winograd's\nalgorithm (winograd.py)," if report["winograd"] else ""
     return (
         "# Training speed\n\nMade by `make bench-train`: {batches} batches of {batch_size} on {device}, {threads} threads,"
         " PyTorch {torch}.\n*Usual loop*: a DataLoader with two workers, in float32.\n"
-        "The trainer computes in {precision}{how} and keeps the memory that it frees (memory.py).\n"
+        "The trainer computes in {precision}{convolutions} and keeps the memory that it frees (memory.py).\n"
         "*Trainer* and *--compile*: at full size, as the published recipe trains.\n"
         "*Fast recipe*: over a whole training by it, which shows smaller images at first (not compiled).\n\n{table}\n"
-    ).format(**report, precision=precision, how=winograd, table=table)
+    ).format(**report, precision=precision, convolutions=convolutions, table=table)
 
 
 @command
