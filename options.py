@@ -217,6 +217,7 @@ def parser() -> Parser:
     training.add_argument("--lr", type=float)
     training.add_argument("--momentum", type=float)
     training.add_argument("--weight-decay", type=float)
+    training.add_argument("--norm-decay", type=float, metavar="D", help="weight decay of BatchNorm and biases")
     training.add_argument(
         "--schedule", type=int, nargs="+", metavar="EPOCH", help="epochs at which the rate is multiplied by --gammas"
     )
@@ -257,7 +258,7 @@ def recipe(args: argparse.Namespace) -> settings.Recipe:
     chosen = settings.recipe(args.arch, args.recipe)
     if not from_scratch(args):
         chosen = replace(chosen, sizes=())  # what is trained already needs no small images first
-    for name in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule", "gammas"):
+    for name in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "norm_decay", "schedule", "gammas"):
         value = getattr(args, name)
         if value is not None:
             chosen = replace(chosen, **{name: tuple(value) if isinstance(value, list) else value})
@@ -274,6 +275,7 @@ def recipe(args: argparse.Namespace) -> settings.Recipe:
         "--momentum has to be in [0, 1), above 0 in the fast recipe": (chosen.momentum > 0 or not chosen.nesterov)
         and 0 <= chosen.momentum < 1,
         "--weight-decay cannot be negative": 0 <= chosen.weight_decay < inf,
+        "--norm-decay cannot be negative": 0 <= (chosen.norm_decay or 0) < inf,
         "--schedule is made of epochs, none negative": min(chosen.schedule, default=0) >= 0,
         "--gammas are factors above 0": all(0 < gamma < inf for gamma in chosen.gammas),
     }

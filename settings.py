@@ -82,7 +82,7 @@ class Recipe:
     momentum: float = 0.9
     nesterov: bool = False
     label_smoothing: float = 0.0
-    decay_all: bool = True  # weight decay on BatchNorm and biases too
+    norm_decay: float | None = None  # weight decay of BatchNorm and biases; None: the same
     one_cycle: bool = False
     sizes: Sizes = ()
 
@@ -108,7 +108,7 @@ def recipe(arch: str, name: str = "published") -> Recipe:
     if name == "fast":
         return replace(
             published, epochs=30, lr=0.2, schedule=(), gammas=(), nesterov=True, label_smoothing=0.1,
-            decay_all=False, one_cycle=True,
+            norm_decay=0.0, one_cycle=True,
             sizes=() if arch == "LeNet_300_100" else ((0.0, 0.5), (0.4, 0.75), (0.7, 1.0)),
         )  # fmt: skip
     raise NeuronMergingError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")

@@ -229,10 +229,11 @@ def train(
 
 
 def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """The optimiser of a recipe."""
-    decayed = [p for p in model.parameters() if recipe.decay_all or p.ndim > 1]
-    others = [p for p in model.parameters() if not (recipe.decay_all or p.ndim > 1)]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """The optimiser of a recipe: weights in one group, BatchNorm and biases, whose decay may be another, in a second."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]  # γ, β and biases
+    decay = recipe.weight_decay if recipe.norm_decay is None else recipe.norm_decay
+    groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": decay}]
     device = next(model.parameters()).device.type
     fused = device in ("cpu", "cuda")  # one pass over the weights, not five: those are a tenth of VGG-16's time on CPUs
     return torch.optim.SGD(

@@ -343,6 +343,7 @@ BAD = {
     "momentum": (["--momentum", "-1"], "--momentum has to be in [0, 1)"),
     "learning rate": (["--lr", "nan"], "--lr has to be above 0"),
     "weight decay": (["--weight-decay", "-1"], "--weight-decay cannot be negative"),
+    "decay of BatchNorm": (["--norm-decay", "-1"], "--norm-decay cannot be negative"),
     "seed": (["--seed", str(2**80)], "--seed in [0, 2**32)"),
     "a name too long": (["--pretrained", "x" * 5000], "File name too long"),
     "a name of two lines": (["--pretrained", "no\nthing"], "is not there"),

@@ -66,7 +66,7 @@ def interrupt_at(patch: pytest.MonkeyPatch, step: int, number: int = signal.SIGI
 
 @pytest.mark.parametrize(
     "recipe",
-    [RECIPE, replace(RECIPE, one_cycle=True, schedule=(), gammas=(), decay_all=False)],
+    [RECIPE, replace(RECIPE, one_cycle=True, schedule=(), gammas=(), norm_decay=0.0)],
     ids=["steps", "one-cycle"],
 )
 @pytest.mark.parametrize("stop_at", [4, 5, 8], ids=["inside an epoch", "at its end", "in the next"])
@@ -180,8 +180,15 @@ def test_learning_rates():
 
 
 SIZES = ((0.0, 0.5), (0.4, 0.75), (0.7, 1.0))
-STEPS = {"momentum": 0.9, "nesterov": False, "label_smoothing": 0.0, "decay_all": True, "one_cycle": False, "sizes": ()}
-CYCLE = {"momentum": 0.9, "nesterov": True, "label_smoothing": 0.1, "decay_all": False, "one_cycle": True}
+STEPS = {
+    "momentum": 0.9,
+    "nesterov": False,
+    "label_smoothing": 0.0,
+    "norm_decay": None,
+    "one_cycle": False,
+    "sizes": (),
+}
+CYCLE = {"momentum": 0.9, "nesterov": True, "label_smoothing": 0.1, "norm_decay": 0.0, "one_cycle": True}
 LENET = {
     "epochs": 60,
     "lr": 0.1,
@@ -228,12 +235,21 @@ def test_the_loss_is_smoothed_as_the_recipe_says(monkeypatch, smoothing):
     assert last["loss"] == pytest.approx(float(wanted), abs=1e-4)
 
 
-def test_the_fast_recipe_spares_batchnorm_and_biases_from_decay():
+@pytest.mark.parametrize(
+    "recipe, decays",
+    [
+        (settings.recipe("ResNet"), [5e-4, 5e-4]),
+        (settings.recipe("ResNet", "fast"), [5e-4, 0]),
+        (replace(settings.recipe("ResNet"), norm_decay=5e-3), [5e-4, 5e-3]),
+    ],
+    ids=["published", "fast", "given"],
+)
+def test_batchnorm_and_biases_have_the_decay_that_the_recipe_gives_them(recipe, decays):
     model = build("ResNet", (20,))
-    groups = train.sgd(model, settings.recipe("ResNet", "fast")).param_groups
-    assert [group["weight_decay"] for group in groups] == [5e-4, 0]
-    assert all(p.ndim > 1 for p in groups[0]["params"]) and all(p.ndim == 1 for p in groups[1]["params"])
-    assert len(train.sgd(model, settings.recipe("ResNet")).param_groups) == 1
+    weights, vectors = train.sgd(model, recipe).param_groups
+    assert [weights["weight_decay"], vectors["weight_decay"]] == decays
+    assert all(p.ndim > 1 for p in weights["params"]) and all(p.ndim == 1 for p in vectors["params"])
+    assert len(weights["params"]) + len(vectors["params"]) == len(list(model.parameters()))
 
 
 def trained(path, monkeypatch):
