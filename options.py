@@ -163,7 +163,7 @@ def parser() -> Parser:
         help="also drop channels that several layers share, such as residual streams (ours)",
     )
     method.add_argument(
-        "--probe", default="auto", help="restore: made-up inputs, auto, pink or white noise [%(default)s]"
+        "--probe", default="auto", help="restore: made-up inputs, auto, leaves, pink or white [%(default)s]"
     )
     method.add_argument(
         "--probe-samples", type=int, metavar="N", help="restore: how many of them [as the network asks]"

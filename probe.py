@@ -17,7 +17,8 @@ from walk import by_sample, precision
 MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
 CHUNK = 64  # samples that are normalised together in the class step
 PART = 16  # samples whose spectra are in memory together
-PINK, WHITE = 1.2, 0.15  # standard deviations of the two kinds of noise
+PINK, WHITE = 1.2, 0.15  # standard deviations of images and of white noise
+LEAVES, SMALLEST = 3, 1 / 8  # volume of all leaves, of the image's, and radius of the smallest, of its longest side
 
 
 def make(
@@ -31,7 +32,7 @@ def make(
 ) -> Tensor:
     """A probe [samples, *shape] for `model`, float32 on its device; the same for the same seed on a CPU.
 
-    kind: "pink", "white", or "auto": pink noise where the network normalises what it sees and the first layer is a
+    kind: "leaves", "pink", "white", or "auto": pink noise where the network normalises what it sees and the first layer is a
     convolution, weak white noise elsewhere. samples: 256, or 4096 where the first layer is linear, which sees a single
     row in every sample. step: length of the class step in standard deviations of the noise, 0 for none.
     Raises NeuronMergingError for an unknown kind, a shape that the network does not take, or a network that cannot be traced.
@@ -40,8 +41,8 @@ def make(
         raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(KINDS)}")
     if kind == "auto":
         kind = "pink" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
-    if kind == "pink" and len(shape) < 2:
-        raise NeuronMergingError(f"--probe pink is for images: an input of shape {list(shape)} has none; use white")
+    if kind != "white" and len(shape) < 2:
+        raise NeuronMergingError(f"--probe {kind} is for images: an input of shape {list(shape)} has none; use white")
     samples = samples or default_samples(model)
     random = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
@@ -74,8 +75,32 @@ def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tenso
     window = (..., *(slice(start, start + side) for start, side in zip(corner, sides)))
     parts = (torch.fft.rfftn(part, dim=axes) * amplitude for part in white.split(PART))
     noise = torch.cat([torch.fft.irfftn(part, s=large, dim=axes)[window] for part in parts])
-    noise = math.sqrt(0.9) * noise[:, :1] + math.sqrt(0.1) * noise[:, 1:]
-    return PINK * noise / noise.std(dim=(0, *axes), keepdim=True)
+    return _scaled(_correlated(noise))
+
+
+def leaves(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """[samples, C, …]: dead leaves, discs of one colour that hide each other, on pink noise; channels and std as in `pink`.
+
+    Photographs have edges, which noise has not. In d dimensions radii are distributed as r^−(d+1), so that no scale is
+    preferred: the dead leaves model (Lee, Mumford & Huang, IJCV 2001).
+    """
+    channels, *sides = shape
+    d, least, most = len(sides), SMALLEST * max(sides), max(sides)
+    ball = (
+        math.pi ** (d / 2) / math.gamma(d / 2 + 1) * d * math.log(most / least) / (least**-d - most**-d)
+    )  # mean volume
+    each = (samples, 1, *[1] * d)
+    images = pink(samples, shape, random)
+    for _ in range(math.ceil(LEAVES * math.prod(sides) / ball)):
+        share = torch.rand(each, generator=random, **MADE)
+        radius = (least**-d + share * (most**-d - least**-d)) ** (-1 / d)
+        distance = 0  # squared
+        for axis, side in enumerate(sides):
+            position = torch.arange(side, **MADE).view(-1, *[1] * (d - 1 - axis)) + 0.5
+            distance = distance + (position - side * torch.rand(each, generator=random, **MADE)) ** 2
+        colour = PINK * _correlated(torch.randn(samples, 1 + channels, *[1] * d, generator=random, **MADE))
+        images = torch.where(distance < radius**2, colour, images)
+    return _scaled(images)
 
 
 def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -83,7 +108,17 @@ def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tens
     return WHITE * torch.randn(samples, *shape, generator=random, **MADE)
 
 
-PROBES = {"pink": pink, "white": white}
+def _correlated(noise: Tensor) -> Tensor:
+    """[N, 1 + C, …] independent -> [N, C, …] with correlations of 0.9 between channels, of the same variance."""
+    return math.sqrt(0.9) * noise[:, :1] + math.sqrt(0.1) * noise[:, 1:]
+
+
+def _scaled(images: Tensor) -> Tensor:
+    """Every channel of [N, C, …] with a standard deviation of `PINK`."""
+    return PINK * images / images.std(dim=(0, *range(2, images.ndim)), keepdim=True)
+
+
+PROBES = {"leaves": leaves, "pink": pink, "white": white}
 KINDS = ("auto", *PROBES)
 
 

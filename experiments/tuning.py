@@ -104,6 +104,7 @@ SWEEP = {
     "class step 0.2": Variant(probe={"step": 0.2}),
     "class step 0.6": Variant(probe={"step": 0.6}),
     "class step 1.0": Variant(probe={"step": 1.0}),
+    "dead leaves": Variant(probe={"kind": "leaves"}),
     "white noise": Variant(probe={"kind": "white"}),
     "pink noise": Variant(probe={"kind": "pink"}),
     "one step of adaptation": Variant({"adaptations": 1}),

@@ -187,7 +187,7 @@ FLAGS = {
     "--threshold": ["0.45", "0", "1", "-1", "2", "nan"],
     "--lamda": ["0", "1", "0.5", "7", "nan"],
     "--ridge": ["0.03", "0", "-1", "inf", "1e9"],
-    "--probe": ["auto", "pink", "white", "brown"],
+    "--probe": ["auto", "leaves", "pink", "white", "brown"],
     "--probe-samples": ["64", "2", "1", "-5", "x"],
     "--seed": ["0", "1", "-1", "4294967296"],
     "--calibrate": ["pictures", "FashionMNIST:0", "cifar10:5", "nowhere", ":", "nowhere:3"],

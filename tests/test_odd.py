@@ -158,6 +158,7 @@ def test_what_a_network_asserts_is_said():
         ({"probe_samples": 0}, "--probe-samples 0 has to be at least 2"),
         ({"ridge": -1.0}, "--ridge -1.0 has to be a number that is not negative"),
         ({"probe": "pink"}, "is for images"),
+        ({"probe": "leaves"}, "is for images"),
         ({"threshold": 3.0}, "is no cosine"),
         ({"images": torch.randn(4, 8), "compensation": "merge"}, "merge needs no data"),
         ({"images": torch.randn(4, 9)}, r"images of shape \[4, 9\] are not \[B, 8\] as example_input has it"),

@@ -420,6 +420,22 @@ def test_pink_noise_has_the_spectrum_of_photographs():
     assert 0.8 < between < 0.97
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 20), (2, 256), (1, 12, 12, 12)])
+def test_dead_leaves_have_flat_parts_and_edges_at_every_scale(shape):
+    """Most neighbours are equal, the others further apart than in noise of the same colours; fewer are equal further away."""
+    noise, x, again = (kind(64, shape, torch.Generator().manual_seed(0)) for kind in (probe.pink, *2 * [probe.leaves]))
+    assert x.shape == (64, *shape) and x.is_contiguous() and torch.equal(x, again)
+    assert torch.allclose(x.std(dim=(0, *range(2, x.ndim))), torch.full(shape[:1], probe.PINK), atol=1e-3)
+    if shape[0] > 1:
+        assert 0.8 < np.corrcoef(x[:, 0].flatten(), x[:, 1].flatten())[0, 1] < 0.97
+    steps, of_noise = (abs(made[..., 1:] - made[..., :-1]) for made in (x, noise))
+    assert (steps == 0).float().mean() > 0.5 and (of_noise == 0).float().mean() < 0.01
+    assert steps[steps > 0].median() > 1.1 * of_noise.median()
+    far = [(x[..., d:] == x[..., :-d]).float().mean() for d in (1, shape[-1] // 4, shape[-1] // 2)]
+    assert far[0] > 1.3 * far[1] > 1.6 * far[2] > 0.05
+    assert sum(len(sample[0].unique()) > 1 for sample in x) > 48
+
+
 def test_the_class_step_raises_a_class(network):
     """The added direction is of the stated length and raises the class that was drawn; noise of that length does not."""
     shape = shape_of(network)
