@@ -16,9 +16,10 @@ from walk import by_sample, precision
 
 MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
 CHUNK = 64  # samples that are normalised together in the class step
-PART = 16  # samples whose spectra are in memory together
+PART = 16  # samples that are drawn together
 PINK, WHITE = 1.2, 0.15  # standard deviations of images and of white noise
-LEAVES, SMALLEST = 3, 1 / 8  # volume of all leaves, of the image's, and radius of the smallest, of its longest side
+LEAVES = 3  # all dead leaves together have this many times the area of an image,
+SMALLEST = 4  # and radii from this many pixels (an eighth of the side of a small image) to the whole side
 
 
 def make(
@@ -85,22 +86,25 @@ def leaves(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Ten
     preferred: the dead leaves model (Lee, Mumford & Huang, IJCV 2001).
     """
     channels, *sides = shape
-    d, least, most = len(sides), SMALLEST * max(sides), max(sides)
+    d, most = len(sides), max(sides)
+    least = min(SMALLEST, most / 8)
     ball = (
         math.pi ** (d / 2) / math.gamma(d / 2 + 1) * d * math.log(most / least) / (least**-d - most**-d)
     )  # mean volume
-    each = (samples, 1, *[1] * d)
-    images = pink(samples, shape, random)
-    for _ in range(math.ceil(LEAVES * math.prod(sides) / ball)):
-        share = torch.rand(each, generator=random, **MADE)
-        radius = (least**-d + share * (most**-d - least**-d)) ** (-1 / d)
-        distance = 0  # squared
-        for axis, side in enumerate(sides):
-            position = torch.arange(side, **MADE).view(-1, *[1] * (d - 1 - axis)) + 0.5
-            distance = distance + (position - side * torch.rand(each, generator=random, **MADE)) ** 2
-        colour = PINK * _correlated(torch.randn(samples, 1 + channels, *[1] * d, generator=random, **MADE))
-        images = torch.where(distance < radius**2, colour, images)
-    return _scaled(images)
+    painted = []
+    for images in pink(samples, shape, random).split(PART):
+        each = (len(images), 1, *[1] * d)
+        for _ in range(math.ceil(LEAVES * math.prod(sides) / ball)):
+            share = torch.rand(each, generator=random, **MADE)
+            radius = (least**-d + share * (most**-d - least**-d)) ** (-1 / d)
+            distance = 0  # squared
+            for axis, side in enumerate(sides):
+                position = torch.arange(side, **MADE).view(-1, *[1] * (d - 1 - axis)) + 0.5
+                distance = distance + (position - side * torch.rand(each, generator=random, **MADE)) ** 2
+            colour = PINK * _correlated(torch.randn(len(images), 1 + channels, *each[2:], generator=random, **MADE))
+            images = torch.where(distance < radius**2, colour, images)
+        painted.append(images)
+    return _scaled(torch.cat(painted))
 
 
 def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
