@@ -88,9 +88,8 @@ def leaves(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Ten
     channels, *sides = shape
     d, most = len(sides), max(sides)
     least = min(SMALLEST, most / 8)
-    ball = (
-        math.pi ** (d / 2) / math.gamma(d / 2 + 1) * d * math.log(most / least) / (least**-d - most**-d)
-    )  # mean volume
+    unit = math.pi ** (d / 2) / math.gamma(d / 2 + 1)  # volume of a ball of radius 1
+    ball = unit * d * math.log(most / least) / (least**-d - most**-d)  # the mean
     painted = []
     for images in pink(samples, shape, random).split(PART):
         each = (len(images), 1, *[1] * d)
