@@ -90,18 +90,16 @@ def leaves(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Ten
     least = min(SMALLEST, most / 8)
     unit = math.pi ** (d / 2) / math.gamma(d / 2 + 1)  # volume of a ball of radius 1
     ball = unit * d * math.log(most / least) / (least**-d - most**-d)  # the mean
+    axes = [torch.arange(side, **MADE).view(-1, *[1] * (d - 1 - axis)) + 0.5 for axis, side in enumerate(sides)]
     painted = []
     for images in pink(samples, shape, random).split(PART):
         each = (len(images), 1, *[1] * d)
         for _ in range(math.ceil(LEAVES * math.prod(sides) / ball)):
             share = torch.rand(each, generator=random, **MADE)
             radius = (least**-d + share * (most**-d - least**-d)) ** (-1 / d)
-            distance = 0  # squared
-            for axis, side in enumerate(sides):
-                position = torch.arange(side, **MADE).view(-1, *[1] * (d - 1 - axis)) + 0.5
-                distance = distance + (position - side * torch.rand(each, generator=random, **MADE)) ** 2
+            squared = sum((axis - len(axis) * torch.rand(each, generator=random, **MADE)) ** 2 for axis in axes)
             colour = PINK * _correlated(torch.randn(len(images), 1 + channels, *each[2:], generator=random, **MADE))
-            images = torch.where(distance < radius**2, colour, images)
+            images = torch.where(squared < radius**2, colour, images)
         painted.append(images)
     return _scaled(torch.cat(painted))
 
