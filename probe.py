@@ -1,7 +1,7 @@
 """Inputs made up from the network itself: what restoration and the choice of widths look at instead of data (ours).
 
-Noise with the statistics of images (or of nothing, for a network that does not look at images) is moved one step along
-the gradient of a random class, so that it says a little of what the network tells apart.
+Images with the edges and the colours of photographs (or noise, for a network that does not look at images) are moved one step
+along the gradient of a random class, so that they say a little of what the network tells apart.
 """
 
 import copy
@@ -33,7 +33,7 @@ def make(
 ) -> Tensor:
     """A probe [samples, *shape] for `model`, float32 on its device; the same for the same seed on a CPU.
 
-    kind: "leaves", "pink", "white", or "auto": pink noise where the network normalises what it sees and the first layer is a
+    kind: "leaves", "pink", "white", or "auto": dead leaves where the network normalises what it sees and the first layer is a
     convolution, weak white noise elsewhere. samples: 256, or 4096 where the first layer is linear, which sees a single
     row in every sample. step: length of the class step in standard deviations of the noise, 0 for none.
     Raises NeuronMergingError for an unknown kind, a shape that the network does not take, or a network that cannot be traced.
@@ -41,7 +41,7 @@ def make(
     if kind not in KINDS:
         raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(KINDS)}")
     if kind == "auto":
-        kind = "pink" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
+        kind = "leaves" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
     if kind != "white" and len(shape) < 2:
         raise NeuronMergingError(f"--probe {kind} is for images: an input of shape {list(shape)} has none; use white")
     samples = samples or default_samples(model)

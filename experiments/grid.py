@@ -38,6 +38,7 @@ class Grid:
     criterion: str = "l2-norm"  # what rivals are compared with
     uniform_ratios: tuple[float, ...] = ()  # for restoration, where the paper fixes the widths
     fewer: tuple[float, ...] = ()  # of the ratios, those of what goes beyond the paper, where all would take half a day
+    probe: str = "auto"  # of restoration and the choice of widths: another one where auto's was not measured yet
     blocks: bool = False  # whether it has residual blocks, which can be left out
 
     @property
@@ -57,7 +58,7 @@ class Grid:
 
     def experiment(self, kind: str = "original", **about: Any) -> Experiment:
         """An experiment with the grid's own checkpoint."""
-        return Experiment(self.arch, self.dataset, self.checkpoint, self.depth_wide, kind, **about)
+        return Experiment(self.arch, self.dataset, self.checkpoint, self.depth_wide, kind, probe=self.probe, **about)
 
     def experiments(self) -> Iterator[Experiment]:
         """The original, then pruning and both forms of merging by criterion and ratio."""
@@ -72,7 +73,9 @@ GRIDS = {
     "lenet": Grid(
         "LeNet-300-100 on FashionMNIST", "LeNet_300_100", (), "FashionMNIST", (0.5, 0.6, 0.7, 0.8), "l1-norm"
     ),
-    "vgg": Grid("VGG-16 on CIFAR-10", "VGG", (16,), "cifar10", (0.5,), uniform_ratios=(0.1, 0.2, 0.3, 0.4, 0.5)),
+    "vgg": Grid(
+        "VGG-16 on CIFAR-10", "VGG", (16,), "cifar10", (0.5,), uniform_ratios=(0.1, 0.2, 0.3, 0.4, 0.5), probe="pink"
+    ),
     "resnet": Grid("ResNet-56 on CIFAR-10", "ResNet", (56,), "cifar10", CIFAR_RATIOS, blocks=True),
     "wideresnet": Grid(
         "WideResNet-40-4 on CIFAR-10",
@@ -81,6 +84,7 @@ GRIDS = {
         "cifar10",
         CIFAR_RATIOS,
         fewer=(0.3, 0.5, 0.7),
+        probe="pink",
         blocks=True,
     ),
 }

@@ -155,11 +155,12 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
     summary = []
     for grid, measured in by_grid.items():
         tables += [f"## {grid.title}", "", full_table(papers(measured)), ""]
+        looked = "" if grid.probe == "auto" else f"; restoration and widths by `--probe {grid.probe}`"
         by_checkpoint = {name: [row for row in measured if checkpoint(row) == name] for name in CHECKPOINTS}
         for name, of_checkpoint in by_checkpoint.items():
             if any(row["type"] == "original" for row in of_checkpoint):
                 about = "the paper's widths" if len(grid.ratios) == 1 else grid.criterion
-                title = f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %)"
+                title = f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %{looked})"
                 summary += [title, "", short_table(grid, of_checkpoint), ""]
         figures = drawn(grid, measured)
         for name in [name for name in figures if name.endswith("_beyond")] or list(figures)[:1]:
@@ -170,7 +171,7 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
                 header, lines = module.table(grid, of_checkpoint)
                 if lines:
                     text = markdown(header, lines, 2 if module is beyond else 1)
-                    tables += [f"### {title}: {grid.title}, checkpoint *{name}*", "", text, ""]
+                    tables += [f"### {title}: {grid.title}, checkpoint *{name}*{looked}", "", text, ""]
         for name, title in figures.items():
             tables += [f"![{title}](figures/{name}.png)", ""]
     return {TABLES: "\n".join(tables), README: replaced(README, BEGIN, END, "\n".join(summary))}

@@ -445,7 +445,7 @@ def test_the_class_step_raises_a_class(network):
     assert torch.allclose(rms, 0.4 * noise.std().expand(32), rtol=1e-3)
     draw = torch.Generator().manual_seed(1)
     linear = shape[0] == 1
-    assert torch.equal(probe.PROBES["white" if linear else "pink"](32, shape, draw), noise)
+    assert torch.equal(probe.PROBES["white" if linear else "leaves"](32, shape, draw), noise)
     drawn = torch.randint(0, 10, (32, 1), generator=draw)
     by_chance = torch.randn(step.shape, generator=draw)
     by_chance *= 0.4 * noise.std() / by_chance.flatten(1).pow(2).mean(1).sqrt().view(-1, 1, 1, 1)
@@ -461,7 +461,7 @@ def test_the_probe_chooses_itself(network):
     made = probe.make(network, shape)
     linear = len(shape_of(network)) == 3 and shape[0] == 1
     assert len(made) == (4096 if linear else 256)
-    assert torch.equal(made, probe.make(network, shape, kind="white" if linear else "pink"))
+    assert torch.equal(made, probe.make(network, shape, kind="white" if linear else "leaves"))
     with pytest.raises(NeuronMergingError, match="unknown --probe 'brown'"):
         probe.make(network, shape, kind="brown")
 
