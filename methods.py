@@ -39,8 +39,7 @@ class Settings:
             raise NeuronMergingError(f"--threshold {self.t} is no cosine: choose one in [-1, 1]")
         if not 0 <= self.lam <= 1:
             raise NeuronMergingError(f"--lamda {self.lam} is outside [0, 1]")
-        if self.probe not in probe.KINDS:
-            raise NeuronMergingError(f"unknown --probe {self.probe!r}: choose one of {', '.join(probe.KINDS)}")
+        probe.check(self.probe)
         if not 0 <= self.ridge < math.inf:
             raise NeuronMergingError(f"--ridge {self.ridge} has to be a number that is not negative")
         if self.samples is not None and self.samples < 2:

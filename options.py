@@ -163,18 +163,25 @@ def parser() -> Parser:
         help="also drop channels that several layers share, such as residual streams (ours)",
     )
     method.add_argument(
-        "--probe", default="auto", help="restore: made-up inputs, auto, leaves, pink or white [%(default)s]"
+        "--probe",
+        default="auto",
+        help="made-up inputs for restore and the choice of widths or neurons: leaves (images), pink or white (noise), or auto: "
+        "leaves for convolutions with BatchNorm, else white [%(default)s]",
     )
     method.add_argument(
-        "--probe-samples", type=int, metavar="N", help="restore: how many of them [as the network asks]"
+        "--probe-samples", type=int, metavar="N", help="how many of them [256, or 4096 behind a linear layer]"
     )
     method.add_argument(
-        "--ridge", type=float, default=settings.RIDGE, metavar="L", help="restore: ridge λ [%(default)s]"
+        "--ridge",
+        type=float,
+        default=settings.RIDGE,
+        metavar="L",
+        help="ridge λ of restore and of the choice [%(default)s]",
     )
     method.add_argument(
         "--calibrate",
         metavar="WHAT",
-        help="let restore, prune-bn or merge-bn look at real images: a folder or, with --arch, DATASET:N",
+        help="let restore, prune-bn, merge-bn or the choice look at real images: a folder or, with --arch, DATASET:N",
     )
     method.add_argument("--target", help=argparse.SUPPRESS)  # conv or ip: found by tracing now
     work = p.add_argument_group(

@@ -5,8 +5,10 @@ along the gradient of a random class, so that they say a little of what the netw
 """
 
 import copy
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,10 +18,10 @@ from walk import by_sample, precision
 
 MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
 CHUNK = 64  # samples that are normalised together in the class step
-PART = 16  # samples that are drawn together
+PART = 16  # samples that are transformed or painted together
 PINK, WHITE = 1.2, 0.15  # standard deviations of images and of white noise
 LEAVES = 3  # all dead leaves together have this many times the area of an image,
-SMALLEST = 4  # and radii from this many pixels (an eighth of the side of a small image) to the whole side
+SMALLEST = 4  # and radii from this many pixels (where it is less: an eighth of the side) to the whole side
 
 
 def make(
@@ -35,11 +37,10 @@ def make(
 
     kind: "leaves", "pink", "white", or "auto": dead leaves where the network normalises what it sees and the first layer is a
     convolution, weak white noise elsewhere. samples: 256, or 4096 where the first layer is linear, which sees a single
-    row in every sample. step: length of the class step in standard deviations of the noise, 0 for none.
+    row in every sample. step: length of the class step in standard deviations of the samples, 0 for none.
     Raises NeuronMergingError for an unknown kind, a shape that the network does not take, or a network that cannot be traced.
     """
-    if kind not in KINDS:
-        raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(KINDS)}")
+    check(kind)
     if kind == "auto":
         kind = "leaves" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
     if kind != "white" and len(shape) < 2:
@@ -47,10 +48,16 @@ def make(
     samples = samples or default_samples(model)
     random = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
-    noise = PROBES[kind](samples, shape, random).to(parameter.device)
+    x = PROBES[kind](samples, shape, random).to(parameter.device)
     if step == 0:
-        return noise
-    return noise + (step * noise.std() * _class_direction(model, noise, random)).to(noise)
+        return x
+    return x + (step * x.std() * _class_direction(model, x, random)).to(x)
+
+
+def check(kind: str) -> None:
+    """Raises NeuronMergingError for an unknown kind."""
+    if kind not in KINDS:
+        raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(KINDS)}")
 
 
 def default_samples(model: nn.Module) -> int:
@@ -90,18 +97,26 @@ def leaves(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Ten
     least = min(SMALLEST, most / 8)
     unit = math.pi ** (d / 2) / math.gamma(d / 2 + 1)  # volume of a ball of radius 1
     ball = unit * d * math.log(most / least) / (least**-d - most**-d)  # the mean
-    axes = [torch.arange(side, **MADE).view(-1, *[1] * (d - 1 - axis)) + 0.5 for axis, side in enumerate(sides)]
-    painted = []
-    for images in pink(samples, shape, random).split(PART):
-        each = (len(images), 1, *[1] * d)
+    images = pink(samples, shape, random)
+    for part in images.split(PART):
         for _ in range(math.ceil(LEAVES * math.prod(sides) / ball)):
-            share = torch.rand(each, generator=random, **MADE)
-            radius = (least**-d + share * (most**-d - least**-d)) ** (-1 / d)
-            squared = sum((axis - len(axis) * torch.rand(each, generator=random, **MADE)) ** 2 for axis in axes)
-            colour = PINK * _correlated(torch.randn(len(images), 1 + channels, *each[2:], generator=random, **MADE))
-            images = torch.where(squared < radius**2, colour, images)
-        painted.append(images)
-    return _scaled(torch.cat(painted))
+            share = torch.rand(len(part), generator=random, **MADE)
+            radii = (least**-d + share * (most**-d - least**-d)) ** (-1 / d)
+            centres = torch.stack([side * torch.rand(len(part), generator=random, **MADE) for side in sides], 1)
+            colours = PINK * _correlated(torch.randn(len(part), 1 + channels, generator=random, **MADE))
+            for leaf in zip(part.numpy(), centres.numpy(), radii.numpy(), colours.numpy()):
+                _paint(*leaf)
+    return _scaled(images)
+
+
+def _paint(image: np.ndarray, centre: np.ndarray, radius: np.float32, colour: np.ndarray) -> None:
+    """A disc of one colour [C] on an image [C, …], in place; only the box around it is looked at."""
+    box, squares = [slice(None)], []
+    for side, c in zip(image.shape[1:], centre):
+        box.append(slice(max(0, math.floor(c - radius)), min(side, math.ceil(c + radius))))
+        squares.append((np.arange(box[-1].start, box[-1].stop, dtype=np.float32) + 0.5 - c) ** 2)
+    inside = functools.reduce(np.add.outer, squares) < radius * radius
+    image[tuple(box)][:, inside] = colour[:, None]
 
 
 def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -121,6 +136,7 @@ def _scaled(images: Tensor) -> Tensor:
 
 PROBES = {"leaves": leaves, "pink": pink, "white": white}
 KINDS = ("auto", *PROBES)
+AUTO = "auto: leaves or white"  # as rows call it: another rule for "auto" makes other measurements
 
 
 def _frequency(sides: list[int], power: float) -> Tensor:

@@ -164,7 +164,7 @@ class _Lockstep:
         layer = self.student.modules[name]
         kept = self.keep.get(name)
         whole = self.teacher.modules[name]
-        target = self.t[node] if kept is None else _rows(self.t[node], kept, whole)
+        target = self.t[node] if kept is None else _of_kept(self.t[node], kept, whole)
         if summand is not None and self.options.repair and self.s[summand] is not self.t[summand]:
             target = target + _shaped(self._error(summand, bn, kept, whole), target)
         if isinstance(layer, Constant):
@@ -286,7 +286,7 @@ class _Lockstep:
 
     def _error(self, summand: fx.Node, bn: str | None, kept: Tensor | None, layer: nn.Module) -> Tensor:
         """The summand's error, teacher − student, as the output of the layer that is added to it has to make up for it."""
-        whole = self.t[summand] if kept is None else _rows(self.t[summand], kept, layer)
+        whole = self.t[summand] if kept is None else _of_kept(self.t[summand], kept, layer)
         error = whole - self.s[summand]
         if bn is None:
             return error
@@ -322,7 +322,7 @@ def _put(layer: nn.Module, W: Tensor, c: Tensor) -> None:
     layer.bias = nn.Parameter(c, requires_grad=False)
 
 
-def _rows(y: Tensor, kept: Tensor, layer: nn.Module) -> Tensor:
+def _of_kept(y: Tensor, kept: Tensor, layer: nn.Module) -> Tensor:
     """The outputs of a layer that its kept neurons give."""
     return y.index_select(channel(layer, y), kept)
 

@@ -125,8 +125,9 @@ def shrink(
     ratio's own, where a compensation by layers is better off with them), or for `budget`, the shares to keep:
     {"params": 0.5, "macs": 0.4}. multiple: widths are multiples of it, or full. drop_blocks: the
     choice may leave residual blocks out. coupled: also drop channels that several layers share (streams.py). ignore: layer
-    names or globs that stay whole. threshold, lamda: of merging. known: curves from the report of an earlier call with the
-    same arguments but ratio, budget, multiple, drop_blocks.
+    names or globs that stay whole. threshold, lamda: of merging. probe, probe_samples, seed: of the made-up inputs that
+    restoration and the choice look at (probe.make). ridge: of their regressions. known: curves from the report of an
+    earlier call with the same arguments but ratio, budget, multiple, drop_blocks.
     Raises NeuronMergingError that names the layer and says why, where something cannot be done.
     """
     check_names(criterion, compensation, widths)

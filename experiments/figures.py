@@ -76,7 +76,7 @@ def accuracy_against_ratio(
     figure.legend(
         handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=8
     )
-    figure.suptitle(f"{grid.title}: accuracy without fine-tuning")
+    figure.suptitle(f"{grid.title}: accuracy without fine-tuning{grid.looked if 'restore' in kinds else ''}")
     write(figure, paths)
 
 
@@ -126,7 +126,7 @@ def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[P
     axes[0].set_ylabel("test accuracy (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"{grid.title}, {grid.criterion}: {fixed} and widths chosen without data")
+    figure.suptitle(f"{grid.title}, {grid.criterion}: {fixed} and widths chosen without data{grid.looked}")
     write(figure, paths)
 
 
@@ -153,7 +153,7 @@ def chosen_widths(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) ->
     axis.set_ylim(0, 105)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, title="dropped, or budget", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.set_title(f"{grid.title}: widths chosen for restoration")
+    axis.set_title(f"{grid.title}: widths chosen for restoration{grid.looked}")
     write(figure, paths)
 
 

@@ -52,6 +52,11 @@ class Grid:
         return PRETRAINED / settings.checkpoint_name(self.arch, self.depth_wide, self.dataset)
 
     @property
+    def looked(self) -> str:
+        """What titles have to say of the probe: nothing of the one that a user gets too."""
+        return "" if self.probe == "auto" else f"; --probe {self.probe}"
+
+    @property
     def figure(self) -> str:
         """Name of the figure's files, without their ending."""
         return "_".join([self.arch, *map(str, self.depth_wide), self.dataset])

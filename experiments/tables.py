@@ -136,13 +136,14 @@ Accuracy on the test set in %, without fine-tuning. `merge` is the published for
 that follows from the formulas (ours). The tables *beyond the paper* have `restore` (ours), `lbyl` and `fold` (other
 people's; fold's clusters have no criterion) at the same kept widths; whatever looked at real images says so. The tables
 *widths chosen without data* (ours) compare widths from `--widths auto` with uniform ones of at least as many parameters and
-MACs (the columns have the largest of all compensations and seeds); *neurons too*: and those kept that explain most
+MACs (*at most*: the largest of all compensations and seeds); *neurons too*: and those kept that explain most
 (`--criterion auto`); *blocks may go*: and whole residual blocks may be left out (`--drop-blocks`). Where there is a ±, it is
 half the range of three seeds. A cell is empty where nothing was measured: rivals have one criterion a network. Without
 BatchNorm (LeNet) `prune-bn`, `merge-bn` and `merge-derived` are the same as `prune` and `merge`. Seconds are medians over
 the seeds, on the machine that measured: of restoration with its probe; of the choice of widths, which serves all budgets of a
 network, and of that and restoration together. The first row of a run includes what PyTorch needs to start. A row is not
-measured again when the code gets faster: how fast it is today, `make bench` says (BENCH.md).
+measured again when the code gets faster: how fast it is today, `make bench` says (BENCH.md). Titles with `--probe pink` are of
+the made-up inputs that restoration and the choice of widths had before today's.
 """
 
 
@@ -155,12 +156,13 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
     summary = []
     for grid, measured in by_grid.items():
         tables += [f"## {grid.title}", "", full_table(papers(measured)), ""]
-        looked = "" if grid.probe == "auto" else f"; restoration and widths by `--probe {grid.probe}`"
         by_checkpoint = {name: [row for row in measured if checkpoint(row) == name] for name in CHECKPOINTS}
         for name, of_checkpoint in by_checkpoint.items():
             if any(row["type"] == "original" for row in of_checkpoint):
                 about = "the paper's widths" if len(grid.ratios) == 1 else grid.criterion
-                title = f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %{looked})"
+                title = (
+                    f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %{grid.looked})"
+                )
                 summary += [title, "", short_table(grid, of_checkpoint), ""]
         figures = drawn(grid, measured)
         for name in [name for name in figures if name.endswith("_beyond")] or list(figures)[:1]:
@@ -171,7 +173,7 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
                 header, lines = module.table(grid, of_checkpoint)
                 if lines:
                     text = markdown(header, lines, 2 if module is beyond else 1)
-                    tables += [f"### {title}: {grid.title}, checkpoint *{name}*{looked}", "", text, ""]
+                    tables += [f"### {title}: {grid.title}, checkpoint *{name}*{grid.looked}", "", text, ""]
         for name, title in figures.items():
             tables += [f"![{title}](figures/{name}.png)", ""]
     return {TABLES: "\n".join(tables), README: replaced(README, BEGIN, END, "\n".join(summary))}

@@ -80,7 +80,7 @@ class Variant:
         defaults = {told.name: told.default for told in given if told.kind == told.KEYWORD_ONLY and told.name != "seed"}
         return {
             "options": asdict(Options(**self.options)),
-            "probe": defaults | self.probe,
+            "probe": defaults | {"kind": probe.AUTO} | self.probe,
             "experiment": self.experiment,
         }
 
@@ -207,7 +207,9 @@ def documents(measured: Sequence[Row]) -> dict[Path, str]:
         "# How the settings of restoration and of the choice of widths were chosen\n\nMade by `make tuning` from `rows.jsonl`."
         f" Accuracy in % on {IMAGES:,} *training* images, mean of {len(SEEDS)} probe\nseeds ± half the range;"
         " one change at a time against the first line. ResNet-20 (l2-norm) never saw these images;\nLeNet-300-100"
-        f" (l1-norm) was trained on them.\n\n## Ablation\n\n{ablation}\n\n## Settings\n\n{table(measured, list(SWEEP))}\n"
+        f" (l1-norm) was trained on them.\n\n## Ablation\n\n{ablation}\n\n## Settings\n\nDead leaves are what ResNet-20 has in"
+        " the first line too, white noise what LeNet-300-100 has: what differs is rounding, on\nanother machine."
+        f"\n\n{table(measured, list(SWEEP))}\n"
         "\n## Widths\n\nChosen ones have no more parameters and MACs than uniform ones.\n\n"
         f"{table(measured, [AS_IT_IS, *WIDTHS])}\n"
     )

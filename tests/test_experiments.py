@@ -304,7 +304,7 @@ def test_the_demo_prints_published_beside_measured_and_draws(tmp_path, monkeypat
 
 
 def test_merging_is_above_pruning_but_where_the_readme_says():
-    """On every checkpoint, in every cell of the paper; docs/widths.md: no residual block was left out."""
+    """On every checkpoint, in every cell of the paper."""
     cells: dict = {}
     for row in in_tables():
         if row["type"] in ("prune", "merge") and row["widths_rule"] == "published":
@@ -313,6 +313,9 @@ def test_merging_is_above_pruning_but_where_the_readme_says():
     assert len(cells) > 60 and all(len(found) == 2 for found in cells.values())
     below = {cell[1:] for cell, found in cells.items() if found["merge"] <= found["prune"]}
     assert below == {("ResNet", "l2-GM", 0.7)}
+
+
+def test_no_block_is_left_out_as_docs_widths_says():
     tried = [row for row in in_tables() if row.get("drop_blocks")]
     assert len(tried) == 15 and {row["arch"] for row in tried} == {"ResNet", "WideResNet"}
     assert not [row for row in tried if 0 in row["widths"]]

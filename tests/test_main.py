@@ -221,7 +221,7 @@ def test_restoration_by_command_reloads_and_says_what_it_took(cli, pretrained, t
     row = done.row
     assert (row["type"], row["probe"], row["probe_samples"], row["ridge"], row["seed"]) == (
         "restore",
-        "auto",
+        "auto: leaves or white",
         512,
         0.03,
         1,

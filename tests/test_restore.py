@@ -462,6 +462,8 @@ def test_the_probe_chooses_itself(network):
     linear = len(shape_of(network)) == 3 and shape[0] == 1
     assert len(made) == (4096 if linear else 256)
     assert torch.equal(made, probe.make(network, shape, kind="white" if linear else "leaves"))
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))  # without BatchNorm
+    assert torch.equal(probe.make(plain, (3, 8, 8), 8), probe.make(plain, (3, 8, 8), 8, kind="white"))
     with pytest.raises(NeuronMergingError, match="unknown --probe 'brown'"):
         probe.make(network, shape, kind="brown")
 
