@@ -145,7 +145,7 @@ class Experiment:
             "widths_rule": (self.widths if isinstance(self.widths, str) else list(self.widths)) if compressed else None,
             "threshold": self.threshold if compressed else None,
             "lamda": self.lamda if compressed else None,
-            "probe": (probe.AUTO if self.probe == "auto" else self.probe) if probed else None,
+            "probe": probe.rule(self.probe) if probed else None,
             "probe_samples": self.probe_samples if probed else None,
             "ridge": self.ridge if restored or self.chooses else None,
             "seed": self.seed if self.model_type in SEEDED or self.chooses or self.calibrate else None,

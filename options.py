@@ -169,7 +169,7 @@ def parser() -> Parser:
         "leaves for convolutions with BatchNorm, else white [%(default)s]",
     )
     method.add_argument(
-        "--probe-samples", type=int, metavar="N", help="how many of them [256, or 4096 behind a linear layer]"
+        "--probe-samples", type=int, metavar="N", help="how many of them [256, or 4096 where the first layer is linear]"
     )
     method.add_argument(
         "--ridge",

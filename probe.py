@@ -60,6 +60,11 @@ def check(kind: str) -> None:
         raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(KINDS)}")
 
 
+def rule(kind: str) -> str:
+    """What a row calls a kind: for "auto" that which it chooses from, so that rows of another rule are other rows."""
+    return AUTO if kind == "auto" else kind
+
+
 def default_samples(model: nn.Module) -> int:
     """How many samples a probe for `model` has where nothing else is said."""
     return 256 if _convolves(model) else 4096
@@ -136,7 +141,7 @@ def _scaled(images: Tensor) -> Tensor:
 
 PROBES = {"leaves": leaves, "pink": pink, "white": white}
 KINDS = ("auto", *PROBES)
-AUTO = "auto: leaves or white"  # as rows call it: another rule for "auto" makes other measurements
+AUTO = "auto: leaves or white"
 
 
 def _frequency(sides: list[int], power: float) -> Tensor:

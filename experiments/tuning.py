@@ -77,10 +77,11 @@ class Variant:
     def settings(self) -> dict[str, Any]:
         """All settings, those that are not changed too: a row belongs to them."""
         given = inspect.signature(probe.make).parameters.values()
-        defaults = {told.name: told.default for told in given if told.kind == told.KEYWORD_ONLY and told.name != "seed"}
+        defaults = {p.name: p.default for p in given if p.kind == p.KEYWORD_ONLY and p.name != "seed"}
+        told = defaults | self.probe
         return {
             "options": asdict(Options(**self.options)),
-            "probe": defaults | {"kind": probe.AUTO} | self.probe,
+            "probe": told | {"kind": probe.rule(told["kind"])},
             "experiment": self.experiment,
         }
 
