@@ -18,6 +18,7 @@ from trace import CONVS, NORMS, units
 
 SAFETENSORS, ABOUT = ".safetensors", "neuron_merging"  # the ending, and the key of what else is known
 HALF_ABOVE = 16 * 2**20  # bytes of float32 weights above which a file is stored in half precision
+REMAINS = 1e-6  # of the norm of a layer's weights: what half precision may take from a small neuron
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ def stored(model: nn.Module, half_above: float | None = None) -> dict[str, Tenso
     """The weights as a checkpoint file holds them, on the CPU.
 
     Of a model above `half_above` bytes (`HALF_ABOVE`) tensors of two dimensions and more, as the weights of convolutions and
-    linear layers are, are rounded to half precision where every neuron stays what it was to a thousandth; BatchNorm, whose
-    variances leave that range easily, stays float32.
+    linear layers are, are rounded to half precision where every neuron stays what it was to a thousandth, or to `REMAINS` of
+    the layer's norm, as weight decay leaves dead ones; BatchNorm, whose variances leave that range easily, stays float32.
     """
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
     if sum(w.nbytes for w in weights.values()) <= (HALF_ABOVE if half_above is None else half_above):
@@ -192,7 +193,7 @@ def stored(model: nn.Module, half_above: float | None = None) -> dict[str, Tenso
 def _halved(w: Tensor) -> Tensor:
     half = w.half()
     neurons, lost = (x.flatten(1).norm(dim=1) for x in (w, half.float() - w))
-    return half if (lost <= 1e-3 * neurons).all() else w
+    return half if (lost <= torch.maximum(1e-3 * neurons, REMAINS * neurons.norm())).all() else w
 
 
 def _and_more(names: list[str]) -> str:

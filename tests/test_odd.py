@@ -256,8 +256,13 @@ def test_half_precision_is_for_neurons_that_keep_their_weights():
         layer.weight.normal_(0, 0.1)
         layer.weight[0, 0] = 1e-9  # one weight that vanishes among others is nothing
         assert stored(layer, 0)["weight"].dtype == torch.float16
-        layer.weight[1] *= 1e-7  # a whole neuron is
+        layer.weight[1] *= 1e-3  # a small neuron
+        assert stored(layer, 0)["weight"].dtype == torch.float16
+        layer.weight[1] *= 1e-7  # what weight decay leaves of a dead one
+        assert stored(layer, 0)["weight"].dtype == torch.float16
+        layer.weight *= 1e-6  # a whole layer that vanishes is not nothing
         assert stored(layer, 0)["weight"].dtype == torch.float32
+        layer.weight *= 1e6
         layer.weight[1] = 1e6  # too large
         assert stored(layer, 0)["weight"].dtype == torch.float32
         layer.weight[1] = 0
