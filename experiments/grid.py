@@ -78,9 +78,7 @@ GRIDS = {
     "lenet": Grid(
         "LeNet-300-100 on FashionMNIST", "LeNet_300_100", (), "FashionMNIST", (0.5, 0.6, 0.7, 0.8), "l1-norm"
     ),
-    "vgg": Grid(
-        "VGG-16 on CIFAR-10", "VGG", (16,), "cifar10", (0.5,), uniform_ratios=(0.1, 0.2, 0.3, 0.4, 0.5), probe="pink"
-    ),
+    "vgg": Grid("VGG-16 on CIFAR-10", "VGG", (16,), "cifar10", (0.5,), uniform_ratios=(0.1, 0.2, 0.3, 0.4, 0.5)),
     "resnet": Grid("ResNet-56 on CIFAR-10", "ResNet", (56,), "cifar10", CIFAR_RATIOS, blocks=True),
     "wideresnet": Grid(
         "WideResNet-40-4 on CIFAR-10",
