@@ -76,26 +76,30 @@ COLUMNS = {  # of the README's tables: type, and how the widths were found (besi
 def short_table(grid: Grid, measured: Sequence[Row]) -> str:
     """The README's table of one network and checkpoint: published beside measured, then what is ours; a line for every ratio.
 
-    A network whose widths the paper fixes has a line for every criterion instead.
+    A network whose widths the paper fixes has a line for every criterion instead, and then one for every uniform ratio.
     """
     paper = rows.published()
     original = next(row for row in measured if row["type"] == "original")
     fixed = len(grid.ratios) == 1
+    cells = [(name, name, None, "published") for name in CRITERIA]
+    cells += [
+        (f"{grid.criterion}, {_percent(r)} of every layer", grid.criterion, r, "uniform") for r in grid.uniform_ratios
+    ]
+    if not fixed:
+        cells = [(_percent(ratio), grid.criterion, ratio, "published") for ratio in grid.ratios]
     lines: dict[str, dict[str, str]] = {}
-    for criterion in CRITERIA if fixed else (grid.criterion,):
-        for ratio in grid.ratios:
-            label = criterion if fixed else f"{100 * ratio:.0f} %"
-            line = lines.setdefault(label, {})
-            for column, (kind, rule) in COLUMNS.items():
-                found = [
-                    row for row in measured
-                    if (row["type"], row["criterion"]) == (kind, criterion) and row["ratio"] in (ratio, None)
-                    and row["widths_rule"] == ("published" if rule == "uniform" else rule)
-                    and not (row.get("calibrate") or row.get("budget") or row.get("drop_blocks"))
-                ]  # fmt: skip
-                line[column] = beyond.cell(found)
-                if found and rows.published_key(found[0]) in paper:
-                    line[f"{column}: paper"] = f"{paper[rows.published_key(found[0])]:.2f}"
+    for label, criterion, ratio, given in cells:
+        line = lines.setdefault(label, {})
+        for column, (kind, rule) in COLUMNS.items():
+            found = [
+                row for row in measured
+                if (row["type"], row["criterion"], row["ratio"]) == (kind, criterion, ratio)
+                and row["widths_rule"] == (given if rule == "uniform" else rule)
+                and not (row.get("calibrate") or row.get("budget") or row.get("drop_blocks"))
+            ]  # fmt: skip
+            line[column] = beyond.cell(found)
+            if found and rows.published_key(found[0]) in paper:
+                line[f"{column}: paper"] = f"{paper[rows.published_key(found[0])]:.2f}"
     lines = {label: line for label, line in lines.items() if any(line.values())}
     header = [c for name in COLUMNS for c in (f"{name}: paper", name) if any(line.get(c) for line in lines.values())]
     header = header or ["measured"]  # nothing else is, yet
@@ -109,6 +113,10 @@ def short_table(grid: Grid, measured: Sequence[Row]) -> str:
     return markdown(
         [title, *header], [[label, *(line.get(name, "") for name in header)] for label, line in table.items()]
     )
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.0f} %"
 
 
 def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
@@ -159,7 +167,7 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
         by_checkpoint = {name: [row for row in measured if checkpoint(row) == name] for name in CHECKPOINTS}
         for name, of_checkpoint in by_checkpoint.items():
             if any(row["type"] == "original" for row in of_checkpoint):
-                about = "the paper's widths" if len(grid.ratios) == 1 else grid.criterion
+                about = "the paper's widths and uniform ones" if len(grid.ratios) == 1 else grid.criterion
                 title = (
                     f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %{grid.looked})"
                 )

@@ -401,6 +401,21 @@ def test_choices_of_widths_are_listed_once_and_find_their_column(name):
     assert rules == set(chosen.RULES) - (set() if grid.blocks else {"auto, blocks may go"})
 
 
+def test_a_table_of_published_widths_has_uniform_ones_below():
+    grid = GRIDS["vgg"]
+    about = next(grid.experiments()).settings()
+    base = about | {"criterion": "l2-norm", "seed": None, "calibrate": None}
+    measured = [about | {"accuracy": 93.0}]
+    measured += [base | {"type": "merge", "widths_rule": "published", "accuracy": 92.0}]
+    measured += [base | {"type": "merge", "widths_rule": "uniform", "ratio": 0.3, "accuracy": 80.0}]
+    measured += [
+        base | {"type": "restore", "widths_rule": "auto", "seed": seed, "accuracy": 91.0} for seed in (1, 2, 3)
+    ]
+    *_, published, uniform = (line.strip("| ").split(" | ") for line in tables.short_table(grid, measured).splitlines())
+    assert published[0] == "l2-norm" and published[-2:] == ["92.00", "91.00 ± 0.00"]
+    assert uniform == ["l2-norm, 30 % of every layer", "", "80.00"]
+
+
 def test_a_table_beyond_the_paper_shows_means_and_says_what_looked_at_images():
     base = {"criterion": "l1-norm", "ratio": 0.5, "widths_rule": "published", "calibrate": None}
     measured = [
