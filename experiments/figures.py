@@ -38,12 +38,15 @@ def accuracy_against_ratio(
 ) -> None:
     """Draw the rows of one grid and checkpoint, the mean where there are seeds, into each of `paths`.
 
-    `kinds`: the lines, by the names of STYLES. Published accuracies are hollow markers.
+    `kinds`: the lines, by the names of STYLES. Published accuracies are hollow markers. Of a network whose widths the paper
+    fixes, the uniform ones.
     """
+    criteria, all_ratios = ((grid.criterion,), grid.uniform_ratios) if grid.uniform_ratios else (CRITERIA, grid.ratios)
     paper = published()
     baseline = next((row["accuracy"] for row in measured if row["type"] == "original"), None)
-    figure, axes = plt.subplots(1, len(CRITERIA), figsize=(10, 3.4), sharey=True, layout="constrained")
-    for axis, criterion in zip(axes, CRITERIA):
+    shape, columns = ((10, 3.4), 6) if len(criteria) > 1 else ((6.5, 4), 4)
+    figure, axes = plt.subplots(1, len(criteria), figsize=shape, sharey=True, layout="constrained", squeeze=False)
+    for axis, criterion in zip(axes[0], criteria):
         for kind in kinds:
             line = _line(measured, kind, criterion, grid)
             if not line:
@@ -53,7 +56,7 @@ def accuracy_against_ratio(
             size = 6 if dash == "-" else 3
             axis.plot(ratios, line.values(), color=color, marker=marker, linestyle=dash, markersize=size, label=kind)
             keys = [published_key(r) for r in measured if (r["type"], r["criterion"]) == (kind, criterion)]
-            known = {(100 * key[-1], paper[key]) for key in keys if key in paper}
+            known = {(100 * key[-1], paper[key]) for key in keys if key in paper and key[-1]}
             if known:
                 axis.scatter(
                     *zip(*sorted(known)),
@@ -65,16 +68,21 @@ def accuracy_against_ratio(
                 )
         if baseline is not None:
             axis.axhline(baseline, color="black", linewidth=0.8, linestyle="--", label="original")
-        axis.set_title(criterion)
+        axis.set_title(f"{criterion}, uniform widths" if grid.uniform_ratios else criterion)
         axis.set_xlabel("pruning ratio (%)")
-        axis.set_xticks([100 * ratio for ratio in grid.ratios])
+        axis.set_xticks([100 * ratio for ratio in all_ratios])
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy (%)")
+    axes[0, 0].set_ylabel("test accuracy (%)")
     handles = {}
-    for axis in axes:
+    for axis in axes[0]:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=8
+        handles.values(),
+        handles,
+        loc="outside lower center",
+        ncols=min(len(handles), columns),
+        frameon=False,
+        fontsize=8,
     )
     figure.suptitle(f"{grid.title}: accuracy without fine-tuning{grid.looked if 'restore' in kinds else ''}")
     write(figure, paths)

@@ -242,7 +242,8 @@ def has_figure(grid: Grid, measured: Sequence[Row]) -> bool:
 
 def has_beyond_figure(grid: Grid, measured: Sequence[Row]) -> bool:
     """Whether there are curves of restoration to draw."""
-    return has_figure(grid, measured) and any(row["type"] == "restore" for row in ours(measured))
+    several = len(grid.uniform_ratios or grid.ratios) > 1
+    return several and any(row["type"] == "restore" and row["ratio"] for row in ours(measured))
 
 
 def has_chosen_figure(grid: Grid, measured: Sequence[Row]) -> bool:
