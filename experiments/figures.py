@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from experiments import chosen
 from experiments.beyond import IMAGES, SEEDS, complete, criterion_of
 from experiments.grid import CRITERIA, FORMS, Grid
-from experiments.rows import Row, published, published_key, ratio
+from experiments.rows import Row, percent, published, published_key, ratio
 from files import write_atomically
 from models import build
 from trace import units
@@ -179,7 +179,7 @@ def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) 
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     dropped = (
-        "the paper's widths" if measured["ratio"] is None else f"{100 * measured['ratio']:.0f} % of the neurons dropped"
+        "the paper's widths" if measured["ratio"] is None else f"{percent(measured['ratio'])} of the neurons dropped"
     )
     axis.set_title(f"{title}, {measured['criterion']}, {dropped}: feature maps of {measured['images']} test images")
     write(figure, paths)

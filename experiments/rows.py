@@ -105,10 +105,15 @@ def _rows(content: bytes, path: Path) -> list[Row]:
     return found
 
 
+def percent(ratio: float) -> str:
+    """A ratio for people."""
+    return f"{100 * ratio:.0f} %"
+
+
 def ratio(row: Row) -> str:
     """A row's ratio, or budget, for people."""
     if row["ratio"] is not None:
-        return f"{100 * row['ratio']:.0f} %"
+        return percent(row["ratio"])
     if row.get("budget"):
         return row["budget"]
     return "published widths" if row["type"] != "original" else "–"

@@ -80,13 +80,15 @@ def short_table(grid: Grid, measured: Sequence[Row]) -> str:
     """
     paper = rows.published()
     original = next(row for row in measured if row["type"] == "original")
-    fixed = len(grid.ratios) == 1
-    cells = [(name, name, None, "published") for name in CRITERIA]
-    cells += [
-        (f"{grid.criterion}, {_percent(r)} of every layer", grid.criterion, r, "uniform") for r in grid.uniform_ratios
-    ]
-    if not fixed:
-        cells = [(_percent(ratio), grid.criterion, ratio, "published") for ratio in grid.ratios]
+    fixed, criterion = len(grid.ratios) == 1, grid.criterion
+    if fixed:
+        cells = [(name, name, None, "published") for name in CRITERIA]
+        cells += [
+            (f"{criterion}, {rows.percent(ratio)} of every layer", criterion, ratio, "uniform")
+            for ratio in grid.uniform_ratios
+        ]
+    else:
+        cells = [(rows.percent(ratio), criterion, ratio, "published") for ratio in grid.ratios]
     lines: dict[str, dict[str, str]] = {}
     for label, criterion, ratio, given in cells:
         line = lines.setdefault(label, {})
@@ -113,10 +115,6 @@ def short_table(grid: Grid, measured: Sequence[Row]) -> str:
     return markdown(
         [title, *header], [[label, *(line.get(name, "") for name in header)] for label, line in table.items()]
     )
-
-
-def _percent(ratio: float) -> str:
-    return f"{100 * ratio:.0f} %"
 
 
 def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:

@@ -196,7 +196,7 @@ def table(measured: Sequence[Row], variants: Sequence[str]) -> str:
     columns = [(name, ratio) for name, bench in BENCHES.items() for ratio in bench.ratios]
     found = {(n, v, r): [row for row in measured if key(row)[:3] == (n, v, r)] for v in variants for n, r in columns}
     lines = [[v, *(cell(found[n, v, r], len(SEEDS)) for n, r in columns)] for v in variants]
-    return markdown(["", *(f"{name} {100 * ratio:.0f} %" for name, ratio in columns)], lines)
+    return markdown(["", *(f"{name} {rows.percent(ratio)}" for name, ratio in columns)], lines)
 
 
 def documents(measured: Sequence[Row]) -> dict[Path, str]:
