@@ -21,7 +21,7 @@ RULES = {  # by column: what is changed against the criterion's order and the sa
 def experiments(grid: Grid) -> Iterator[Experiment]:
     """By ratio: every compensation with chosen widths, and restoration with chosen neurons too, and without some blocks."""
     budgets = [{"ratio": ratio} for ratio in grid.beyond]
-    if grid.uniform_ratios:  # the paper fixes the widths
+    if grid.fixed:
         budgets.append({"budget": SMALLEST})
     for budget in budgets:
         for kind in KINDS:
@@ -50,7 +50,7 @@ def rule(grid: Grid, row: Row) -> str | None:
 
 def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: a line for every ratio, a column for every compensation and rule."""
-    by_rule = "published" if grid.uniform_ratios else "uniform"
+    by_rule = "published" if grid.fixed else "uniform"
     columns = [(kind, name) for kind in KINDS for name in ("uniform", "auto")]
     columns += [("restore", name) for name in list(RULES)[1:] if name != BLOCKS or grid.blocks]
     lines = []

@@ -41,7 +41,7 @@ def accuracy_against_ratio(
     `kinds`: the lines, by the names of STYLES. Published accuracies are hollow markers. Of a network whose widths the paper
     fixes, the uniform ones.
     """
-    criteria, all_ratios = ((grid.criterion,), grid.uniform_ratios) if grid.uniform_ratios else (CRITERIA, grid.ratios)
+    criteria, all_ratios = ((grid.criterion,), grid.uniform_ratios) if grid.fixed else (CRITERIA, grid.ratios)
     paper = published()
     baseline = next((row["accuracy"] for row in measured if row["type"] == "original"), None)
     shape, columns = ((10, 3.4), 6) if len(criteria) > 1 else ((6.5, 4), 4)
@@ -68,7 +68,7 @@ def accuracy_against_ratio(
                 )
         if baseline is not None:
             axis.axhline(baseline, color="black", linewidth=0.8, linestyle="--", label="original")
-        axis.set_title(f"{criterion}, uniform widths" if grid.uniform_ratios else criterion)
+        axis.set_title(f"{criterion}, uniform widths" if grid.fixed else criterion)
         axis.set_xlabel("pruning ratio (%)")
         axis.set_xticks([100 * ratio for ratio in all_ratios])
         axis.grid(alpha=0.3)
@@ -111,7 +111,7 @@ def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[P
     """Draw the mean accuracy of uniform and of chosen widths against parameters, left, and MACs, right."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     original = next(row for row in measured if row["type"] == "original")
-    fixed = "the paper's widths" if grid.uniform_ratios else "uniform widths"
+    fixed = "the paper's widths" if grid.fixed else "uniform widths"
     for axis, size, name in zip(axes, ("params", "macs"), ("parameters", "MACs")):
         for kind in chosen.KINDS:
             color, marker, _ = STYLES[kind]

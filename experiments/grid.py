@@ -47,6 +47,11 @@ class Grid:
         return self.fewer or self.ratios
 
     @property
+    def fixed(self) -> bool:
+        """Whether the paper fixes the widths, in place of a ratio of every layer."""
+        return bool(self.uniform_ratios)
+
+    @property
     def checkpoint(self) -> Path:
         """Where the network's own checkpoint is shipped."""
         return PRETRAINED / settings.checkpoint_name(self.arch, self.depth_wide, self.dataset)

@@ -80,8 +80,8 @@ def short_table(grid: Grid, measured: Sequence[Row]) -> str:
     """
     paper = rows.published()
     original = next(row for row in measured if row["type"] == "original")
-    fixed, criterion = len(grid.ratios) == 1, grid.criterion
-    if fixed:
+    criterion = grid.criterion
+    if grid.fixed:
         cells = [(name, name, None, "published") for name in CRITERIA]
         cells += [
             (f"{criterion}, {rows.percent(ratio)} of every layer", criterion, ratio, "uniform")
@@ -111,7 +111,7 @@ def short_table(grid: Grid, measured: Sequence[Row]) -> str:
     theirs, own = "" if known is None else f"{known:.2f}", f"{original['accuracy']:.2f}"
     first = {name: theirs if name.endswith(": paper") else own for name in header}
     table = {baseline: first} | lines
-    title = "criterion" if fixed else "dropped"
+    title = "criterion" if grid.fixed else "dropped"
     return markdown(
         [title, *header], [[label, *(line.get(name, "") for name in header)] for label, line in table.items()]
     )
@@ -165,7 +165,7 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
         by_checkpoint = {name: [row for row in measured if checkpoint(row) == name] for name in CHECKPOINTS}
         for name, of_checkpoint in by_checkpoint.items():
             if any(row["type"] == "original" for row in of_checkpoint):
-                about = "the paper's widths and uniform ones" if len(grid.ratios) == 1 else grid.criterion
+                about = "the paper's widths and uniform ones" if grid.fixed else grid.criterion
                 title = (
                     f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %{grid.looked})"
                 )

@@ -266,7 +266,7 @@ def test_chosen_widths_are_no_worse_than_the_given_ones():
     cells: dict = {}
     for network in GRIDS.values():
         for row in tables.of_grid(network, rows.load()):
-            cell = row["checkpoint_sha256"], row["type"], row["ratio"], row.get("budget"), bool(network.uniform_ratios)
+            cell = row["checkpoint_sha256"], row["type"], row["ratio"], row.get("budget"), network.fixed
             cells.setdefault(cell, {}).setdefault(chosen.rule(network, row), []).append(row["accuracy"])
     both = {cell: found for cell, found in cells.items() if {"uniform", "auto"} <= found.keys()}
     assert len(both) >= 50
