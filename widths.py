@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from decompose import CRITERIA, Decomposition, Neurons, ranked, read
@@ -512,18 +513,23 @@ def _explained(G: Tensor, blocks: Tensor) -> Tensor:
 
 
 class _Output:
-    """What the network makes of some samples, and how that changes with consumers in their thinned form."""
+    """What the network makes of some samples, and what becomes of that with consumers in their thinned form."""
 
     def __init__(self, walk: Walk, probe: Tensor) -> None:
         self.walk, self.probe, self.nodes = walk, probe, list(walk.graph.nodes)
         self.original = self._output(0, {}, {})
 
-    def change(self, forms: dict[str, _Thinned], first: int = 0, values: dict[Any, Any] | None = None) -> float:
+    def change(self, forms: dict[str, _Thinned], first: int, values: dict[Any, Any]) -> float:
         """The mean squared change of the network's output, centred per sample, with these forms of consumers by name.
 
         first: the place of the first node that they concern; values: what the nodes before it give.
         """
-        return float((self._output(first, values or {}, forms) - self.original).pow(2).sum(1).mean())
+        return float((self._output(first, values, forms) - self.original).pow(2).sum(1).mean())
+
+    def lost(self, forms: dict[str, _Thinned]) -> float:
+        """1 − the cosine between the network's outputs, centred per sample, and those with these forms of consumers."""
+        thinned = self._output(0, {}, forms)
+        return 1 - float(cosine_similarity(thinned.flatten(), self.original.flatten(), dim=0))
 
     def _output(self, first: int, values: dict[Any, Any], forms: dict[str, _Thinned]) -> Tensor:
         values = dict(values)
@@ -566,13 +572,16 @@ def joint_damage(
     probe: Tensor,
     decompose: Decompose,
 ) -> list[float]:
-    """For each choice of kept widths the mean squared change of the network's output with all units thinned at once.
+    """For each choice of kept widths how much of the network's output is lost with all units thinned at once: 0 … 2.
 
-    curves: whose order says which neurons stay. probe: [B, …]. decompose: a compensation that is made layer by layer.
+    That is 1 − the cosine between the outputs of both networks over all samples, centred per sample: their size does not
+    count. A squared change does not do where much is dropped: an output that has died has changed by its own square, one
+    that points the right way can have changed by more. curves: whose order says which neurons stay. probe: [B, …].
+    decompose: a compensation that is made layer by layer.
     """
     with _looking(model, probe) as (work, probe):
         output = _Output(Walk(work), probe)
-        return [output.change(_all_thinned(work, units, curves, widths, decompose)) for widths in choices]
+        return [output.lost(_all_thinned(work, units, curves, widths, decompose)) for widths in choices]
 
 
 def _all_thinned(
