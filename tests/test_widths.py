@@ -164,7 +164,7 @@ def loss_of_output(model, small, x):
     """1 − the cosine between what two networks make of all of x, centred per sample."""
     with torch.no_grad():
         y, z = ((out - out.mean(1, keepdim=True)).double() for out in (model(x), small(x)))
-    return float(1 - (y * z).sum() / (y.norm() * z.norm()))
+    return max(0.0, float(1 - (y * z).sum() / (y.norm() * z.norm())))  # less than 0 by rounding only
 
 
 @pytest.mark.parametrize("kind", BY_LAYER)
@@ -201,7 +201,7 @@ def assert_joint_damage(model, x, kind, choices):
     assert made[0] < 1e-9 < min(made[1:])
     for widths, damage in zip(choices, made):
         small = METHODS[kind](model, found, [torch.arange(k) for k in widths], told)
-        assert damage == pytest.approx(loss_of_output(model, small, x), rel=0.01, abs=1e-6)
+        assert damage == pytest.approx(loss_of_output(model, small, x), rel=0.01, abs=1e-9)
 
 
 def test_an_output_that_died_lost_more_than_one_that_grew():
@@ -237,7 +237,7 @@ def test_chosen_widths_are_no_worse_together_than_the_given_ones():
         best = min(small, key=lambda widths, model=model: together(model, widths))
         about = {"example_input": (6,), "compensation": "prune", "widths": "auto", "probe_samples": 300}
         _, report = of_network(model, best, **about)
-        assert together(model, report.widths) <= together(model, best) * 1.001 + 1e-9
+        assert together(model, report.widths) <= together(model, best) * 1.001
         summed = W.allocate(report.curves, cost, cost(best))
         margins.append(together(model, summed) - together(model, best))
     assert max(margins) > 1e-4  # what the sum alone would have cost
