@@ -84,7 +84,7 @@ def accuracy_against_ratio(
         frameon=False,
         fontsize=8,
     )
-    figure.suptitle(f"{grid.title}: accuracy without fine-tuning{grid.looked if 'restore' in kinds else ''}")
+    figure.suptitle(f"{grid.title}: accuracy without fine-tuning")
     write(figure, paths)
 
 
@@ -134,7 +134,7 @@ def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[P
     axes[0].set_ylabel("test accuracy (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"{grid.title}, {grid.criterion}: {fixed} and widths chosen without data{grid.looked}")
+    figure.suptitle(f"{grid.title}, {grid.criterion}: {fixed} and widths chosen without data")
     write(figure, paths)
 
 
@@ -161,7 +161,7 @@ def chosen_widths(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) ->
     axis.set_ylim(0, 105)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, title="dropped, or budget", fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.set_title(f"{grid.title}: widths chosen for restoration{grid.looked}")
+    axis.set_title(f"{grid.title}: widths chosen for restoration")
     write(figure, paths)
 
 

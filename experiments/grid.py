@@ -38,7 +38,6 @@ class Grid:
     criterion: str = "l2-norm"  # what rivals are compared with
     uniform_ratios: tuple[float, ...] = ()  # for restoration, where the paper fixes the widths
     fewer: tuple[float, ...] = ()  # of the ratios, those of what goes beyond the paper, where all would take half a day
-    probe: str = "auto"  # of restoration and the choice of widths: another one where auto's was not measured yet
     blocks: bool = False  # whether it has residual blocks, which can be left out
 
     @property
@@ -57,18 +56,13 @@ class Grid:
         return PRETRAINED / settings.checkpoint_name(self.arch, self.depth_wide, self.dataset)
 
     @property
-    def looked(self) -> str:
-        """What titles have to say of the probe: nothing of the one that a user gets too."""
-        return "" if self.probe == "auto" else f"; --probe {self.probe}"
-
-    @property
     def figure(self) -> str:
         """Name of the figure's files, without their ending."""
         return "_".join([self.arch, *map(str, self.depth_wide), self.dataset])
 
     def experiment(self, kind: str = "original", **about: Any) -> Experiment:
         """An experiment with the grid's own checkpoint."""
-        return Experiment(self.arch, self.dataset, self.checkpoint, self.depth_wide, kind, probe=self.probe, **about)
+        return Experiment(self.arch, self.dataset, self.checkpoint, self.depth_wide, kind, **about)
 
     def experiments(self) -> Iterator[Experiment]:
         """The original, then pruning and both forms of merging by criterion and ratio."""
@@ -92,7 +86,6 @@ GRIDS = {
         "cifar10",
         CIFAR_RATIOS,
         fewer=(0.3, 0.5, 0.7),
-        probe="pink",
         blocks=True,
     ),
 }

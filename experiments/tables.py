@@ -148,8 +148,7 @@ half the range of three seeds. A cell is empty where nothing was measured: rival
 BatchNorm (LeNet) `prune-bn`, `merge-bn` and `merge-derived` are the same as `prune` and `merge`. Seconds are medians over
 the seeds, on the machine that measured: of restoration with its probe; of the choice of widths, which serves all budgets of a
 network, and of that and restoration together. The first row of a run includes what PyTorch needs to start. A row is not
-measured again when the code gets faster: how fast it is today, `make bench` says (BENCH.md). Titles with `--probe pink` are of
-the made-up inputs that restoration and the choice of widths had before today's.
+measured again when the code gets faster: how fast it is today, `make bench` says (BENCH.md).
 """
 
 
@@ -166,9 +165,7 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
         for name, of_checkpoint in by_checkpoint.items():
             if any(row["type"] == "original" for row in of_checkpoint):
                 about = "the paper's widths and uniform ones" if grid.fixed else grid.criterion
-                title = (
-                    f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %{grid.looked})"
-                )
+                title = f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %)"
                 summary += [title, "", short_table(grid, of_checkpoint), ""]
         figures = drawn(grid, measured)
         for name in [name for name in figures if name.endswith("_beyond")] or list(figures)[:1]:
@@ -179,7 +176,7 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
                 header, lines = module.table(grid, of_checkpoint)
                 if lines:
                     text = markdown(header, lines, 2 if module is beyond else 1)
-                    tables += [f"### {title}: {grid.title}, checkpoint *{name}*{grid.looked}", "", text, ""]
+                    tables += [f"### {title}: {grid.title}, checkpoint *{name}*", "", text, ""]
         for name, title in figures.items():
             tables += [f"![{title}](figures/{name}.png)", ""]
     return {TABLES: "\n".join(tables), README: replaced(README, BEGIN, END, "\n".join(summary))}
