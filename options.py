@@ -225,6 +225,7 @@ def parser() -> Parser:
     training.add_argument("--momentum", type=float)
     training.add_argument("--weight-decay", type=float)
     training.add_argument("--norm-decay", type=float, metavar="D", help="weight decay of BatchNorm and biases")
+    training.add_argument("--cutout", type=int, metavar="PIXELS", help="hide a square of this side in every image [0]")
     training.add_argument(
         "--schedule", type=int, nargs="+", metavar="EPOCH", help="epochs at which the rate is multiplied by --gammas"
     )
@@ -265,7 +266,17 @@ def recipe(args: argparse.Namespace) -> settings.Recipe:
     chosen = settings.recipe(args.arch, args.recipe)
     if not from_scratch(args):
         chosen = replace(chosen, sizes=())  # what is trained already needs no small images first
-    for name in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "norm_decay", "schedule", "gammas"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "norm_decay",
+        "cutout",
+        "schedule",
+        "gammas",
+    ):
         value = getattr(args, name)
         if value is not None:
             chosen = replace(chosen, **{name: tuple(value) if isinstance(value, list) else value})
@@ -283,6 +294,7 @@ def recipe(args: argparse.Namespace) -> settings.Recipe:
         and 0 <= chosen.momentum < 1,
         "--weight-decay cannot be negative": 0 <= chosen.weight_decay < inf,
         "--norm-decay cannot be negative": 0 <= (chosen.norm_decay or 0) < inf,
+        "--cutout cannot be negative": chosen.cutout >= 0,
         "--schedule is made of epochs, none negative": min(chosen.schedule, default=0) >= 0,
         "--gammas are factors above 0": all(0 < gamma < inf for gamma in chosen.gammas),
     }

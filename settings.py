@@ -83,6 +83,7 @@ class Recipe:
     nesterov: bool = False
     label_smoothing: float = 0.0
     norm_decay: float | None = None  # weight decay of BatchNorm and biases; None: the same
+    cutout: int = 0  # side of the square that every training image loses, in pixels
     one_cycle: bool = False
     sizes: Sizes = ()
 

@@ -70,13 +70,20 @@ def arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def batches(
-    images: Images, batch_size: int, seed: int, part: tuple[int, int] = (0, 1), share: float = 1.0, first: int = 0
+    images: Images,
+    batch_size: int,
+    seed: int,
+    part: tuple[int, int] = (0, 1),
+    share: float = 1.0,
+    first: int = 0,
+    cutout: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """One epoch of (network input, labels, size of the global batch) in a random order, augmented where the data set says so.
 
     The order and the crops are those of `seed` alone: the same for one process and for the shares of many. `part` =
     (rank, world size) picks every world-th image of each global batch. `share`: the sides of the images are shrunk to it,
     after the crop. `first`: the number of the batch to begin with. A last batch too small for BatchNorm is left out.
+    `cutout`: side in pixels of a square, its centre anywhere in the image, that shows the mean colour (DeVries & Taylor 2017).
     """
     rank, world = part
     device, count = images.labels.device, len(images)
@@ -86,6 +93,8 @@ def batches(
     pad = 4 if images.dataset.augment else 0
     shift = torch.randint(0, 2 * pad + 1, (2, count), generator=random).to(device)
     flip = (torch.rand(count, generator=random) < 0.5).to(device) & images.dataset.augment
+    centre = torch.stack([torch.randint(0, side, (count,), generator=random) for side in (height, width)]).to(device)
+    mean = (255 * torch.tensor(images.dataset.mean, device=device)).round().to(torch.uint8)
     padded = F.pad(images.pixels, (pad, pad, pad, pad))  # black, as RandomCrop(padding=4) pads
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     for start in range(first * batch_size, count, batch_size):
@@ -96,6 +105,10 @@ def batches(
         y = rows + shift[0, i, None]  # [B, H]
         x = torch.where(flip[i, None], columns.flip(0), columns) + shift[1, i, None]  # [B, W]
         crops = padded[i[:, None, None], :, y[:, :, None], x[:, None, :]]  # [B, H, W, C]
+        if cutout:
+            top, left = centre[:, i, None] - cutout // 2  # [B, 1] each
+            hidden = ((rows - top) // cutout == 0)[:, :, None] & ((columns - left) // cutout == 0)[:, None]  # [B, H, W]
+            crops[hidden] = mean
         yield images.normalised(crops.permute(0, 3, 1, 2), share), images.labels[i], size
 
 
@@ -175,7 +188,7 @@ def train(
             forward.train()
             share = image_share(recipe, epoch / recipe.epochs)
             bar = tqdm(
-                batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world), share, first=step),
+                batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world), share, step, recipe.cutout),
                 f"epoch {epoch + 1}/{recipe.epochs}", steps, initial=step, unit="batch", leave=False,
                 disable=None if rank == 0 else True,
             )  # fmt: skip

@@ -238,6 +238,7 @@ OWN_FLAGS = {
 TRAIN_FLAGS = {
     "--epochs": ["1", "0", "-1"], "--lr": ["0.1", "0", "nan", "1e30"], "--batch-size": ["16", "1", "0", "999"],
     "--momentum": ["0.5", "1", "nan"], "--weight-decay": ["0", "-1", "inf"], "--norm-decay": ["0", "-1", "nan"],
+    "--cutout": ["0", "8", "-1", "999"],
     "--schedule": ["1", "-1", "x"],
     "--gammas": ["0.1", "0", "nan"], "--recipe": ["fast", "published", "slow"], "--log-interval": ["1", "-1"],
     "--save": ["net.pth", "/proc/net", "."], "--model-type": FLAGS["--model-type"], "--pretrained": FLAGS["--pretrained"],

@@ -344,6 +344,7 @@ BAD = {
     "learning rate": (["--lr", "nan"], "--lr has to be above 0"),
     "weight decay": (["--weight-decay", "-1"], "--weight-decay cannot be negative"),
     "decay of BatchNorm": (["--norm-decay", "-1"], "--norm-decay cannot be negative"),
+    "cutout": (["--cutout", "-1"], "--cutout cannot be negative"),
     "seed": (["--seed", str(2**80)], "--seed in [0, 2**32)"),
     "a name too long": (["--pretrained", "x" * 5000], "File name too long"),
     "a name of two lines": (["--pretrained", "no\nthing"], "is not there"),

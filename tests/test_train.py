@@ -1,5 +1,6 @@
 """The trainer: batches, recipes, resuming to the same result, several processes with the same update as one."""
 
+import inspect
 import json
 import os
 import signal
@@ -160,6 +161,40 @@ def test_crops_and_flips_are_what_torchvision_would_cut():
     assert len(flips) == 180 and 60 < sum(flips) < 120
 
 
+@pytest.mark.parametrize("dataset, side", [("cifar10", 5), ("cifar10", 12), ("FashionMNIST", 4)])
+def test_cutout_hides_one_square_of_every_image_and_changes_nothing_else(dataset, side):
+    data = images(dataset, 200)
+    _, height, width = data.dataset.shape
+    whole, cut = ([x for x, *_ in train.batches(data, 64, seed=2, cutout=cutout)] for cutout in (0, side))
+    whole, cut = torch.cat(whole), torch.cat(cut)
+    data.pixels[:] = (255 * torch.tensor(data.dataset.mean)).round().to(torch.uint8)[:, None, None]
+    mean = data.normalised(data.pixels)[0, :, 0, 0]
+    corners = set()
+    for before, after in zip(whole, cut):
+        hidden = (after == mean[:, None, None]).all(0) & (before != after).any(0)
+        down, across = hidden.any(1).nonzero().flatten(), hidden.any(0).nonzero().flatten()
+        top, left, bottom, right = int(down[0]), int(across[0]), int(down[-1]) + 1, int(across[-1]) + 1
+        assert bottom - top == side or (bottom - top < side and (top == 0 or bottom == height))  # past the border
+        assert right - left == side or (right - left < side and (left == 0 or right == width))
+        inside = torch.zeros(height, width, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        assert torch.equal(after, torch.where(inside, mean[:, None, None], before))
+        corners.add((top, left))
+    assert len(corners) > 100
+
+
+def test_a_recipe_s_cutout_reaches_the_training_images(monkeypatch):
+    asked = []
+
+    def watched(*args, batches=train.batches, **options):
+        asked.append(inspect.signature(batches).bind(*args, **options).arguments.get("cutout"))
+        return batches(*args, **options)
+
+    monkeypatch.setattr(train, "batches", watched)
+    run(tiny(), replace(RECIPE, cutout=7))
+    assert asked == [7, 7, 7]
+
+
 def test_the_shares_of_several_processes_make_up_the_global_batch():
     data = images("cifar10", 70)
     whole = list(train.batches(data, 32, seed=1))
@@ -185,10 +220,11 @@ STEPS = {
     "nesterov": False,
     "label_smoothing": 0.0,
     "norm_decay": None,
+    "cutout": 0,
     "one_cycle": False,
     "sizes": (),
 }
-CYCLE = {"momentum": 0.9, "nesterov": True, "label_smoothing": 0.1, "norm_decay": 0.0, "one_cycle": True}
+CYCLE = {"momentum": 0.9, "nesterov": True, "label_smoothing": 0.1, "norm_decay": 0.0, "cutout": 0, "one_cycle": True}
 LENET = {
     "epochs": 60,
     "lr": 0.1,
