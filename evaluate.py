@@ -39,7 +39,7 @@ def accuracy(
     correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     # Silent when not a terminal (disable=None), and gone when done.
     for start in tqdm(range(0, len(labels), batch_size), "evaluate", unit="batch", leave=False, disable=None):
-        x = images.normalised(pixels[start : start + batch_size], share)
+        x = images.normalised(pixels[start : start + batch_size], share).to(dtype(model))
         logits = model(x.contiguous(memory_format=torch.channels_last))
         correct += (logits.argmax(1) == labels[start : start + batch_size]).sum()
     return int(correct), len(labels)
@@ -71,14 +71,31 @@ def fused(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+def dtype(model: nn.Module) -> torch.dtype:
+    """In which a network takes its inputs: that of its first parameter."""
+    return next(model.parameters()).dtype
+
+
 def count_parameters(model: nn.Module) -> int:
     """Weights, biases, γ and β; no running statistics."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one input of `shape` (without the batch)."""
-    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape, dtype=torch.float32, device="cpu"))
-    return counter.get_total_flops() // 2
+    """Multiply-accumulates of convolutions and matrix products for one input of `shape` (without the batch).
+
+    Counted in float32, or in the network's own precision where it insists on that.
+    """
+
+    def count(precision: torch.dtype) -> int:
+        copied = copy.deepcopy(model).cpu().to(precision).eval().requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            copied(torch.zeros(1, *shape, dtype=precision, device="cpu"))
+        return counter.get_total_flops() // 2
+
+    try:
+        return count(torch.float32)
+    except RuntimeError:
+        if dtype(model) == torch.float32:
+            raise
+        return count(dtype(model))

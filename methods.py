@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 
 from torch import Tensor, nn
 
 import probe
-from decompose import COMPENSATIONS, Decomposition, Neurons, compensate, prune, read, rebuild
+from decompose import COMPENSATIONS, Decomposition, Neurons, check_compensation, compensate, prune, read, rebuild
 from errors import NeuronMergingError
 from restore import Options, restore
 from rivals import fold, folded, lbyl, reestimate
@@ -35,6 +36,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises NeuronMergingError for numbers that make no sense."""
+        for name, value in (("threshold", self.t), ("lamda", self.lam), ("ridge", self.ridge)):
+            if not isinstance(value, Real):
+                raise NeuronMergingError(f"--{name} {value!r} is no number")
+        for name, value in (("probe-samples", 256 if self.samples is None else self.samples), ("seed", self.seed)):
+            if not isinstance(value, Integral):
+                raise NeuronMergingError(f"--{name} {value!r} is no whole number")
         if not -1 <= self.t <= 1:
             raise NeuronMergingError(f"--threshold {self.t} is no cosine: choose one in [-1, 1]")
         if not 0 <= self.lam <= 1:
@@ -49,12 +56,23 @@ class Settings:
         """What a method looks at: the real images, or else a probe of `share` times as many samples as it asks for."""
         if self.images is not None:
             return self.images.to(next(model.parameters()))
-        samples = round(share * (self.samples or probe.default_samples(model)))
+        samples = round(share * (self.samples or probe.default_samples(model, self.shape)))
         return probe.make(model, self.shape, samples, kind=self.probe, seed=self.seed)
 
 
 Method = Callable[[nn.Module, Sequence[Unit | Stream], Sequence[Tensor], Settings], nn.Module]
 """A network, its units, the neurons [P] that each keeps, settings → a smaller network. The given one is left as it is."""
+
+
+def check_units(name: str, units: Sequence[Unit | Stream]) -> None:
+    """Raises NeuronMergingError where the method `name` has no form for one of the units."""
+    if name in ALONE and any(isinstance(unit, Stream) for unit in units):
+        raise NeuronMergingError(
+            f"{name} has no form for coupled channels: use prune, merge or restore, or leave them whole"
+        )
+    plain = name.removesuffix("-bn")
+    if plain in COMPENSATIONS:
+        check_compensation([unit for unit in units if isinstance(unit, Unit)], plain)
 
 
 def _decomposed(
@@ -74,7 +92,7 @@ def _restored(
 
 
 def _lbyl(model: nn.Module, units: Sequence[Unit | Stream], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
-    _without_streams("lbyl", units)
+    check_units("lbyl", units)
     parts = []
     for unit, kept in zip(units, keep):
         neurons = read(model, unit)
@@ -83,16 +101,9 @@ def _lbyl(model: nn.Module, units: Sequence[Unit | Stream], keep: Sequence[Tenso
 
 
 def _folded(model: nn.Module, units: Sequence[Unit | Stream], keep: Sequence[Tensor], settings: Settings) -> nn.Module:
-    _without_streams("fold", units)
+    check_units("fold", units)
     widths = [len(kept) for kept in keep]  # clusters: as many, not the same
     return fold(model, units, widths, settings.seed)
-
-
-def _without_streams(name: str, units: Sequence[Unit | Stream]) -> None:
-    if any(isinstance(unit, Stream) for unit in units):
-        raise NeuronMergingError(
-            f"{name} has no form for coupled channels: use prune, merge or restore, or leave them whole"
-        )
 
 
 def _reestimated(

@@ -169,7 +169,10 @@ def parser() -> Parser:
         "leaves for convolutions with BatchNorm, else white [%(default)s]",
     )
     method.add_argument(
-        "--probe-samples", type=int, metavar="N", help="how many of them [256, or 4096 where the first layer is linear]"
+        "--probe-samples",
+        type=int,
+        metavar="N",
+        help="how many of them [256, or 4096 rows where the first layer is linear]",
     )
     method.add_argument(
         "--ridge",
@@ -308,6 +311,8 @@ def check(args: argparse.Namespace) -> None:
     """What can be said of the command line before PyTorch is there. Raises NeuronMergingError."""
     if args.arch not in settings.NETWORKS:
         raise NeuronMergingError(f"unknown network {args.arch!r}: choose one of {', '.join(settings.NETWORKS)}")
+    if args.model == "":
+        raise NeuronMergingError("--model names nothing: give module:callable, such as torchvision.models:resnet18")
     silent = args.model_type is None
     args.model_type = args.model_type or "original"
     args.thins, told_ratio = thins(args), args.pruning_ratio is not None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 import settings
 from errors import NeuronMergingError, said
-from evaluate import CPU_BATCH, count_parameters, fused
+from evaluate import CPU_BATCH, count_parameters, dtype, fused
 from evaluate import accuracy as on_images
 from experiment import description, placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
@@ -157,7 +157,7 @@ def accuracy(model: nn.Module, images: "ImageFolder", device: torch.device, batc
         loader = torch.utils.data.DataLoader(images, batch_size or CPU_BATCH, num_workers=min(8, os.cpu_count() or 1))
         batches = data.readable(loader, what, (file for file, _ in images.samples))
         for x, labels in tqdm(batches, "evaluate", len(loader), unit="batch", leave=False, disable=None):
-            logits = model(x.to(device))
+            logits = model(x.to(device, dtype(model)))
             if logits.shape[1] != len(images.classes):
                 raise NeuronMergingError(
                     f"--dataset imagefolder:{folder} has {len(images.classes)} folders, the network {logits.shape[1]}"
@@ -178,6 +178,7 @@ def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any],
         check_choice(args.widths in settings.CHOSEN_WIDTHS, args.budget, args.multiple, args.drop_blocks)
         ratio = args.ratios or (args.pruning_ratio if isinstance(args.widths, str) else args.widths)
         told = {"coupled": args.coupled, "ignore": ignore, "multiple": args.multiple}
+        told |= {} if args.model_type == "original" else {"compensation": args.model_type}
         return {"summary": summary(model, ratio if args.thins else None, **told)}, dict
     if args.weights is None:
         print("warning: no --weights: the network is as its code makes it", file=sys.stderr)
@@ -277,7 +278,8 @@ def _measurement(
 def _on_dataset(model: nn.Module, images: data.Images, batch_size: int | None) -> tuple[int, int]:
     """(correct, total) on one of our data sets, whose classes the network has to have."""
     with torch.inference_mode():
-        outputs = model.eval()(torch.zeros(1, *images.dataset.shape, device=images.labels.device)).shape[1]
+        x = torch.zeros(1, *images.dataset.shape, dtype=dtype(model), device=images.labels.device)
+        outputs = model.eval()(x).shape[1]
     if outputs != images.dataset.classes:
         raise NeuronMergingError(
             f"the data set has {images.dataset.classes} classes, the network {outputs} outputs: give --model-args,"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from errors import NeuronMergingError, said
 from trace import CONVS, NORMS, Graph
-from walk import by_sample, precision
+from walk import by_sample, floats, precision
 
 MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
 CHUNK = 64  # samples that are normalised together in the class step
@@ -36,16 +36,17 @@ def make(
     """A probe [samples, *shape] for `model`, float32 on its device; the same for the same seed on a CPU.
 
     kind: "leaves", "pink", "white", or "auto": dead leaves where the network normalises what it sees and the first layer is a
-    convolution, weak white noise elsewhere. samples: 256, or 4096 where the first layer is linear, which sees a single
-    row in every sample. step: length of the class step in standard deviations of the samples, 0 for none.
+    convolution, weak white noise elsewhere. samples: None for as many as `default_samples` says. step:
+    length of the class step in standard deviations of the samples, 0 for none.
     Raises NeuronMergingError for an unknown kind, a shape that the network does not take, or a network that cannot be traced.
     """
     check(kind)
     if kind == "auto":
-        kind = "leaves" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
+        convolves = isinstance(_first_layer(model), CONVS)
+        kind = "leaves" if convolves and any(isinstance(m, NORMS) for m in model.modules()) else "white"
     if kind != "white" and len(shape) < 2:
         raise NeuronMergingError(f"--probe {kind} is for images: an input of shape {list(shape)} has none; use white")
-    samples = samples or default_samples(model)
+    samples = samples or default_samples(model, shape)
     random = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
     x = PROBES[kind](samples, shape, random).to(parameter.device)
@@ -65,16 +66,23 @@ def rule(kind: str) -> str:
     return AUTO if kind == "auto" else kind
 
 
-def default_samples(model: nn.Module) -> int:
-    """How many samples a probe for `model` has where nothing else is said."""
-    return 256 if _convolves(model) else 4096
+def default_samples(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """How many samples of this shape a probe for `model` has where nothing else is said.
+
+    256, and as many more as a first layer that is linear needs to see 4096 rows: it may see one in every sample, or a token
+    in each of many places.
+    """
+    first = _first_layer(model)
+    if not isinstance(first, nn.Linear):
+        return 256
+    return max(256, 4096 // max(1, math.prod(shape) // first.in_features))
 
 
-def _convolves(model: nn.Module) -> bool:
-    """Whether the first layer that the forward pass calls is a convolution."""
+def _first_layer(model: nn.Module) -> nn.Module | None:
+    """The first convolution or linear layer that the forward pass calls."""
     network = Graph(model)
     called = (network.module(node) for node in network.nodes)
-    return isinstance(next((m for m in called if isinstance(m, (*CONVS, nn.Linear))), None), CONVS)
+    return next((m for m in called if isinstance(m, (*CONVS, nn.Linear))), None)
 
 
 def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -152,7 +160,10 @@ def _frequency(sides: list[int], power: float) -> Tensor:
 
 
 def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Tensor:
-    """The gradient of a random class's logit by every sample, smoothed (amplitude · f^−½), each of rms 1 (or 0)."""
+    """The gradient of a random class's logit by every sample, smoothed (amplitude · f^−½), each of rms 1 (or 0).
+
+    0 everywhere where the outputs have none, such as classes instead of scores.
+    """
     what = f"{type(model).__name__} does not take inputs of shape {list(x.shape)}"
     with said(what):
         x = x.to(precision(model, x))
@@ -165,7 +176,10 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
     for part in x.tensor_split(math.ceil(len(x) / CHUNK)):  # no chunk of one
         part = part.clone().requires_grad_()
         with said(what), torch.enable_grad():
-            logits = by_sample(model(part.clone()))  # which it may overwrite
+            output = model(part.clone())  # which it may overwrite
+            if not any(tensor.requires_grad for tensor in floats(output)):
+                return torch.zeros_like(x)
+            logits = by_sample(output)
             chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random, device="cpu").to(logits.device)
             gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
     g = torch.cat(gradients)

@@ -30,7 +30,7 @@ from ridge import Ridge
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit, ancestors
-from walk import POSITIONS, Walk, as_weight, channel, matrix, outputs, places, precision, rows, steps
+from walk import POSITIONS, as_weight, channel, matrix, outputs, places, precision, rows, steps, walk_through
 
 ROUNDING = 1e-6  # of a neuron's largest output: what is left over below it is not fitted
 
@@ -69,7 +69,7 @@ def restore(
     student = rebuild(teacher, alone, [_start(teacher, *pair) for pair in zip(alone, kept)])
     cut_streams(teacher, student, coupled, t=0.999, strict=False)
     with said(cannot), torch.no_grad():
-        _Lockstep(teacher, student, list(zip(alone, kept)), coupled, options).run(probe.to(work))
+        _Lockstep(teacher, student, list(zip(alone, kept)), coupled, probe.to(work), options).run()
     for before, after in zip(model.modules(), student.modules(), strict=True):
         after.training = before.training
         if hasattr(before, "inplace"):
@@ -106,12 +106,13 @@ class _Lockstep:
         student: nn.Module,
         alone: Sequence[tuple[Unit, Tensor]],
         coupled: Sequence[tuple[Stream, Tensor]],
+        probe: Tensor,
         options: Options,
     ) -> None:
-        self.options = options
+        self.options, self.probe = options, probe
         self.keep = {name: kept for unit, kept in alone for name in (unit.layer, unit.bn) if name}
         self.keep |= kept_channels(teacher, coupled)
-        self.teacher = Walk(teacher, options.probe_statistics)
+        self.teacher = walk_through(teacher, probe, options.probe_statistics)
         self.student = self.teacher.beside(student, self.keep)
         self.norm = {unit.next: unit.next_bn for unit, _ in alone} | {unit.layer: unit.bn for unit, _ in alone}
         self.norm |= {name: bn for stream, _ in coupled for name, bn in stream.norms.items()}
@@ -124,7 +125,7 @@ class _Lockstep:
         self.s: dict[fx.Node, Any] = {}
         self.fitted: set[str] = set()
 
-    def run(self, probe: Tensor) -> None:
+    def run(self) -> None:
         """Fit every layer; afterwards the student is ready for use."""
         graph = self.teacher.graph
         summands = {}  # by consumer what its output is added to
@@ -140,7 +141,7 @@ class _Lockstep:
         for node in steps(order, self.t, self.s, sources=lambda node: self._read(node, summands)):
             if node.op == "output":
                 continue
-            self.t[node] = self.teacher.run(node, self.t, probe)
+            self.t[node] = self.teacher.run(node, self.t, self.probe)
             if node.op == "call_module" and node.target in self.norm:
                 self._fit(node, summands.get(node))
             same = all(self.s[source] is self.t[source] for source in node.all_input_nodes)

@@ -3,13 +3,14 @@
 Without data, without training: see decompose.py for the paper's methods, restore.py and widths.py for ours.
 """
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from math import inf, nan
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,7 @@ from torch.nn.parameter import is_lazy
 
 import memory
 from decompose import (
-    COMPENSATIONS,
     CRITERIA,
-    check_compensation,
     check_finite,
     check_width,
     choose,
@@ -29,7 +28,7 @@ from decompose import (
 )
 from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
-from methods import ALONE, BIASED, BY_LAYER, LOOKING, METHODS, Settings, layerwise
+from methods import ALONE, BIASED, BY_LAYER, LOOKING, METHODS, Settings, check_units, layerwise
 from pairs import Pairs
 from restore import Options
 from settings import CHOSEN_WIDTHS, by_name
@@ -160,6 +159,7 @@ def shrink(
             "widths and neurons are chosen unit by unit: not for coupled channels, give a ratio or widths"
         )
     check_weights(model)
+    check_copies(model)
     macs = None if shape is None else network_macs(model, shape)
     memory.reset(device)
     start = time.perf_counter()
@@ -172,9 +172,7 @@ def shrink(
             f"{type(model).__name__} has no layer that can be pruned: {_reasons(left_out)}"
             + ("; coupled channels (coupled=True, --coupled) can be" if more else "")
         )
-    plain = compensation.removesuffix("-bn")
-    if plain in COMPENSATIONS:
-        check_compensation([unit for unit in found if isinstance(unit, Unit)], plain)
+    check_units(compensation, found)
     full = [width(model, unit) for unit in found]
     if shape is not None:
         _check_vectors(model, found, shape)
@@ -212,6 +210,8 @@ def shrink(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds, peak_mb = time.perf_counter() - start, memory.peak(device)
+    if _channels_last(model):
+        small.to(memory_format=torch.channels_last)
     none = compensation == "fold"
     cosine = [nan if none else _cosine(_weights(model, unit), kept) for unit, kept in zip(found, keep)]
     report = Report(
@@ -230,11 +230,16 @@ def summary(
     coupled: bool = False,
     ignore: Sequence[str] = (),
     multiple: int = 1,
+    compensation: str = "prune",
 ) -> str:
-    """What of a network can lose neurons, with a ratio (or widths, as of `shrink`) how many, and why the rest cannot."""
+    """What of a network can lose neurons, with a ratio (or widths, as of `shrink`) how many, and why the rest cannot.
+
+    Raises NeuronMergingError as `shrink` does, also where the compensation has no form for one of the units.
+    """
     check_choice(False, None, multiple, False)
     check_weights(model)
     found, left_out = _without(model, *prunable(model, coupled), ignore)
+    check_units(compensation, found)
     full = [width(model, unit) for unit in found]
     counts = [str(n) for n in full]
     if ratio is not None:
@@ -269,6 +274,25 @@ def check_weights(model: nn.Module) -> None:
             check_finite(name or type(module).__name__, *(value.detach() for value in values))
         if isinstance(module, NORMS) and module.running_var is not None and (module.running_var < 0).any():
             raise NeuronMergingError(f"{name} ({type(module).__name__}) has variances below 0")
+
+
+def check_copies(model: nn.Module) -> None:
+    """Raises NeuronMergingError where a network cannot be copied, and names the tensor that stands in the way, if it is one."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise NeuronMergingError(
+                    f"{f'{name}.'.lstrip('.')}{attribute} cannot be copied, being computed from what is learned: detach it,"
+                    " or remove what torch.nn.utils.prune or weight_norm left"
+                )
+    with said(f"{type(model).__name__} cannot be copied", typed=True):
+        copy.deepcopy(model)
+
+
+def _channels_last(model: nn.Module) -> bool:
+    """Whether the weights of a network's convolutions lie in memory with their channels last."""
+    weights = [p for p in model.parameters() if p.ndim == 4 and not p.is_contiguous()]
+    return bool(weights) and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
 def network_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
@@ -343,9 +367,9 @@ def _shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) 
     if isinstance(example_input, Tensor):
         return tuple(example_input.shape[1:])
     if example_input is not None:
-        if not isinstance(example_input, Sequence):
+        if not isinstance(example_input, Sequence) or not all(isinstance(side, Integral) for side in example_input):
             raise NeuronMergingError(
-                f"example_input {example_input!r}: give inputs [B, …] or the shape of one, (3, 32, 32)"
+                f"example_input {example_input!r}: give a tensor of inputs [B, …] or the shape of one, (3, 32, 32)"
             )
         return tuple(example_input)
     return None if images is None else tuple(images.shape[1:])
@@ -394,6 +418,9 @@ def _kept(
     ratio = ratio.tolist() if hasattr(ratio, "tolist") else ratio  # tensors and arrays
     if not isinstance(ratio, Mapping | Sequence | Real) or isinstance(ratio, str):
         raise NeuronMergingError(f"ratio {ratio!r} is no number")
+    for value in ratio.values() if isinstance(ratio, Mapping) else ratio if isinstance(ratio, Sequence) else ():
+        if not isinstance(value, Real):
+            raise NeuronMergingError(f"ratio {ratio!r}: {value!r} is no number")
     if isinstance(ratio, Mapping):
         ratios = [0.0] * len(found)
         for pattern, value in ratio.items():
@@ -454,8 +481,8 @@ def check_names(criterion: str, compensation: str, widths: str) -> None:
 
 def check_choice(chosen: bool, budget: object, multiple: int, drop_blocks: bool) -> None:
     """What of the choice of widths does not go together. Raises NeuronMergingError."""
-    if multiple < 1:
-        raise NeuronMergingError(f"--multiple {multiple} has to be at least 1")
+    if not isinstance(multiple, Integral) or multiple < 1:
+        raise NeuronMergingError(f"--multiple {multiple} has to be at least 1, and whole")
     if (budget is not None or drop_blocks) and not chosen:
         raise NeuronMergingError("--budget and --drop-blocks are for --widths auto (or quick)")
 
@@ -465,7 +492,7 @@ def _check_budget(budget: Mapping[str, float], given: object) -> None:
         not isinstance(budget, Mapping)
         or not budget
         or not set(budget) <= {"params", "macs"}
-        or not all(0 < share <= 1 for share in budget.values())
+        or not all(isinstance(share, Real) and 0 < share <= 1 for share in budget.values())
     ):
         raise NeuronMergingError(f"budget {given}: say the shares to keep, such as params=0.5,macs=0.4")
 

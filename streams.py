@@ -242,7 +242,7 @@ class _Spaces:
         if value is None or len(inputs) > 1:
             raise NotAUnit(obstacle(network, node))
         spatial = value.dimension and not value.flat
-        if kind is NORMS[max(value.dimension - 1, 0)] and not value.flat:
+        if kind in (NORMS[max(value.dimension - 1, 0)], nn.SyncBatchNorm) and not value.flat:
             norm = network.own(node)
             if norm.running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")

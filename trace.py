@@ -45,7 +45,7 @@ class Unit:
 
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # the last of any dimension
 RELU = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 ACTIVATIONS = {  # elementwise, and not positively homogeneous or not known to the paper
     nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, nn.ReLU6, F.relu6, nn.GELU, F.gelu, nn.SiLU, F.silu, nn.Mish, F.mish,
@@ -110,6 +110,22 @@ class NotAUnit(Exception):
     """Why a layer is left out."""
 
 
+def computes_as(kind: type) -> type:
+    """The layer or BatchNorm of torch.nn whose computation a class, which may be one's own, inherits; else the class itself."""
+    parts = ("forward", "_conv_forward", "__call__", "weight", "bias")
+    bases = (base for base in (*CONVS, *NORMS, nn.Linear) if issubclass(kind, base))
+    same = (base for base in bases if all(getattr(kind, p, None) is getattr(base, p, None) for p in parts))
+    return next(same, kind)
+
+
+class Tracer(fx.Tracer):
+    """Does not look into convolutions, linear layers and BatchNorms, whoever wrote their class."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        """Whether a call of `module` is a node."""
+        return isinstance(module, (*CONVS, *NORMS, nn.Linear)) or super().is_leaf_module(module, qualified_name)
+
+
 class Graph:
     """The traced graph with what has to be known of its modules."""
 
@@ -119,7 +135,7 @@ class Graph:
         values = [value for attributes in before.values() for value in attributes.values()]
         contents = [(value, copy.copy(value)) for value in values if type(value) in (list, dict, set)]
         try:
-            self.nodes = list(fx.Tracer().trace(model.eval()).nodes)
+            self.nodes = list(Tracer().trace(model.eval()).nodes)
         except Exception as error:  # tracing runs the user's forward(), which can raise anything
             raise NeuronMergingError(
                 f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason(error)}"
@@ -149,11 +165,13 @@ class Graph:
 
     def kind(self, node: fx.Node) -> Any:
         """What a node does: the class of its module, the function, or the name of the method."""
-        return type(self.module(node)) if node.op == "call_module" else node.target
+        return computes_as(type(self.module(node))) if node.op == "call_module" else node.target
 
     def own(self, node: fx.Node) -> nn.Module:
         """The module of a node whose weights may be rewritten. Raises NotAUnit where something else depends on them."""
         module = self.module(node)
+        if self.kind(node) not in (*CONVS, *NORMS, nn.Linear):
+            raise NotAUnit(f"{node.target} ({type(module).__name__}) has a forward of its own")
         if self.calls[module] > 1:
             raise NotAUnit(f"{node.target} is used {self.calls[module]} times")
         if module in self.tied:
@@ -196,7 +214,7 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
     while True:
         before, node = node, network.reader(node)
         kind = network.kind(node)
-        if sides and kind is NORMS[sides - 1] and before.target == name:
+        if sides and kind in (NORMS[sides - 1], nn.SyncBatchNorm) and before.target == name:
             norm = network.own(node)
             if norm.running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")
@@ -215,7 +233,7 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
         else:
             raise NotAUnit(obstacle(network, node))
     if isinstance(consumer, CONVS):
-        if flat or type(consumer) is not type(layer) or consumer.groups > 1 or consumer.in_channels != neurons:
+        if flat or dimension(consumer) != sides or consumer.groups > 1 or consumer.in_channels != neurons:
             raise NotAUnit(f"{node.target} does not read its neurons as channels of a plain convolution")
     elif sides and not flat:
         raise NotAUnit(f"{node.target} reads it without a flatten")

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from errors import NeuronMergingError
 from evaluate import count_macs
 from products import gram
-from trace import CONVS, DROPOUT, NORMS, addition
+from trace import CONVS, DROPOUT, NORMS, Tracer, addition, computes_as
 
 ENTRIES = 2**27  # numbers in a matrix of patches, at most: 512 MB
 POSITIONS = 128  # output positions that are looked at, for every feature of a patch
@@ -46,7 +46,7 @@ class Walk:
     """
 
     def __init__(self, model: nn.Module, probe_statistics: bool = True) -> None:
-        self.graph = fx.Tracer().trace(model)
+        self.graph = Tracer().trace(model)
         self.modules = dict(model.named_modules())
         self.probe_statistics = probe_statistics
         self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
@@ -88,7 +88,7 @@ class Walk:
             x = args[0].clone() if _in_place(method) else args[0]
             return getattr(x, method)(*args[1:], **kwargs)
         module = self.modules[node.target]
-        if isinstance(module, NORMS) and module.running_mean is not None:
+        if self.kind(node) in NORMS and module.running_mean is not None:
             if node.target not in self.statistics:
                 self.measure(node.target, args[0])
             return self.normalise(node.target, args[0])
@@ -121,11 +121,41 @@ class Walk:
 
     def kind(self, node: fx.Node) -> Any:
         """What a node does: the class of its module, the function, or the name of the method."""
-        return type(self.modules[node.target]) if node.op == "call_module" else node.target
+        return computes_as(type(self.modules[node.target])) if node.op == "call_module" else node.target
 
     def addition(self, node: fx.Node, bn: str | None) -> tuple[fx.Node, fx.Node] | None:
         """`trace.addition` in this graph."""
         return addition(node, bn, self.kind)
+
+
+def walk_through(model: nn.Module, inputs: Tensor, probe_statistics: bool = True) -> Walk:
+    """A walk through `model` that, with BatchNorm's running statistics, gives what the network gives for two of `inputs`.
+
+    Raises NeuronMergingError where it does not: the graph says nothing of hooks, nor that who overwrites a view overwrites
+    more. What differs from one call to the next is not compared.
+    """
+    x = inputs[:2]
+    wanted, again = (floats(model(x.clone())) for _ in range(2))
+    walk = Walk(model, probe_statistics)
+    as_it_is = copy.copy(walk)
+    as_it_is.probe_statistics, as_it_is.statistics = False, {}
+    values: dict[fx.Node, Any] = {}
+    for node in steps(list(walk.graph.nodes), values):
+        values[node] = as_it_is.run(node, values, x.clone())
+    if _alike(wanted, again) and not _alike(wanted, floats(values[node])):
+        raise NeuronMergingError(
+            f"what {type(model).__name__} gives is not what torch.fx sees of it: a hook changes it, or a view is overwritten"
+        )
+    return walk
+
+
+def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    if [tensor.shape for tensor in some] != [tensor.shape for tensor in others]:
+        return False
+    return all(
+        (a - b).norm() <= 0.01 * a.norm() + 1e-6 * a.numel() ** 0.5 or a.isnan().any() for a, b in zip(some, others)
+    )
 
 
 def channel(layer: nn.Module, y: Tensor) -> int:
@@ -133,10 +163,16 @@ def channel(layer: nn.Module, y: Tensor) -> int:
     return 1 if isinstance(layer, CONVS) else y.ndim - 1
 
 
+def floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors that a network gives, in whatever containers."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def by_sample(output: Any) -> Tensor:
-    """All floating-point numbers that a network gives, tensors in whatever containers [B, …] → [B, numbers]."""
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
+    """All that `floats` finds, [B, …] each → [B, numbers]. Raises NeuronMergingError where that is nothing."""
+    if not floats(output):
+        raise NeuronMergingError("the network gives no floating-point numbers")
+    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in floats(output)], 1)
 
 
 def steps(

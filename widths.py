@@ -42,6 +42,7 @@ from walk import (
     precision,
     rows,
     steps,
+    walk_through,
 )
 
 MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept neurons at which sensitivity is measured
@@ -252,7 +253,7 @@ def curves(
     if len(probe) - held_out < 2 or (sensitivity and not held_out):
         raise NeuronMergingError(f"the choice of widths has to look at 3 inputs at least, not at {len(probe)}")
     with _looking(model, probe) as (work, probe):
-        walk = Walk(work)
+        walk = walk_through(work, probe)
         looks = _Looks(work, walk, units, criterion, decompose, ridge)
         looks.run(probe[held_out:])
         changes = _sensitivity(walk, units, looks.thinned, probe[:held_out]) if sensitivity else None
@@ -580,7 +581,7 @@ def joint_damage(
     decompose: a compensation that is made layer by layer.
     """
     with _looking(model, probe) as (work, probe):
-        output = _Output(Walk(work), probe)
+        output = _Output(walk_through(work, probe), probe)
         return [output.lost(_all_thinned(work, units, curves, widths, decompose)) for widths in choices]
 
 

@@ -147,7 +147,7 @@ def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Ima
         keep = choose(model, found, kept_widths(model, found, experiment), bench.criterion)
         told = dict(variant.probe)
         if "samples" in told:
-            told["samples"] *= probe.default_samples(model)
+            told["samples"] *= probe.default_samples(model, images.dataset.shape)
         x = probe.make(model, images.dataset.shape, seed=seed, **told)
         small = restore(model, found, keep, x, Options(**variant.options))
     else:

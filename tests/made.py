@@ -115,3 +115,21 @@ def plant_multiples(model: nn.Module) -> list[int]:
                     bn.running_mean[n], bn.bias[n] = s * bn.running_mean[m], S * bn.bias[m]
             widths.append(len(leaders))
     return widths
+
+
+class Written(nn.Module):
+    """Layers by name, and what is done with them."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def conv(channels, neurons, **told) -> nn.Module:
+    """3 × 3, of the same size."""
+    return nn.Conv2d(channels, neurons, 3, padding=1, **told)

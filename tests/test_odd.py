@@ -18,7 +18,7 @@ from methods import METHODS, Settings
 from models import build, load_checkpoint, save_checkpoint, stored
 from shrink import prunable, shrink, width
 from streams import Stream, scaling_matrices
-from tests.made import same, with_statistics
+from tests.made import Written, conv, same, with_statistics
 from trace import units
 from walk import Walk, cholesky, rows
 
@@ -167,7 +167,16 @@ def test_what_a_network_asserts_is_said():
         ({"widths": "auto", "budget": 0.5}, "say the shares to keep"),
         ({"widths": "auto", "known": []}, "these curves are of another network"),
         ({"ratio": None}, "ratio None is no number"),
-        ({"example_input": 8}, "example_input 8: give inputs"),
+        ({"ratio": ["8"]}, "'8' is no number"),
+        ({"ratio": {"input": None}}, "None is no number"),
+        ({"widths": "auto", "multiple": 2.5}, "--multiple 2.5 has to be at least 1, and whole"),
+        ({"widths": "auto", "budget": {"params": "0.5"}}, "say the shares to keep"),
+        ({"ridge": "0.1"}, "--ridge '0.1' is no number"),
+        ({"seed": 1.5}, "--seed 1.5 is no whole number"),
+        ({"probe_samples": 1e3}, "--probe-samples 1000.0 is no whole number"),
+        ({"example_input": (8.0,)}, "give a tensor of inputs"),
+        ({"example_input": np.zeros((1, 8))}, "give a tensor of inputs"),
+        ({"example_input": 8}, "example_input 8: give a tensor of inputs"),
     ],
 )
 def test_arguments_that_do_not_go_together(changes, message):
@@ -456,23 +465,6 @@ def test_identity_of_several_values_stays():
 # ---------------------------------------------------------------- networks as people write them
 
 
-class Written(nn.Module):
-    """Layers by name, and what is done with them."""
-
-    def __init__(self, run, **layers):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-def conv(channels, neurons, **told):
-    return nn.Conv2d(channels, neurons, 3, padding=1, **told)
-
-
 def one_relu_for_all(m, x):
     h = m.conv2(m.relu(m.conv1(x)))
     y = m.relu(h)  # overwrites what is added below
@@ -562,7 +554,7 @@ def test_the_first_layer_is_the_one_that_is_called_first():
         return m.head(F.relu(m.conv2(F.relu(m.norm(m.conv1(x))))).mean((2, 3)))
 
     model = Written(run, head=nn.Linear(8, 3), conv1=conv(3, 8), norm=nn.BatchNorm2d(8), conv2=conv(8, 8)).eval()
-    assert probe.default_samples(model) == 256 and len(probe.make(model, (3, 8, 8), step=0)) == 256
+    assert probe.default_samples(model, (3, 8, 8)) == 256 and len(probe.make(model, (3, 8, 8), step=0)) == 256
     assert torch.equal(*(probe.make(model, (3, 8, 8), 8, kind=kind) for kind in ("auto", "leaves")))
 
 
