@@ -65,3 +65,10 @@ def test_the_size_of_the_batches_changes_nothing():
     shown = images("cifar10", 150)
     assert len({accuracy(model, shown, size) for size in (None, 7, 64, 1000)}) == 1
     assert accuracy(model, shown[:0]) == (0, 0)
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+def test_a_network_is_shown_images_of_its_own_precision(precision):
+    model, shown = with_statistics(build("ResNet", (8,))), images("cifar10", 150)
+    correct, total = accuracy(copy.deepcopy(model).to(precision), shown)
+    assert total == 150 and abs(correct - accuracy(model, shown)[0]) <= (0 if precision == torch.float64 else 8)

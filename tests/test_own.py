@@ -79,6 +79,15 @@ def plain():  # a BatchNorm without factors, one that counts nothing
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
     )
 
+def curved():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 4, 3))
+
+def half():
+    return small().half()
+
+def half_gray():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 10)).half()
+
 number = 3
 """
 
@@ -298,6 +307,15 @@ def test_the_command_has_ratios_budgets_and_real_images(cli, mine, pictures):
     assert "warning: narrow.pth has other widths than mine:small: the network was cut to them" in made.err
 
 
+def test_a_network_of_half_precision_is_measured(cli, pictures):
+    """On a folder of images, and on a data set."""
+    common = ("--model-type", "merge", "--pruning-ratio", "0.25", "--evaluate", "--json", "-")
+    made = cli("--model", "mine:half", "--input-size", "3,24,24", "--dataset", f"imagefolder:{pictures}", *common)
+    assert made.code == 0 and made.row["total"] == 30 and made.row["widths"] == {"0": 12, "3": 24}
+    made = cli("--model", "mine:half_gray", "--input-size", "1,28,28", "--dataset", "FashionMNIST", *common)
+    assert made.code == 0 and made.row["total"] == 10_000 and made.row["widths"] == {"1": 6}
+
+
 def test_a_summary_says_what_would_be_left(cli, mine):
     common = ("--model", "mine:small", "--summary")
     assert "0 -> 3: 16\n" in cli(*common).out
@@ -307,6 +325,9 @@ def test_a_summary_says_what_would_be_left(cli, mine):
     assert "0 -> 3: 8 of 16" in cli(*common, "--model-type", "restore", "--multiple", "8").out
     assert "0 -> 3: 16\n" in cli(*common, "--model-type", "restore", "--widths", "auto").out
     assert "outside [0, 1)" in cli(*common, "--ratios", "3=2").err
+    curved = ("--model", "mine:curved", "--summary", "--model-type")
+    assert "0 -> 2: 4 of 8\n" in cli(*curved, "restore").out
+    assert "0 goes through GELU: merge needs an activation" in cli(*curved, "merge").err
     said = cli("--summary", "--pruning-ratio", "0.9")
     assert "ip1 -> ip2: 30 of 300" in said.out and "ip2 -> ip3: 10 of 100" in said.out
 
@@ -320,6 +341,7 @@ def test_a_summary_touches_nothing(cli, mine):
 UNREADABLE = "a file is no image that can be read"
 BAD_COMMANDS = {
     "no colon": (["--model", "mine", "--input-size", "3,8,8", "--json", "-"], "give module:callable"),
+    "no name": (["--model", "", "--json", "-"], "--model names nothing: give module:callable"),
     "no module": (["--model", "nobody:f", "--input-size", "3,8,8", "--json", "-"], "No module named 'nobody'"),
     "no callable": (["--model", "mine:f", "--input-size", "3,8,8", "--json", "-"], "has no attribute 'f'"),
     "it raises": (["--model", "mine:broken", "--input-size", "3,8,8", "--json", "-"], "ValueError: no"),
