@@ -72,8 +72,8 @@ def fused(model: nn.Module) -> nn.Module:
 
 
 def dtype(model: nn.Module) -> torch.dtype:
-    """In which a network takes its inputs: that of its first parameter."""
-    return next(model.parameters()).dtype
+    """In which a network takes its inputs: that of its first parameter of real numbers."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -87,15 +87,15 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     Counted in float32, or in the network's own precision where it insists on that.
     """
 
-    def count(precision: torch.dtype) -> int:
-        copied = copy.deepcopy(model).cpu().to(precision).eval().requires_grad_(False)
+    def count(copied: nn.Module) -> int:
+        copied.eval().requires_grad_(False)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            copied(torch.zeros(1, *shape, dtype=precision, device="cpu"))
+            copied(torch.zeros(1, *shape, dtype=dtype(copied), device="cpu"))
         return counter.get_total_flops() // 2
 
     try:
-        return count(torch.float32)
+        return count(copy.deepcopy(model).cpu().float())
     except RuntimeError:
         if dtype(model) == torch.float32:
             raise
-        return count(dtype(model))
+        return count(copy.deepcopy(model).cpu())

@@ -37,7 +37,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Raises NeuronMergingError for numbers that make no sense."""
         for name, value in (("threshold", self.t), ("lamda", self.lam), ("ridge", self.ridge)):
-            if not isinstance(value, Real):
+            if not (isinstance(value, Real) or hasattr(value, "item")):
                 raise NeuronMergingError(f"--{name} {value!r} is no number")
         for name, value in (("probe-samples", 256 if self.samples is None else self.samples), ("seed", self.seed)):
             if not isinstance(value, Integral):

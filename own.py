@@ -23,7 +23,7 @@ from evaluate import CPU_BATCH, count_parameters, dtype, fused
 from evaluate import accuracy as on_images
 from experiment import description, placed, taken_out, versions
 from models import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint
-from shrink import check_choice, check_names, check_sizes, network_macs, parse_budget, shrink, summary
+from shrink import check_choice, check_copies, check_names, check_sizes, network_macs, parse_budget, shrink, summary
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -184,6 +184,7 @@ def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any],
         print("warning: no --weights: the network is as its code makes it", file=sys.stderr)
     model = placed(model, device).eval()
     shape, small, report = args.input_size, model, None
+    check_copies(model)
     macs = network_macs(model, shape)  # or a line that says that it does not run
     began = args.weights if checkpoint is None else origin(checkpoint)
     # Before anything is made: images may not be there.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from errors import NeuronMergingError, said
 from trace import CONVS, NORMS, Graph
-from walk import by_sample, floats, precision
+from walk import by_sample, count_positions, floats, measure_statistics, precision
 
 MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
 CHUNK = 64  # samples that are normalised together in the class step
@@ -42,8 +42,7 @@ def make(
     """
     check(kind)
     if kind == "auto":
-        convolves = isinstance(_first_layer(model), CONVS)
-        kind = "leaves" if convolves and any(isinstance(m, NORMS) for m in model.modules()) else "white"
+        kind = "leaves" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
     if kind != "white" and len(shape) < 2:
         raise NeuronMergingError(f"--probe {kind} is for images: an input of shape {list(shape)} has none; use white")
     samples = samples or default_samples(model, shape)
@@ -70,19 +69,20 @@ def default_samples(model: nn.Module, shape: tuple[int, ...]) -> int:
     """How many samples of this shape a probe for `model` has where nothing else is said.
 
     256, and as many more as a first layer that is linear needs to see 4096 rows: it may see one in every sample, or a token
-    in each of many places.
+    in each of many places. Raises NeuronMergingError where the network does not take such samples.
     """
-    first = _first_layer(model)
-    if not isinstance(first, nn.Linear):
+    if _convolves(model):
         return 256
-    return max(256, 4096 // max(1, math.prod(shape) // first.in_features))
+    with said(f"{type(model).__name__} does not take inputs of shape {list(shape)}"):
+        first = next(iter(count_positions(model, shape).values()), 1)  # in the order of the calls
+    return max(256, 4096 // max(1, round(first)))
 
 
-def _first_layer(model: nn.Module) -> nn.Module | None:
-    """The first convolution or linear layer that the forward pass calls."""
+def _convolves(model: nn.Module) -> bool:
+    """Whether the first layer that the forward pass calls is a convolution."""
     network = Graph(model)
     called = (network.module(node) for node in network.nodes)
-    return next((m for m in called if isinstance(m, (*CONVS, nn.Linear))), None)
+    return isinstance(next((m for m in called if isinstance(m, (*CONVS, nn.Linear))), None), CONVS)
 
 
 def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -170,8 +170,7 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
     model = copy.deepcopy(model).to(x.dtype).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, NORMS):
-            module.train()
-            module.momentum = 0.0
+            measure_statistics(module, momentum=0.0)
     gradients = []
     for part in x.tensor_split(math.ceil(len(x) / CHUNK)):  # no chunk of one
         part = part.clone().requires_grad_()

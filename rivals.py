@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from decompose import Decomposition, Neurons, effective, others, read, rebuild
 from errors import said
 from trace import NORMS, Unit
+from walk import measure_statistics
 
 LBYL_RIDGE = 1e-2  # λ₁ and λ₂
 ENTRIES = 2**24  # numbers in the matrices that are solved at once, at most: 128 MB
@@ -158,14 +159,15 @@ def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     model.eval()
     for bn in norms:
         bn.reset_running_stats()
-        bn.momentum = None  # the plain average over batches
-        bn.train()
+        measure_statistics(bn, momentum=None)  # the plain average over batches
     what = f"{type(model).__name__} does not run in batches on images of shape {list(images.shape)}"
     with torch.no_grad(), said(what, typed=True):
         for part in images.tensor_split(math.ceil(len(images) / batch_size)):  # no batch of one
             model(part.clone())  # which it may overwrite
     for bn, momentum, buffers in zip(norms, momenta, before):
         bn.momentum = momentum
+        if isinstance(bn, nn.SyncBatchNorm):
+            del bn.forward
         if not bn.num_batches_tracked:  # only training uses it
             bn._buffers.update(buffers)
     for module, mode in training.items():

@@ -26,7 +26,7 @@ from decompose import (
     others,
     read,
 )
-from errors import NeuronMergingError, said
+from errors import NeuronMergingError, out_of_memory, reason, said
 from evaluate import count_macs, count_parameters
 from methods import ALONE, BIASED, BY_LAYER, LOOKING, METHODS, Settings, check_units, layerwise
 from pairs import Pairs
@@ -210,8 +210,7 @@ def shrink(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds, peak_mb = time.perf_counter() - start, memory.peak(device)
-    if _channels_last(model):
-        small.to(memory_format=torch.channels_last)
+    _lay_out(model, small)
     none = compensation == "fold"
     cosine = [nan if none else _cosine(_weights(model, unit), kept) for unit, kept in zip(found, keep)]
     report = Report(
@@ -234,8 +233,9 @@ def summary(
 ) -> str:
     """What of a network can lose neurons, with a ratio (or widths, as of `shrink`) how many, and why the rest cannot.
 
-    Raises NeuronMergingError as `shrink` does, also where the compensation has no form for one of the units.
+    Raises NeuronMergingError for numbers and names that make no sense, and where the compensation has no form for a unit.
     """
+    check_names("l2-norm", compensation, "uniform")
     check_choice(False, None, multiple, False)
     check_weights(model)
     found, left_out = _without(model, *prunable(model, coupled), ignore)
@@ -278,21 +278,31 @@ def check_weights(model: nn.Module) -> None:
 
 def check_copies(model: nn.Module) -> None:
     """Raises NeuronMergingError where a network cannot be copied, and names the tensor that stands in the way, if it is one."""
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                raise NeuronMergingError(
-                    f"{f'{name}.'.lstrip('.')}{attribute} cannot be copied, being computed from what is learned: detach it,"
-                    " or remove what torch.nn.utils.prune or weight_norm left"
-                )
-    with said(f"{type(model).__name__} cannot be copied", typed=True):
+    try:
         copy.deepcopy(model)
+    except Exception as error:  # what others have put into it can raise anything
+        if out_of_memory(error):
+            raise
+        for name, module in model.named_modules():
+            for attribute, value in (vars(module) | module._buffers).items():
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    raise NeuronMergingError(
+                        f"{f'{name}.'.lstrip('.')}{attribute} cannot be copied, being computed from what is learned: detach"
+                        " it, or remove what torch.nn.utils.prune or weight_norm left"
+                    ) from error
+        raise NeuronMergingError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {reason(error)}"
+        ) from error
 
 
-def _channels_last(model: nn.Module) -> bool:
-    """Whether the weights of a network's convolutions lie in memory with their channels last."""
-    weights = [p for p in model.parameters() if p.ndim == 4 and not p.is_contiguous()]
-    return bool(weights) and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+def _lay_out(model: nn.Module, small: nn.Module) -> None:
+    """Let the weights of `small` lie in memory as those of `model` do: with their channels last, or not."""
+    before = dict(model.named_parameters())
+    for name, weight in small.named_parameters():
+        if weight.ndim == 4 and name in before:
+            last = before[name].is_contiguous(memory_format=torch.channels_last) and not before[name].is_contiguous()
+            if last:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def network_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
@@ -418,6 +428,8 @@ def _kept(
     ratio = ratio.tolist() if hasattr(ratio, "tolist") else ratio  # tensors and arrays
     if not isinstance(ratio, Mapping | Sequence | Real) or isinstance(ratio, str):
         raise NeuronMergingError(f"ratio {ratio!r} is no number")
+    if isinstance(ratio, Sequence):
+        ratio = [value.item() if hasattr(value, "item") else value for value in ratio]
     for value in ratio.values() if isinstance(ratio, Mapping) else ratio if isinstance(ratio, Sequence) else ():
         if not isinstance(value, Real):
             raise NeuronMergingError(f"ratio {ratio!r}: {value!r} is no number")

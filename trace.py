@@ -170,6 +170,7 @@ class Graph:
     def own(self, node: fx.Node) -> nn.Module:
         """The module of a node whose weights may be rewritten. Raises NotAUnit where something else depends on them."""
         module = self.module(node)
+        self.check_hooks(node)
         if self.kind(node) not in (*CONVS, *NORMS, nn.Linear):
             raise NotAUnit(f"{node.target} ({type(module).__name__}) has a forward of its own")
         if self.calls[module] > 1:
@@ -178,7 +179,6 @@ class Graph:
             raise NotAUnit(f"{node.target} shares its weights")
         if any(parameter.numel() == 0 for parameter in module.parameters(recurse=False)):
             raise NotAUnit(f"{node.target} has no weights")
-        self.check_hooks(node)
         return module
 
     def check_hooks(self, node: fx.Node) -> None:
@@ -188,6 +188,8 @@ class Graph:
             parametrize.is_parametrized(module) or module._forward_pre_hooks or module._forward_hooks
         ):
             raise NotAUnit(f"{node.target} has parametrized weights or hooks")
+        if module is not None and "forward" in vars(module):
+            raise NotAUnit(f"{node.target} has a forward of its own")
 
     def reader(self, node: fx.Node) -> fx.Node:
         """The one node that reads the values of `node`. Raises NotAUnit where there are several."""

@@ -142,6 +142,8 @@ def train(
         raise NeuronMergingError(
             f"--batch-size and the training images have to be at least 2 a process, here {2 * world}"
         )
+    if recipe.cutout >= min(images.dataset.shape[1:]):
+        raise NeuronMergingError(f"--cutout {recipe.cutout} can hide all of an image: choose a smaller square")
     identity = {"recipe": _plain(recipe), "seed": seed, "network": str(model), "experiment": experiment}
     model.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":
@@ -268,6 +270,7 @@ def _read_state(state: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
         or not {*identity, "model", "optimizer", "epoch", "step", "seen", "rows", "rng"} <= saved.keys()
     ):
         raise NeuronMergingError(f"{state} is not a training state: delete it and begin anew without --resume")
+    saved["recipe"] = {"cutout": 0} | saved["recipe"]  # which states of before there was one do not say
     for key, value in identity.items():
         if saved[key] != value:
             raise NeuronMergingError(

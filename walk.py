@@ -9,15 +9,17 @@ import copy
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from errors import NeuronMergingError
-from evaluate import count_macs
+from evaluate import count_macs, dtype
 from products import gram
 from trace import CONVS, DROPOUT, NORMS, Tracer, addition, computes_as
 
@@ -131,18 +133,20 @@ class Walk:
 def walk_through(model: nn.Module, inputs: Tensor, probe_statistics: bool = True) -> Walk:
     """A walk through `model` that, with BatchNorm's running statistics, gives what the network gives for two of `inputs`.
 
-    Raises NeuronMergingError where it does not: the graph says nothing of hooks, nor that who overwrites a view overwrites
-    more. What differs from one call to the next is not compared.
+    Raises NeuronMergingError where it does not: the graph says nothing of a BatchNorm's hooks, nor that who overwrites a view
+    overwrites more. Outputs that differ from one call to the next are not compared, nor those that are no floating-point
+    tensors, nor what a hook of the whole network makes of them.
     """
-    x = inputs[:2]
-    wanted, again = (floats(model(x.clone())) for _ in range(2))
-    walk = Walk(model, probe_statistics)
+    x, seen = inputs[:2], copy.deepcopy(model)
+    walk = Walk(model, probe_statistics)  # before the first call, which may leave something in the network
+    call = seen if seen._forward_pre_hooks else seen.forward
+    wanted, again = (floats(call(x.clone())) for _ in range(2))
     as_it_is = copy.copy(walk)
     as_it_is.probe_statistics, as_it_is.statistics = False, {}
     values: dict[fx.Node, Any] = {}
     for node in steps(list(walk.graph.nodes), values):
         values[node] = as_it_is.run(node, values, x.clone())
-    if _alike(wanted, again) and not _alike(wanted, floats(values[node])):
+    if wanted and _alike(wanted, again) and not _alike(wanted, floats(values[node])):
         raise NeuronMergingError(
             f"what {type(model).__name__} gives is not what torch.fx sees of it: a hook changes it, or a view is overwritten"
         )
@@ -156,6 +160,30 @@ def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(
         (a - b).norm() <= 0.01 * a.norm() + 1e-6 * a.numel() ** 0.5 or a.isnan().any() for a, b in zip(some, others)
     )
+
+
+def count_positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
+    """At how many output positions every convolution and linear layer that is called works, for one input of this shape."""
+    found: dict[str, float] = {}
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        found[name] = found.get(name, 0) + output.numel() / len(module.weight)
+
+    work = copy.deepcopy(model).eval()
+    for name, module in work.named_modules():
+        if isinstance(module, (*CONVS, nn.Linear)):
+            module.register_forward_hook(partial(note, name))
+    with torch.no_grad():
+        work(torch.zeros(1, *shape, dtype=dtype(work), device=next(work.parameters()).device))
+    return found
+
+
+def measure_statistics(bn: nn.Module, momentum: float | None) -> None:
+    """Let a BatchNorm normalise with the statistics of what it sees; of this process, if others have a part of it."""
+    bn.train()
+    bn.momentum = momentum
+    if isinstance(bn, nn.SyncBatchNorm):  # which would wait for the others
+        bn.forward = partial(_BatchNorm.forward, bn)
 
 
 def channel(layer: nn.Module, y: Tensor) -> int:

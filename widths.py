@@ -15,7 +15,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from walk import (
     centre,
     channel,
     cholesky,
+    count_positions,
     covariance,
     matrix,
     penalty,
@@ -77,7 +77,7 @@ class Cost:
         producer, consumer = ({getattr(u, side): i for i, u in enumerate(units)} for side in ("layer", "next"))
         norm = {u.next: u.next_bn for u in units} | {u.layer: u.bn for u in units}
         self.Q, added = np.zeros((2, len(units) + 1, len(units) + 1)), 0
-        for name, positions in _positions(model, shape).items():
+        for name, positions in count_positions(model, shape).items():
             layer = model.get_submodule(name)
             i, j = producer.get(name, -1), consumer.get(name, -1)
             weights = layer.weight.numel() / (1 if i < 0 else self.full[i]) / (1 if j < 0 else self.full[j])
@@ -111,23 +111,6 @@ class Cost:
         more = np.outer(each[:, i], above - k)
         more[0] -= self.block[i] * (k == 0)
         return more
-
-
-def _positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
-    """At how many output positions every convolution and linear layer that is called works, for one input."""
-    found: dict[str, float] = {}
-
-    def note(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        found[name] = found.get(name, 0) + output.numel() / len(module.weight)
-
-    work = copy.deepcopy(model).eval()
-    for name, module in work.named_modules():
-        if isinstance(module, (*CONVS, nn.Linear)):
-            module.register_forward_hook(partial(note, name))
-    parameter = next(work.parameters())
-    with torch.no_grad():
-        work(torch.zeros(1, *shape, dtype=parameter.dtype, device=parameter.device))
-    return found
 
 
 # ---------------------------------------------------------------- the choice

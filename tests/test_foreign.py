@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune as masks
+from torch.nn.utils.parametrizations import weight_norm
 
 import probe
 from errors import NeuronMergingError
-from evaluate import count_macs, fused
+from evaluate import count_macs, dtype, fused
 from methods import METHODS
 from shrink import shrink, summary
-from tests.made import Written, conv, with_statistics
+from tests.made import Written, conv, same, with_statistics
 from trace import survey
 from walk import by_sample
 
@@ -150,6 +151,28 @@ def test_synchronised_batchnorm_is_coupled_too():
     assert report.widths == same.widths and torch.equal(small(inputs()), other(inputs()))
 
 
+@pytest.mark.parametrize("told", [{"example_input": (3, 8, 8)}, {"images": inputs(), "compensation": "prune-bn"}])
+def test_synchronised_batchnorm_waits_for_no_other_process(told, tmp_path):
+    """Where there are some: restoring on one of them only would never end."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+    alone, _ = shrink(model, 0.5, probe_samples=32, **told)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:  # on CPUs SyncBatchNorm raises where it would synchronise
+        small, _ = shrink(model, 0.5, probe_samples=32, **told)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert same(alone, small) and "forward" not in vars(small[1])
+
+
+def test_a_layer_whose_forward_was_replaced_stays_whole():
+    model = network()
+    model[3].forward = lambda x: F.conv2d(x, model[3].weight.abs(), padding=1)
+    assert survey(model)[1]["3"] == "3 has a forward of its own"
+    assert survey(nn.Sequential(weight_norm(conv(3, 8)), nn.ReLU(), conv(8, 4)))[1]["0"] == (
+        "0 has parametrized weights or hooks"
+    )
+
+
 # ---------------------------------------------------------------- what torch.fx does not see
 
 
@@ -182,6 +205,37 @@ def test_what_the_graph_does_not_say_is_not_walked_through(made, told):
         shrink(made(), 0.5, example_input=(3, 8, 8), probe_samples=32, **told)
     small, _ = shrink(made(), 0.5, compensation="prune")  # which looks at no values
     assert small(inputs(2)).shape[:2] == (2, 4)
+
+
+class Result(dict):
+    """A dict to everyone but torch's pytrees."""
+
+
+class Cached(nn.Module):
+    """Makes something of the first batch's size and keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.shift = network(), None
+
+    def forward(self, x):
+        if self.shift is None:
+            self.shift = x.new_ones(x.shape[0], 1, 1, 1)
+        return self.net(x + self.shift)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["hook of the output", "dict", "cache"])
+def test_what_a_network_adds_does_not_stop_restoration(name):
+    if name == "cache":
+        model = Cached().eval()
+    elif name == "dict":
+        model = Written(lambda m, x: Result(scores=m.net(x)), net=network()).eval()
+    else:
+        model = network()
+        model.register_forward_hook(lambda module, args, output: output.softmax(1))
+    small, report = shrink(model, 0.5, images=inputs())
+    assert report.widths == [8, 8, 4] and (name != "cache" or (model.shift is None and small.shift is None))
 
 
 @torch.no_grad()
@@ -231,7 +285,34 @@ def locked():
     return model, "^Sequential cannot be copied: TypeError: "
 
 
-@pytest.mark.parametrize("made", [masked, remembering, locked])
+def buffered():
+    model = network()
+    model[0].register_buffer("last", model[3].weight * 2)
+    return model, r"^0\.last cannot be copied"
+
+
+class Forgetful(nn.Module):
+    """Remembers what it gave last, and says so to nobody who copies it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        self.last = self.net(x)
+        return self.last
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "last"}
+
+
+def test_a_network_that_knows_how_to_be_copied_is():
+    model = Forgetful()
+    model(inputs(2))
+    assert shrink(model, 0.5, compensation="prune")[1].widths == [8, 8, 4] and model.last is not None
+
+
+@pytest.mark.parametrize("made", [masked, remembering, locked, buffered])
 @pytest.mark.parametrize("kind", ["prune", "restore"])
 def test_a_network_that_cannot_be_copied_is_said(made, kind):
     model, message = made()
@@ -276,6 +357,10 @@ def test_the_choice_of_widths_says_that_there_are_no_numbers():
 def test_a_first_linear_layer_sees_some_thousand_rows(shape, samples):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     assert probe.default_samples(model, shape) == samples == len(probe.make(model, shape, step=0))
+    mean = Written(lambda m, x: m.net(x.reshape(x.shape[0], -1, 8).mean(1)), net=model).eval()
+    assert probe.default_samples(mean, shape) == 4096  # a row a sample
+    with pytest.raises(NeuronMergingError, match=r"does not take inputs of shape \[7\]"):
+        probe.default_samples(model, (7,))
 
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
@@ -285,6 +370,26 @@ def test_a_network_that_casts_its_inputs_has_its_multiplications_counted(precisi
     assert count_macs(casting, (3, 8, 8)) == count_macs(usual, (3, 8, 8)) == count_macs(usual.to(precision), (3, 8, 8))
     with pytest.raises(RuntimeError):
         count_macs(usual.float(), (4, 8, 8))
+
+
+class Spectral(nn.Module):
+    """A network with complex weights, and an integer before all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.bits = nn.Parameter(torch.ones(1, dtype=torch.int8), requires_grad=False)
+        self.weights, self.net = nn.Parameter(torch.randn(3, 8, 5, dtype=torch.cfloat)), network()
+
+    def forward(self, x):
+        return self.net(torch.fft.irfft2(torch.fft.rfft2(x) * self.weights, s=(8, 8)))
+
+
+@torch.no_grad()
+def test_complex_and_integer_weights_are_left_alone():
+    model = Spectral().eval()
+    assert count_macs(model, (3, 8, 8)) == count_macs(model.net, (3, 8, 8)) and dtype(model) == torch.float32
+    small, report = shrink(model, 0.5, example_input=(3, 8, 8), compensation="merge")
+    assert report.widths == [8, 8, 4] and torch.equal(small.weights, model.weights)
 
 
 @torch.no_grad()
@@ -298,6 +403,17 @@ def test_channels_that_lie_last_in_memory_still_do(kind):
     torch.testing.assert_close(small(inputs()), usual(inputs()), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_layout_of_every_weight_is_its_own():
+    def run(m, x):
+        return m.d(m.c(F.relu(m.b(F.relu(m.a(x))))).unsqueeze(2))
+
+    model = Written(run, a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), d=nn.Conv3d(8, 2, 1)).eval()
+    model.b.to(memory_format=torch.channels_last)
+    small, _ = shrink(model, 0.5, compensation="prune")
+    assert [m.weight.is_contiguous() for m in (small.a, small.b, small.c, small.d)] == [True, False, True, True]
+
+
 # ---------------------------------------------------------------- the summary
 
 
@@ -309,6 +425,8 @@ def test_the_summary_is_of_what_the_method_can_do():
     with pytest.raises(NeuronMergingError, match="0 goes through GELU: merge needs an activation"):
         summary(model, compensation="merge")
     assert "ignored" in summary(model, compensation="merge", ignore=["0"])
+    with pytest.raises(NeuronMergingError, match="unknown compensation 'mrge'"):
+        summary(model, compensation="mrge")
 
 
 def test_the_summary_of_coupled_channels_is_not_for_fold():

@@ -185,7 +185,9 @@ def test_arguments_that_do_not_go_together(changes, message):
         shrink(model, **({"ratio": 0.5, "example_input": (8,), "compensation": "restore"} | changes))
 
 
-@pytest.mark.parametrize("ratio", [torch.tensor(0.5), np.float32(0.5), np.array([8]), torch.tensor([8])])
+@pytest.mark.parametrize(
+    "ratio", [torch.tensor(0.5), np.float32(0.5), np.array([8]), torch.tensor([8]), [torch.tensor(8)]]
+)
 def test_ratios_and_widths_of_any_kind(ratio):
     _, report = shrink(Outputs(lambda y: y).eval(), ratio, compensation="prune")
     assert report.widths == [8]

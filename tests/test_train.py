@@ -100,6 +100,14 @@ def test_what_cannot_be_resumed_is_said(tmp_path):
         run(tiny(), replace(RECIPE, lr=1.0), state=tmp_path / "state", resume=True)
     with pytest.raises(NeuronMergingError, match="another seed"):
         run(tiny(), state=tmp_path / "state", resume=True, seed=2)
+    saved = torch.load(tmp_path / "state", weights_only=True)
+    del saved["recipe"]["cutout"]  # as states were before there was one
+    torch.save(saved, tmp_path / "earlier")
+    assert run(tiny(), replace(RECIPE, epochs=3), state=tmp_path / "earlier", resume=True)[0]["epoch"] == 3
+    with pytest.raises(NeuronMergingError, match="another recipe"):
+        run(tiny(), replace(RECIPE, cutout=3), state=tmp_path / "earlier", resume=True)
+    with pytest.raises(NeuronMergingError, match="--cutout 32 can hide all of an image"):
+        run(tiny(), replace(RECIPE, cutout=32))
     torch.save(["no state"], tmp_path / "list")
     with pytest.raises(NeuronMergingError, match="not a training state"):
         run(tiny(), state=tmp_path / "list", resume=True)
