@@ -5,13 +5,16 @@ restoration against the peak of this machine's matrix products; evaluation again
 network buys; starting.
 """
 
+import contextlib
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +59,15 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
         work()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])
+
+
+def processor() -> str:
+    """What the system calls it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def peak(side: int = 2048, repeats: int = 5) -> dict[str, float]:
@@ -271,8 +283,8 @@ def document(report: Measured) -> str:
     wide = report["growth"][len(report["growth"]) // 2]["width"]
     return f"""# Benchmark
 
-Made by `make bench`, with random weights of the published shapes; {report["threads"]} threads, PyTorch
-{report["versions"]["torch"]}.
+Made by `make bench`, with random weights of the published shapes; {report["threads"]} threads,
+{report["processor"]}, PyTorch {report["versions"]["torch"]}.
 
 ## Merging
 
@@ -325,7 +337,8 @@ Where it is more than 100 % of the peak, the network's own convolutions run fast
 def measured(grids: dict[str, Grid], widths: Sequence[int] = WIDTHS) -> Measured:
     """Everything, for the networks `grids`; starting first, while the memory of this process is small."""
     report: Measured = {"starting": {name: starting(*arguments) for name, arguments in STARTS.items()}}
-    report |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "versions": versions(), "gemm_peak": peak()}
+    report |= {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    report |= {"versions": versions(), "gemm_peak": peak()}
     named = {grid.title.split()[0]: grid for grid in grids.values()}
     report["merging"] = [
         {"network": name} | merging(random_network(grid), kind)
