@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import probe
 from decompose import COMPENSATIONS, Decomposition, Neurons, check_compensation, compensate, prune, read, rebuild
 from errors import NeuronMergingError
+from evaluate import dtype
 from restore import Options, restore
 from rivals import fold, folded, lbyl, reestimate
 from streams import Stream, apart, cut_streams
@@ -55,7 +56,7 @@ class Settings:
     def inputs(self, model: nn.Module, share: float = 1.0) -> Tensor:
         """What a method looks at: the real images, or else a probe of `share` times as many samples as it asks for."""
         if self.images is not None:
-            return self.images.to(next(model.parameters()))
+            return self.images.to(next(model.parameters()).device, dtype(model))
         samples = round(share * (self.samples or probe.default_samples(model, self.shape)))
         return probe.make(model, self.shape, samples, kind=self.probe, seed=self.seed)
 

@@ -4,7 +4,6 @@ Images with the edges and the colours of photographs (or noise, for a network th
 along the gradient of a random class, so that they say a little of what the network tells apart.
 """
 
-import copy
 import functools
 import math
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from errors import NeuronMergingError, said
 from trace import CONVS, NORMS, Graph
-from walk import by_sample, count_positions, floats, measure_statistics, precision
+from walk import by_sample, computing_in, count_positions, floats, measure_statistics, precision
 
 MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
 CHUNK = 64  # samples that are normalised together in the class step
@@ -167,7 +166,7 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
     what = f"{type(model).__name__} does not take inputs of shape {list(x.shape)}"
     with said(what):
         x = x.to(precision(model, x))
-    model = copy.deepcopy(model).to(x.dtype).eval().requires_grad_(False)
+    model = computing_in(model, x.dtype)
     for module in model.modules():
         if isinstance(module, NORMS):
             measure_statistics(module, momentum=0.0)

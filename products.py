@@ -1,8 +1,14 @@
 """Matrix products of many rows, in which restoration and the choice of widths spend their time (ours).
 
-PyTorch hands products to MKL, which runs at half speed on AMD's CPUs, and convolutions to oneDNN, which does not. So in
-float32 on a CPU, with two threads or more, a product here is a convolution with a kernel of 1 × 1 (`make bench` measures both).
+PyTorch hands products to MKL, which runs at half speed on CPUs that are not Intel's, and convolutions to oneDNN, which does
+not. So in float32 on such a CPU, with two threads or more, a product here is a convolution with a kernel of 1 × 1 (`make bench`
+measures both; on Intel's PyTorch's own is the quicker one).
 """
+
+import contextlib
+import functools
+import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +65,16 @@ def _onednn(device: torch.device) -> bool:
 
 def _convolves(U: Tensor) -> bool:
     several = torch.get_num_threads() > 1  # with one, PyTorch does not hand such convolutions to oneDNN
-    return _onednn(U.device) and U.dtype == torch.float32 and U.numel() > 0 and several
+    return _onednn(U.device) and U.dtype == torch.float32 and U.numel() > 0 and several and not _intel()
+
+
+@functools.cache
+def _intel() -> bool:
+    """Whether this machine's CPU says that it is one of Intel's."""
+    name = platform.processor()  # on Linux its architecture only
+    with contextlib.suppress(OSError):
+        name += Path("/proc/cpuinfo").read_text()
+    return "GenuineIntel" in name
 
 
 def _places(U: Tensor) -> Tensor:

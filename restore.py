@@ -12,7 +12,6 @@ to where its consumer's output lacks less (adapt.py). Kept neurons, widths and t
 walk is over the traced graph: no architecture is named here.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +29,19 @@ from ridge import Ridge
 from settings import RIDGE
 from streams import Stream, apart, cut_streams, kept_channels
 from trace import CONVS, RELU, Unit, ancestors
-from walk import POSITIONS, as_weight, channel, matrix, outputs, places, precision, rows, steps, walk_through
+from walk import (
+    POSITIONS,
+    as_weight,
+    channel,
+    computing_in,
+    matrix,
+    outputs,
+    places,
+    precision,
+    rows,
+    steps,
+    walk_through,
+)
 
 ROUNDING = 1e-6  # of a neuron's largest output: what is left over below it is not fitted
 
@@ -64,7 +75,7 @@ def restore(
     cannot = f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}"
     with said(cannot):
         work = precision(model, probe)
-    teacher = copy.deepcopy(model).to(work).eval().requires_grad_(False)
+    teacher = computing_in(model, work)
     (alone, kept), coupled = apart(units, keep)
     student = rebuild(teacher, alone, [_start(teacher, *pair) for pair in zip(alone, kept)])
     cut_streams(teacher, student, coupled, t=0.999, strict=False)

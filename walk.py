@@ -37,7 +37,13 @@ def precision(model: nn.Module, inputs: Tensor) -> torch.dtype:
         with contextlib.suppress(RuntimeError), torch.no_grad():
             copy.deepcopy(model).double().eval()(inputs[:1].to(torch.float64, copy=True))
             return torch.float64
-    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    return torch.promote_types(dtype(model), torch.float32)
+
+
+def computing_in(model: nn.Module, precision: torch.dtype) -> nn.Module:
+    """A copy of `model` for walks, whose real numbers are float32 or float64; complex and whole ones stay what they are."""
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    return copied.double() if precision == torch.float64 else copied.float()
 
 
 class Walk:

@@ -11,7 +11,6 @@ Errors and sensitivities are measured once for all budgets (`curves`), the rest 
 as if units did not feel each other, widths can be compared with all units thinned at once (`joint_damage`).
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from walk import (
     centre,
     channel,
     cholesky,
+    computing_in,
     count_positions,
     covariance,
     matrix,
@@ -251,7 +251,7 @@ def _looking(model: nn.Module, probe: Tensor) -> Iterator[tuple[nn.Module, Tenso
     what = f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}"
     with said(what), torch.no_grad():
         probe = probe.to(precision(model, probe))
-        yield copy.deepcopy(model).to(probe.dtype).eval().requires_grad_(False), probe
+        yield computing_in(model, probe.dtype), probe
 
 
 def _falling(damage: np.ndarray) -> np.ndarray:

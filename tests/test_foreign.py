@@ -390,6 +390,10 @@ def test_complex_and_integer_weights_are_left_alone():
     assert count_macs(model, (3, 8, 8)) == count_macs(model.net, (3, 8, 8)) and dtype(model) == torch.float32
     small, report = shrink(model, 0.5, example_input=(3, 8, 8), compensation="merge")
     assert report.widths == [8, 8, 4] and torch.equal(small.weights, model.weights)
+    small, _ = shrink(model, 0.5, images=inputs(), widths="auto")
+    assert torch.equal(small.weights, model.weights) and small.bits.dtype == torch.int8
+    pruned, _ = shrink(model, 0.5, compensation="prune")
+    assert distance(model, small, inputs()) < distance(model, pruned, inputs())
 
 
 @torch.no_grad()

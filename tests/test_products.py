@@ -3,14 +3,20 @@
 import pytest
 import torch
 
+import products
 from products import ROWS, across, gram, times
 
 
-@pytest.fixture(autouse=True, params=[1, 2])
-def threads(request):
-    """With one thread PyTorch's own product, with two oneDNN's convolution."""
+@pytest.fixture(autouse=True, params=[(1, False), (2, False), (2, True)])
+def machine(request, monkeypatch):
+    """With two threads, and not on one of Intel's CPUs, oneDNN's convolution, else PyTorch's own product."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    threads, intel = request.param
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(products, "_intel", lambda: intel)
+    assert products._convolves(torch.zeros(1, 1)) == (
+        threads == 2 and not intel and products._onednn(torch.device("cpu"))
+    )
     yield
     torch.set_num_threads(before)
 
@@ -41,3 +47,15 @@ def test_rows_may_be_a_view():
         torch.testing.assert_close(times(part, part).double(), exact @ exact.T, **close)
         torch.testing.assert_close(across(part, part).double(), exact.T @ exact, **close)
         torch.testing.assert_close(gram(part), exact.T @ exact, **close)
+
+
+@pytest.mark.parametrize(
+    "said, intel", [("vendor_id : GenuineIntel", True), ("vendor_id : AuthenticAMD", False), (None, False)]
+)
+def test_the_maker_of_the_cpu_is_read_where_it_is_said(said, intel, monkeypatch, tmp_path):
+    monkeypatch.undo()  # of `machine`
+    if said is not None:
+        (tmp_path / "cpuinfo").write_text(said)
+    monkeypatch.setattr(products, "Path", lambda path: tmp_path / "cpuinfo")
+    monkeypatch.setattr(products.platform, "processor", lambda: "x86_64")
+    assert products._intel.__wrapped__() == intel
