@@ -21,7 +21,7 @@ class _Sized(nn.Module):
     def filled(self, value: Tensor, x: Tensor) -> Tensor:
         """`value` [M] for every sample and output position of the layer on x: [B, M, …], or [B, …, M] of a linear layer."""
         if not self.sides:
-            return value.expand(*x.shape[:-1], -1).clone()
+            return value + torch.zeros_like(x[..., :1])
         out = [(x.shape[i] + pad - reach) // stride + 1 for i, (pad, reach, stride) in enumerate(self.sides, start=2)]
         return value.view(1, -1, *[1] * len(out)).expand(x.shape[0], -1, *out).clone()
 

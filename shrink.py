@@ -33,7 +33,7 @@ from pairs import Pairs
 from restore import Options
 from settings import CHOSEN_WIDTHS, by_name
 from streams import Stream, apart, choose_channels, streams
-from trace import NORMS, Unit, survey
+from trace import NORMS, Unit, check_wrapper, survey
 from widths import HELD_OUT, Cost, Curve, allocate, curves, joint_damage
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
@@ -216,7 +216,7 @@ def shrink(
     report = Report(
         found, list(kept), full, cosine, left_out,
         (count_parameters(model), count_parameters(small)),
-        None if shape is None else (macs, count_macs(small, shape)),
+        None if shape is None else (macs, network_macs(small, shape)),
         seconds, seconds_widths, peak_mb, None if known is None else list(known),
     )  # fmt: skip
     return small, report
@@ -261,8 +261,9 @@ def check_sizes(model: nn.Module) -> None:
 
 def check_weights(model: nn.Module) -> None:
     """Raises NeuronMergingError where a parameter or a running statistic is NaN or infinite (or a variance below 0), or
-    there is none yet.
+    there is none yet, or the network is wrapped in something else.
     """
+    check_wrapper(model)
     check_sizes(model)
     for name, module in model.named_modules():
         values = list(module.parameters(recurse=False))
@@ -375,6 +376,10 @@ def _weights(model: nn.Module, unit: Unit | Stream) -> Tensor:
 def _shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) -> tuple[int, ...] | None:
     """Of one input, without the batch."""
     if isinstance(example_input, Tensor):
+        if not (example_input.is_floating_point() or example_input.is_complex()):
+            raise NeuronMergingError(
+                "example_input is of whole numbers, which cannot be made up: leave it out (prune, merge), or give a shape"
+            )
         return tuple(example_input.shape[1:])
     if example_input is not None:
         if not isinstance(example_input, Sequence) or not all(isinstance(side, Integral) for side in example_input):
@@ -459,7 +464,8 @@ def _kept(
     for unit, n, share in zip(found, full, ratios):
         if not 0 <= share < 1:
             raise NeuronMergingError(f"ratio {share} of {unit.layer} is outside [0, 1)")
-        kept.append(round(n * (1 - share)))
+        alone = n == 1 and not isinstance(ratio, Mapping)  # a single neuron stays, unless it is named
+        kept.append(1 if alone else round(n * (1 - share)))
         if kept[-1] < 1:
             raise NeuronMergingError(
                 f"ratio {share} leaves no neuron of {n} in {unit.layer}: choose a smaller one, or ignore the layer"

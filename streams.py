@@ -243,7 +243,7 @@ class _Spaces:
             raise NotAUnit(obstacle(network, node))
         spatial = value.dimension and not value.flat
         if kind in (NORMS[max(value.dimension - 1, 0)], nn.SyncBatchNorm) and not value.flat:
-            norm = network.own(node)
+            norm = network.own(node, "out")
             if norm.running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")
             if norm.num_features != sum(value.widths):  # of what a linear layer gives, BatchNorm1d may normalise places
@@ -275,7 +275,7 @@ class _Spaces:
 
     def _layer(self, node: fx.Node, layer: nn.Module, inputs: list[_Value]) -> _Value:
         """A layer reads channels and opens a space; a depthwise convolution follows what it reads."""
-        self.network.own(node)
+        self.network.own(node, "in", "out")
         if len(node.all_input_nodes) > 1:
             raise NotAUnit(f"{node.target} reads several values")
         value = inputs[0] if inputs else None

@@ -9,13 +9,15 @@ Inputs are batches: dimension 0 is the batch, dimension 1 of a convolution's out
 """
 
 import copy
+import inspect
 import operator
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class Unit:
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # the last of any dimension
+SIZES = {"in": ("in_features", "in_channels"), "out": ("out_features", "out_channels", "num_features")}
 RELU = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 ACTIVATIONS = {  # elementwise, and not positively homogeneous or not known to the paper
     nn.LeakyReLU, F.leaky_relu, F.leaky_relu_, nn.ReLU6, F.relu6, nn.GELU, F.gelu, nn.SiLU, F.silu, nn.Mish, F.mish,
@@ -106,6 +109,21 @@ def put_module(model: nn.Module, name: str, new: nn.Module) -> None:
             model.set_submodule(known_as, new)
 
 
+WRAPPERS = {  # by class what torch.fx cannot trace, and where there is what it can
+    "DataParallel": "its .module", "DistributedDataParallel": "its .module", "OptimizedModule": "its ._orig_mod",
+    "RecursiveScriptModule": "as it was before", "TopLevelTracedModule": "as it was before",
+}  # fmt: skip
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Raises NeuronMergingError where a network is wrapped in something, or compiled to something, that cannot be traced."""
+    inside = WRAPPERS.get(type(model).__name__)
+    if inside is not None:
+        raise NeuronMergingError(
+            f"{type(model).__name__} cannot be traced by torch.fx: give the network inside, {inside}"
+        )
+
+
 class NotAUnit(Exception):
     """Why a layer is left out."""
 
@@ -121,9 +139,43 @@ def computes_as(kind: type) -> type:
 class Tracer(fx.Tracer):
     """Does not look into convolutions, linear layers and BatchNorms, whoever wrote their class."""
 
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of a network that is called with its first argument only."""
+        others = list(inspect.signature(root.forward).parameters.values())[1:]
+        plain = (bool, int, float, str, NoneType)
+        defaults = {p.name: p.default for p in others if type(p.default) in plain}
+        return super().trace(root, defaults | (concrete_args or {}) or None)
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Whether a call of `module` is a node."""
         return isinstance(module, (*CONVS, *NORMS, nn.Linear)) or super().is_leaf_module(module, qualified_name)
+
+
+def _traced(model: nn.Module) -> list[fx.Node]:
+    """The nodes of the graph. Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model`."""
+    check_wrapper(model)
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    before = {module: dict(vars(module)) for module in model.modules()}
+    values = [value for attributes in before.values() for value in attributes.values()]
+    contents = [(value, copy.copy(value)) for value in values if type(value) in (list, dict, set)]
+    try:
+        return list(Tracer().trace(model.eval()).nodes)
+    except Exception as error:  # tracing runs the user's forward(), which can raise anything
+        raise NeuronMergingError(
+            f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason(error)}"
+        ) from error
+    finally:
+        for module, attributes in before.items():  # of which tracing, and forward() itself, make new ones
+            vars(module).update(attributes)
+            for name in vars(module).keys() - attributes:
+                del vars(module)[name]
+        for value, content in contents:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+        with torch.no_grad():
+            for buffer, version, content in buffers:
+                if buffer._version != version:
+                    buffer.copy_(content)
 
 
 class Graph:
@@ -131,23 +183,7 @@ class Graph:
 
     def __init__(self, model: nn.Module) -> None:
         """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model` (in evaluation mode)."""
-        before = {module: dict(vars(module)) for module in model.modules()}
-        values = [value for attributes in before.values() for value in attributes.values()]
-        contents = [(value, copy.copy(value)) for value in values if type(value) in (list, dict, set)]
-        try:
-            self.nodes = list(Tracer().trace(model.eval()).nodes)
-        except Exception as error:  # tracing runs the user's forward(), which can raise anything
-            raise NeuronMergingError(
-                f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason(error)}"
-            ) from error
-        finally:
-            for module, attributes in before.items():  # of which tracing, and forward() itself, make new ones
-                vars(module).update(attributes)
-                for name in vars(module).keys() - attributes:
-                    del vars(module)[name]
-            for value, content in contents:
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(content)
+        self.nodes = _traced(model)
         self.modules = dict(model.named_modules())
         self.calls = Counter(self.modules[n.target] for n in self.nodes if n.op == "call_module")
         owners: dict[nn.Parameter, set[nn.Module]] = {}
@@ -167,8 +203,43 @@ class Graph:
         """What a node does: the class of its module, the function, or the name of the method."""
         return computes_as(type(self.module(node))) if node.op == "call_module" else node.target
 
-    def own(self, node: fx.Node) -> nn.Module:
-        """The module of a node whose weights may be rewritten. Raises NotAUnit where something else depends on them."""
+    @cached_property
+    def sizes_read(self) -> list[tuple[nn.Module, str]]:
+        """Layers and the sides, "in" or "out", of which the forward pass takes the width for a number to compute with.
+
+        Found by tracing once more while all say that they are one wider: calls of layers are not looked into.
+        """
+        layers = [m for m in self.modules.values() if isinstance(m, (*CONVS, *NORMS, nn.Linear))]
+        changes = [(layer, side) for layer in layers for side in SIZES]
+        if not self._depends_on(changes) or self._depends_on([]):  # it is never the same
+            return []
+        return self._felt(changes)
+
+    def _felt(self, changes: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+        """Those of the changes that the graph depends on, by halves."""
+        if not changes or not self._depends_on(changes):
+            return []
+        half = len(changes) // 2
+        return changes if not half else [*self._felt(changes[:half]), *self._felt(changes[half:])]
+
+    def _depends_on(self, changes: list[tuple[nn.Module, str]]) -> bool:
+        """Whether the graph is another one where these layers say that they are one wider on these sides."""
+        names = [(layer, name) for layer, side in changes for name in SIZES[side] if name in vars(layer)]
+        for layer, name in names:
+            vars(layer)[name] += 1
+        try:
+            return _literally(_traced(self.modules[""])) != _literally(self.nodes)
+        except NeuronMergingError:
+            return True
+        finally:
+            for layer, name in names:
+                vars(layer)[name] -= 1
+
+    def own(self, node: fx.Node, *sides: str) -> nn.Module:
+        """The module of a node whose weights may be rewritten, and its width on these sides ("in", "out") changed.
+
+        Raises NotAUnit where something else depends on them.
+        """
         module = self.module(node)
         self.check_hooks(node)
         if self.kind(node) not in (*CONVS, *NORMS, nn.Linear):
@@ -179,6 +250,8 @@ class Graph:
             raise NotAUnit(f"{node.target} shares its weights")
         if any(parameter.numel() == 0 for parameter in module.parameters(recurse=False)):
             raise NotAUnit(f"{node.target} has no weights")
+        if sides and any(layer is module and side in sides for layer, side in self.sizes_read):
+            raise NotAUnit(f"the forward pass computes with the width of {node.target}")
         return module
 
     def check_hooks(self, node: fx.Node) -> None:
@@ -200,6 +273,12 @@ class Graph:
         return readers[0]
 
 
+def _literally(nodes: Sequence[fx.Node]) -> list[tuple[Any, ...]]:
+    """What the nodes do, with their numbers, in a form that can be compared with that of another tracing."""
+    place = {node: f"%{i}" for i, node in enumerate(nodes)}
+    return [(node.op, node.target, fx.map_arg((node.args, node.kwargs), place.__getitem__)) for node in nodes]
+
+
 def dimension(layer: nn.Module) -> int:
     """Of a convolution; 0 for a linear layer."""
     return next((sides for sides, kind in enumerate(CONVS, 1) if isinstance(layer, kind)), 0)
@@ -207,7 +286,7 @@ def dimension(layer: nn.Module) -> int:
 
 def _unit(network: Graph, node: fx.Node) -> Unit:
     """Follow the output of the layer at `node` to its consumer. Raises NotAUnit on the way."""
-    layer = network.own(node)
+    layer = network.own(node, "out")
     sides = dimension(layer)
     if sides and layer.groups > 1:
         raise NotAUnit("it is a grouped convolution")
@@ -217,7 +296,7 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
         before, node = node, network.reader(node)
         kind = network.kind(node)
         if sides and kind in (NORMS[sides - 1], nn.SyncBatchNorm) and before.target == name:
-            norm = network.own(node)
+            norm = network.own(node, "out")
             if norm.running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")
             bn = node.target
@@ -230,7 +309,7 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
         elif sides and not flat and flattens(network, node, of_one_batch(before, partial(_keeps_batch, network))):
             flat = True
         elif isinstance(network.module(node), (*CONVS, nn.Linear)) and node.args[:1] == (before,):
-            consumer = network.own(node)
+            consumer = network.own(node, "in")
             break
         else:
             raise NotAUnit(obstacle(network, node))
@@ -351,7 +430,7 @@ def _is_shape(node: fx.Node) -> bool:
 def asks_no_width(node: fx.Node) -> bool:
     """A question about a tensor whose answer does not change with the number of neurons: its batch size, dtype, rank."""
     if _is_shape(node):
-        return all(_batch_of(user) is not None for user in node.users)
+        return all(_batch_of(user) is not None for user in node.users if user.users or not _is_item(user))
     if node.op == "call_method":
         return node.target == "dim" or _batch_of(node) is not None
     return node.op == "call_function" and node.target is getattr and node.args[1] in ("ndim", "device", "dtype")

@@ -72,8 +72,13 @@ class Walk:
 
     def input(self, node: fx.Node, probe: Tensor) -> Any:
         """The probe for the network's first input, their defaults for others."""
+        several = node.target.startswith("*")  # *args or **kwargs
         if node is next(iter(self.graph.nodes)):
+            if several:
+                return (probe,)
             return probe.contiguous(memory_format=torch.channels_last) if probe.ndim == 4 else probe
+        if several:
+            return {} if node.target.startswith("**") else ()
         if node.args:
             return node.args[0]
         raise NeuronMergingError(f"the network takes a second input, {node.target}: only one can be made up")

@@ -133,6 +133,8 @@ def allocate(
     allowed = [_allowed(len(curve.order), multiple, drop) for curve, drop in zip(curves, droppable)]
     budget = np.asarray(budget, dtype=float)
     limited = np.isfinite(budget)
+    if multiple > 1 and all(len(ks) == 1 for ks in allowed) and (cost(cost.full) > budget).any():
+        raise NeuronMergingError(f"--multiple {multiple} leaves every layer whole: give a smaller one")
     balances = [(b, 1 - b) for b in BALANCES] if limited.all() else [limited]
     hulls = [_hull(ks, curve.damage[ks]) for ks, curve in zip(allowed, curves)]
     tried = [_descend(curves, cost, budget, allowed, hulls, np.array(balance) / budget) for balance in balances]
