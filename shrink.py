@@ -376,7 +376,7 @@ def _weights(model: nn.Module, unit: Unit | Stream) -> Tensor:
 def _shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) -> tuple[int, ...] | None:
     """Of one input, without the batch."""
     if isinstance(example_input, Tensor):
-        if not (example_input.is_floating_point() or example_input.is_complex()):
+        if example_input.dtype in (torch.int32, torch.int64):  # the words of an embedding; images have others
             raise NeuronMergingError(
                 "example_input is of whole numbers, which cannot be made up: leave it out (prune, merge), or give a shape"
             )

@@ -275,7 +275,7 @@ class _Spaces:
 
     def _layer(self, node: fx.Node, layer: nn.Module, inputs: list[_Value]) -> _Value:
         """A layer reads channels and opens a space; a depthwise convolution follows what it reads."""
-        self.network.own(node, "in", "out")
+        self.network.own(node)
         if len(node.all_input_nodes) > 1:
             raise NotAUnit(f"{node.target} reads several values")
         value = inputs[0] if inputs else None
@@ -284,8 +284,15 @@ class _Spaces:
             fits = value is not None and not value.flat and value.dimension == dimension(layer)
             if not fits or not layer.groups == layer.in_channels == layer.out_channels == sum(value.widths):
                 raise NotAUnit(f"{node.target} is a grouped convolution")
+            self.network.check_sizes(node, "in", "out")
             return self._followed(node, value)
         opened = self._open(node)
+        for side, values in (("out", [opened]), ("in", inputs)):
+            try:
+                self.network.check_sizes(node, side)
+            except NotAUnit as why:
+                for each in values:
+                    each.freeze(str(why))
         if value is None:
             return opened
         total = sum(value.widths)

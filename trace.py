@@ -143,7 +143,7 @@ class Tracer(fx.Tracer):
         """The graph of a network that is called with its first argument only."""
         others = list(inspect.signature(root.forward).parameters.values())[1:]
         plain = (bool, int, float, str, NoneType)
-        defaults = {p.name: p.default for p in others if type(p.default) in plain}
+        defaults = {p.name: p.default for p in others if type(p.default) in plain and p.default == p.default}
         return super().trace(root, defaults | (concrete_args or {}) or None)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
@@ -207,33 +207,36 @@ class Graph:
     def sizes_read(self) -> list[tuple[nn.Module, str]]:
         """Layers and the sides, "in" or "out", of which the forward pass takes the width for a number to compute with.
 
-        Found by tracing once more while all say that they are one wider: calls of layers are not looked into.
+        Found by tracing again while layers say that they have other widths: calls of layers are not looked into. It is not
+        seen where widths are only compared with each other or become a tensor, nor in a forward pass that is never the same.
         """
         layers = [m for m in self.modules.values() if isinstance(m, (*CONVS, *NORMS, nn.Linear))]
         changes = [(layer, side) for layer in layers for side in SIZES]
-        if not self._depends_on(changes) or self._depends_on([]):  # it is never the same
+        if not self._depends_on(changes) or self._depends_on([]):
             return []
         return self._felt(changes)
 
     def _felt(self, changes: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
-        """Those of the changes that the graph depends on, by halves."""
-        if not changes or not self._depends_on(changes):
-            return []
-        half = len(changes) // 2
-        return changes if not half else [*self._felt(changes[:half]), *self._felt(changes[half:])]
+        """Of changes that the graph depends on, those that it does, by halves."""
+        if len(changes) == 1:
+            return changes
+        first, second = changes[: len(changes) // 2], changes[len(changes) // 2 :]
+        felt = self._felt(first) if self._depends_on(first) else []
+        return felt + (self._felt(second) if not felt or self._depends_on(second) else [])
 
     def _depends_on(self, changes: list[tuple[nn.Module, str]]) -> bool:
-        """Whether the graph is another one where these layers say that they are one wider on these sides."""
-        names = [(layer, name) for layer, side in changes for name in SIZES[side] if name in vars(layer)]
-        for layer, name in names:
-            vars(layer)[name] += 1
+        """Whether the graph is another one where these layers say that they have other widths on these sides."""
+        said = [(vars(layer), name) for layer, side in changes for name in SIZES[side]]
+        said = [(told, name, told[name]) for told, name in said if type(told.get(name)) is int]
         try:
+            for told, name, size in said:
+                told[name] = 2 * size + 1
             return _literally(_traced(self.modules[""])) != _literally(self.nodes)
         except NeuronMergingError:
             return True
         finally:
-            for layer, name in names:
-                vars(layer)[name] -= 1
+            for told, name, size in said:
+                told[name] = size
 
     def own(self, node: fx.Node, *sides: str) -> nn.Module:
         """The module of a node whose weights may be rewritten, and its width on these sides ("in", "out") changed.
@@ -250,9 +253,13 @@ class Graph:
             raise NotAUnit(f"{node.target} shares its weights")
         if any(parameter.numel() == 0 for parameter in module.parameters(recurse=False)):
             raise NotAUnit(f"{node.target} has no weights")
-        if sides and any(layer is module and side in sides for layer, side in self.sizes_read):
-            raise NotAUnit(f"the forward pass computes with the width of {node.target}")
+        self.check_sizes(node, *sides)
         return module
+
+    def check_sizes(self, node: fx.Node, *sides: str) -> None:
+        """Raises NotAUnit where the forward pass computes with the width of a layer on one of the sides."""
+        if sides and any(layer is self.module(node) and side in sides for layer, side in self.sizes_read):
+            raise NotAUnit(f"the forward pass computes with the width of {node.target}")
 
     def check_hooks(self, node: fx.Node) -> None:
         """Raises NotAUnit where the module of a node does more than its class says: tracing does not see that."""

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import NeuronMergingError
-from export import export
+from export import _off, export
 from shrink import prunable, shrink, summary, width
+from streams import streams
 from tests.made import Written, conv
 from tests.test_foreign import distance, inputs, network
 from trace import survey
@@ -78,18 +79,47 @@ def by_neither(m, x):
     return m.b(F.relu(m.a(x))) * (m.a.in_features / m.b.out_features)
 
 
-@pytest.mark.parametrize("run, layer", [(by_width, "a"), (by_inputs, "b"), (by_neither, None)])
+def by_half(m, x):
+    return m.b(F.relu(m.a(x))) * (m.a.out_features // 2)
+
+
+@pytest.mark.parametrize("run, layer", [(by_width, "a"), (by_half, "a"), (by_inputs, "b"), (by_neither, None)])
 @pytest.mark.parametrize("coupled", [False, True])
 def test_a_width_that_is_computed_with_stays(run, layer, coupled):
     """A smaller layer would give another number; those of the network's input and output do not change."""
     torch.manual_seed(0)
     model = Written(run, a=nn.Linear(8, 16), b=nn.Linear(16, 4)).eval()
+    model.a.num_features, model.b.out_channels = None, (3,)  # of somebody's own, and no widths
     found, left_out = prunable(model, coupled)
     if layer is None:
-        assert [unit.layer for unit in found] == ["a"] or coupled
+        assert [unit.layer for unit in found] == ["a"]
     else:
         assert found == [] and f"the forward pass computes with the width of {layer}" in left_out["a"]
     assert (model.a.out_features, model.a.in_features, model.b.in_features, model.b.out_features) == (16, 8, 16, 4)
+
+
+def test_only_the_space_whose_width_is_computed_with_stays():
+    """Of blocks x + c2(ReLU(c1(x))) · (1 / c1's width), the branches, not the stream; and what a scaled layer reads."""
+
+    def run(m, x):
+        x = F.relu(m.first(x))
+        for c1, c2 in m.blocks:
+            x = x + c2(F.relu(c1(x))) * (1 / c1.out_channels)
+        return m.last(x)
+
+    blocks = nn.ModuleList(nn.ModuleList([conv(8, 6), conv(6, 8)]) for _ in range(8))
+    model = Written(run, first=conv(3, 8), blocks=blocks, last=conv(8, 4)).eval()
+    (shared,), _ = streams(model)
+    assert {*shared.writers} == {"first", *(f"blocks.{i}.1" for i in range(8))}
+    found, left_out = survey(model)
+    assert found == [] and all("computes with the width" in left_out[f"blocks.{i}.0"] for i in range(8))
+    scaled = Written(
+        lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))) * float(m.b.out_channels),
+        a=conv(3, 8),
+        b=conv(8, 8),
+        c=conv(8, 4),
+    ).eval()
+    assert [stream.layer for stream in streams(scaled)[0]] == ["a"] == [unit.layer for unit in survey(scaled)[0]]
 
 
 @torch.no_grad()
@@ -139,6 +169,8 @@ def test_a_wrapped_network_is_to_be_unwrapped(inside, call):
 
 
 def test_whole_numbers_are_no_example():
+    image = Written(lambda m, x: m.net(x.float() / 255), net=network()).eval()
+    assert shrink(image, 0.5, example_input=torch.zeros(2, 3, 8, 8, dtype=torch.uint8), compensation="prune")[1].widths
     model = Written(lambda m, x: m.net(m.words(x)), words=nn.Embedding(9, 8), net=nn.Sequential(
         nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))).eval()  # fmt: skip
     words = torch.randint(0, 9, (4, 5))
@@ -197,6 +229,11 @@ OUTPUTS = {
     "a number": lambda y: (y, 1.0),
     "nothing": lambda y: (y, None),
 }
+
+
+def test_an_export_is_checked_in_its_imaginary_part_too():
+    assert _off(torch.tensor([1 + 1j]), torch.tensor([1 + 5j])) > 0.5
+    assert _off((torch.tensor([True]), None), (torch.tensor([False]), None)) > 0.5
 
 
 @pytest.mark.parametrize(
