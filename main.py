@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], dict[str
         network = xp.load(experiment)[0] if args.pretrained else experiment.network()
         found, _ = prunable(network, args.coupled)
         kept = xp.kept_widths(network, found, experiment) if args.thins and found else None
-        told = {} if args.model_type == "original" else {"compensation": args.model_type}
-        return {"summary": summary(network, kept, coupled=args.coupled, multiple=args.multiple, **told)}, dict
+        told = {"coupled": args.coupled, "multiple": args.multiple, "compensation": args.model_type}
+        return {"summary": summary(network, kept, **told)}, dict
     return evaluate(args, experiment, device) if args.evaluate else (train(args, experiment, device), dict)
 
 

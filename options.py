@@ -269,18 +269,8 @@ def recipe(args: argparse.Namespace) -> settings.Recipe:
     chosen = settings.recipe(args.arch, args.recipe)
     if not from_scratch(args):
         chosen = replace(chosen, sizes=())  # what is trained already needs no small images first
-    for name in (
-        "epochs",
-        "batch_size",
-        "lr",
-        "momentum",
-        "weight_decay",
-        "norm_decay",
-        "cutout",
-        "schedule",
-        "gammas",
-    ):
-        value = getattr(args, name)
+    for name in vars(chosen):  # of which some are no options
+        value = getattr(args, name, None)
         if value is not None:
             chosen = replace(chosen, **{name: tuple(value) if isinstance(value, list) else value})
     if chosen.one_cycle and (args.schedule or args.gammas):

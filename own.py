@@ -177,8 +177,7 @@ def run(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any],
             check_names(args.criterion, args.model_type, settings.width_rule(args.widths))
         check_choice(args.widths in settings.CHOSEN_WIDTHS, args.budget, args.multiple, args.drop_blocks)
         ratio = args.ratios or (args.pruning_ratio if isinstance(args.widths, str) else args.widths)
-        told = {"coupled": args.coupled, "ignore": ignore, "multiple": args.multiple}
-        told |= {} if args.model_type == "original" else {"compensation": args.model_type}
+        told = {"coupled": args.coupled, "ignore": ignore, "multiple": args.multiple, "compensation": args.model_type}
         return {"summary": summary(model, ratio if args.thins else None, **told)}, dict
     if args.weights is None:
         print("warning: no --weights: the network is as its code makes it", file=sys.stderr)

@@ -68,13 +68,20 @@ def _convolves(U: Tensor) -> bool:
     return _onednn(U.device) and U.dtype == torch.float32 and U.numel() > 0 and several and not _intel()
 
 
+def cpu(about: str) -> str:
+    """What Linux says of the processor, its "vendor_id" or "model name"; elsewhere what Python calls it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == about:
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
 @functools.cache
 def _intel() -> bool:
     """Whether this machine's CPU says that it is one of Intel's."""
-    name = platform.processor()  # on Linux its architecture only
-    with contextlib.suppress(OSError):
-        name += Path("/proc/cpuinfo").read_text()
-    return "GenuineIntel" in name
+    return "GenuineIntel" in cpu("vendor_id")
 
 
 def _places(U: Tensor) -> Tensor:

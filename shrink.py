@@ -26,7 +26,7 @@ from decompose import (
     others,
     read,
 )
-from errors import NeuronMergingError, out_of_memory, reason, said
+from errors import NeuronMergingError, said
 from evaluate import count_macs, count_parameters
 from methods import ALONE, BIASED, BY_LAYER, LOOKING, METHODS, Settings, check_units, layerwise
 from pairs import Pairs
@@ -229,13 +229,15 @@ def summary(
     coupled: bool = False,
     ignore: Sequence[str] = (),
     multiple: int = 1,
-    compensation: str = "prune",
+    compensation: str = "original",
 ) -> str:
     """What of a network can lose neurons, with a ratio (or widths, as of `shrink`) how many, and why the rest cannot.
 
-    Raises NeuronMergingError for numbers and names that make no sense, and where the compensation has no form for a unit.
+    compensation: by which; "original" for none. Raises NeuronMergingError for numbers and names that make no sense, and
+    where the compensation has no form for a unit.
     """
-    check_names("l2-norm", compensation, "uniform")
+    if compensation != "original":
+        check_names("l2-norm", compensation, "uniform")
     check_choice(False, None, multiple, False)
     check_weights(model)
     found, left_out = _without(model, *prunable(model, coupled), ignore)
@@ -280,10 +282,9 @@ def check_weights(model: nn.Module) -> None:
 def check_copies(model: nn.Module) -> None:
     """Raises NeuronMergingError where a network cannot be copied, and names the tensor that stands in the way, if it is one."""
     try:
-        copy.deepcopy(model)
-    except Exception as error:  # what others have put into it can raise anything
-        if out_of_memory(error):
-            raise
+        with said(f"{type(model).__name__} cannot be copied", typed=True):
+            copy.deepcopy(model)
+    except NeuronMergingError as error:
         for name, module in model.named_modules():
             for attribute, value in (vars(module) | module._buffers).items():
                 if isinstance(value, Tensor) and not value.is_leaf:
@@ -291,19 +292,18 @@ def check_copies(model: nn.Module) -> None:
                         f"{f'{name}.'.lstrip('.')}{attribute} cannot be copied, being computed from what is learned: detach"
                         " it, or remove what torch.nn.utils.prune or weight_norm left"
                     ) from error
-        raise NeuronMergingError(
-            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {reason(error)}"
-        ) from error
+        raise
 
 
 def _lay_out(model: nn.Module, small: nn.Module) -> None:
-    """Let the weights of `small` lie in memory as those of `model` do: with their channels last, or not."""
-    before = dict(model.named_parameters())
+    """Let the weights of `small` lie in memory with their channels last where those of `model` do."""
+    wide = {
+        name: weight for name, weight in model.named_parameters() if weight.ndim == 4 and not weight.is_contiguous()
+    }
+    last = {name for name, weight in wide.items() if weight.is_contiguous(memory_format=torch.channels_last)}
     for name, weight in small.named_parameters():
-        if weight.ndim == 4 and name in before:
-            last = before[name].is_contiguous(memory_format=torch.channels_last) and not before[name].is_contiguous()
-            if last:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if name in last:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def network_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
@@ -431,35 +431,29 @@ def _kept(
 ) -> list[int]:
     """Kept width of every unit. Raises NeuronMergingError for ratios and widths that make no sense, with the layer's name."""
     ratio = ratio.tolist() if hasattr(ratio, "tolist") else ratio  # tensors and arrays
-    if not isinstance(ratio, Mapping | Sequence | Real) or isinstance(ratio, str):
-        raise NeuronMergingError(f"ratio {ratio!r} is no number")
-    if isinstance(ratio, Sequence):
-        ratio = [value.item() if hasattr(value, "item") else value for value in ratio]
-    for value in ratio.values() if isinstance(ratio, Mapping) else ratio if isinstance(ratio, Sequence) else ():
-        if not isinstance(value, Real):
-            raise NeuronMergingError(f"ratio {ratio!r}: {value!r} is no number")
     if isinstance(ratio, Mapping):
         ratios = [0.0] * len(found)
         for pattern, value in ratio.items():
             matching = [i for i, u in enumerate(found) if any(fnmatchcase(name, pattern) for name in _layers(model, u))]
             for i in matching:
-                ratios[i] = value
+                ratios[i] = _number(value)
             if not matching:
                 out = next((layer for layer in left_out if fnmatchcase(layer, pattern)), None)
                 raise NeuronMergingError(
                     f"no convolution or linear layer is called {pattern}" if out is None
                     else f"{out} cannot be pruned: {left_out[out]}"
                 )  # fmt: skip
-    elif isinstance(ratio, Sequence):
+    elif isinstance(ratio, Sequence) and not isinstance(ratio, str):
+        ratio = [_number(width) for width in ratio]
         if len(ratio) != len(found):
             raise NeuronMergingError(f"{len(ratio)} widths for {len(found)} units: {', '.join(u.layer for u in found)}")
         if any(width % 1 != 0 for width in ratio):  # also NaN
             raise NeuronMergingError(
-                f"{list(ratio)} are no kept widths; ratios go by layer name: {{{found[0].layer!r}: 0.5}}"
+                f"{ratio} are no kept widths; ratios go by layer name: {{{found[0].layer!r}: 0.5}}"
             )
         return [int(width) for width in ratio]
     else:
-        ratios = [ratio] * len(found)
+        ratios = [_number(ratio)] * len(found)
     kept = []
     for unit, n, share in zip(found, full, ratios):
         if not 0 <= share < 1:
@@ -471,6 +465,14 @@ def _kept(
                 f"ratio {share} leaves no neuron of {n} in {unit.layer}: choose a smaller one, or ignore the layer"
             )
     return kept
+
+
+def _number(value: object) -> Real:
+    """As Python has it, of a tensor or an array too. Raises NeuronMergingError for what is none."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, Real):
+        raise NeuronMergingError(f"ratio {value!r} is no number")
+    return value
 
 
 def _rounded(width: int, full: int, multiple: int) -> int:

@@ -46,6 +46,7 @@ from trace import (
     flattens,
     name_of,
     next_norm,
+    norms,
     obstacle,
     of_one_batch,
     pools,
@@ -242,7 +243,7 @@ class _Spaces:
         if value is None or len(inputs) > 1:
             raise NotAUnit(obstacle(network, node))
         spatial = value.dimension and not value.flat
-        if kind in (NORMS[max(value.dimension - 1, 0)], nn.SyncBatchNorm) and not value.flat:
+        if kind in norms(value.dimension) and not value.flat:
             norm = network.own(node, "out")
             if norm.running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")

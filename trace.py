@@ -302,7 +302,7 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
     while True:
         before, node = node, network.reader(node)
         kind = network.kind(node)
-        if sides and kind in (NORMS[sides - 1], nn.SyncBatchNorm) and before.target == name:
+        if sides and kind in norms(sides) and before.target == name:
             norm = network.own(node, "out")
             if norm.running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")
@@ -330,6 +330,11 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
     next_bn = next_norm(network, node)
     branch = addition(node, next_bn, network.kind) is not None
     return Unit(name, bn, relu, node.target, next_bn, activation, branch)
+
+
+def norms(sides: int) -> tuple[type, ...]:
+    """The BatchNorms of what a layer of this dimension gives."""
+    return NORMS[max(sides - 1, 0)], nn.SyncBatchNorm
 
 
 def addition(node: fx.Node, bn: str | None, kind: Callable[[fx.Node], Any]) -> tuple[fx.Node, fx.Node] | None:

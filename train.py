@@ -268,6 +268,7 @@ def _read_state(state: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
     if (
         not isinstance(saved, dict)
         or not {*identity, "model", "optimizer", "epoch", "step", "seen", "rows", "rng"} <= saved.keys()
+        or not isinstance(saved["recipe"], dict)
     ):
         raise NeuronMergingError(f"{state} is not a training state: delete it and begin anew without --resume")
     saved["recipe"] = {"cutout": 0} | saved["recipe"]  # which states of before there was one do not say

@@ -148,7 +148,7 @@ def walk_through(model: nn.Module, inputs: Tensor, probe_statistics: bool = True
     overwrites more. Outputs that differ from one call to the next are not compared, nor those that are no floating-point
     tensors, nor what a hook of the whole network makes of them.
     """
-    x, seen = inputs[:2], copy.deepcopy(model)
+    x, seen = inputs[:2].clone(), copy.deepcopy(model)
     walk = Walk(model, probe_statistics)  # before the first call, which may leave something in the network
     call = seen if seen._forward_pre_hooks else seen.forward
     wanted, again = (floats(call(x.clone())) for _ in range(2))
@@ -156,7 +156,7 @@ def walk_through(model: nn.Module, inputs: Tensor, probe_statistics: bool = True
     as_it_is.probe_statistics, as_it_is.statistics = False, {}
     values: dict[fx.Node, Any] = {}
     for node in steps(list(walk.graph.nodes), values):
-        values[node] = as_it_is.run(node, values, x.clone())
+        values[node] = as_it_is.run(node, values, x)
     if wanted and _alike(wanted, again) and not _alike(wanted, floats(values[node])):
         raise NeuronMergingError(
             f"what {type(model).__name__} gives is not what torch.fx sees of it: a hook changes it, or a view is overwritten"
@@ -209,9 +209,10 @@ def floats(output: Any) -> list[Tensor]:
 
 def by_sample(output: Any) -> Tensor:
     """All that `floats` finds, [B, …] each → [B, numbers]. Raises NeuronMergingError where that is nothing."""
-    if not floats(output):
+    leaves = floats(output)
+    if not leaves:
         raise NeuronMergingError("the network gives no floating-point numbers")
-    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in floats(output)], 1)
+    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
 
 
 def steps(

@@ -5,16 +5,13 @@ restoration against the peak of this machine's matrix products; evaluation again
 network buys; starting.
 """
 
-import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +36,7 @@ from files import write_text
 from latency import compare
 from models import build
 from options import Parser
-from products import times
+from products import cpu, times
 from restore import restore
 from tests import literal
 from trace import Unit, units
@@ -59,15 +56,6 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
         work()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])
-
-
-def processor() -> str:
-    """What the system calls it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def peak(side: int = 2048, repeats: int = 5) -> dict[str, float]:
@@ -337,7 +325,7 @@ Where it is more than 100 % of the peak, the network's own convolutions run fast
 def measured(grids: dict[str, Grid], widths: Sequence[int] = WIDTHS) -> Measured:
     """Everything, for the networks `grids`; starting first, while the memory of this process is small."""
     report: Measured = {"starting": {name: starting(*arguments) for name, arguments in STARTS.items()}}
-    report |= {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    report |= {"processor": cpu("model name"), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     report |= {"versions": versions(), "gemm_peak": peak()}
     named = {grid.title.split()[0]: grid for grid in grids.values()}
     report["merging"] = [

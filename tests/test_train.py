@@ -108,6 +108,9 @@ def test_what_cannot_be_resumed_is_said(tmp_path):
         run(tiny(), replace(RECIPE, cutout=3), state=tmp_path / "earlier", resume=True)
     with pytest.raises(NeuronMergingError, match="--cutout 32 can hide all of an image"):
         run(tiny(), replace(RECIPE, cutout=32))
+    torch.save(saved | {"recipe": None}, tmp_path / "damaged")
+    with pytest.raises(NeuronMergingError, match="not a training state"):
+        run(tiny(), state=tmp_path / "damaged", resume=True)
     torch.save(["no state"], tmp_path / "list")
     with pytest.raises(NeuronMergingError, match="not a training state"):
         run(tiny(), state=tmp_path / "list", resume=True)
