@@ -4,73 +4,73 @@ python main.py --arch LeNet_300_100 --pretrained FILE --model-type merge --crite
 """
 
 import argparse
-import json
-import os
+import math
 import sys
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import settings
-from errors import NeuronMergingError, ending
-from files import check_writable, remove_partials, write_text
-from options import check, from_scratch, parser, recipe
+import torch
+from torch import nn
 
-if TYPE_CHECKING:  # PyTorch is imported where it is needed: --help and a wrong flag do not wait for it
-    import torch
-
-    from experiment import Experiment
+import data
+from experiments import experiment as xp
+from experiments import rows, settings, training
+from experiments.options import check, experiment_of, from_scratch, parser, recipe
+from experiments.report import for_people
+from neuron_merging import cli, memory
+from neuron_merging.checkpoint import save_checkpoint, sha256, stored
+from neuron_merging.commandline import (
+    Row,
+    choose_device,
+    description,
+    exports_and_speed,
+    measured,
+    placed,
+    print_result,
+    run_command,
+)
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.files import check_writable, remove_partials
+from neuron_merging.images import Labelled
+from neuron_merging.shrink import prunable, summarize
 
 HERE = Path(__file__).resolve().parent
+SAVED = (
+    "arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths", "coupled", "split", "epochs", "versions",
+)  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
-    """Do what the checked command line says; returns the result row, and what makes the rest of it: exports, comparisons."""
-    import experiment as xp
-    import memory
-    import train as trainer
-
-    if trainer.launched() and (args.model or args.summary or args.evaluate):
+def run(args: argparse.Namespace) -> tuple[Row, Callable[[], Row]]:
+    """Do what the checked command line says; the result row, and what makes the rest of it: exports, comparisons."""
+    if training.launched() and (args.summary or args.evaluate):
         raise NeuronMergingError("torchrun is for training: run this without it")
-    device = xp.choose_device("cpu" if args.no_cuda else args.device)
+    device = choose_device("cpu" if args.no_cuda else args.device)
     memory.keep_freed()
-    if args.model:
-        import own
-
-        return own.run(args, device)
-    depth_wide = args.depth_wide if args.depth_wide is not None else settings.NETWORKS[args.arch].depth_wide
-    name = settings.checkpoint_name(args.arch, depth_wide, args.dataset)
-    experiment = xp.Experiment(
-        args.arch, args.dataset, args.pretrained or HERE / "pretrained" / name, depth_wide, args.model_type,
-        args.criterion, args.pruning_ratio, args.widths, args.threshold, args.lamda, args.probe, args.probe_samples,
-        args.ridge, args.seed, args.calibrate, args.budget, args.multiple, args.drop_blocks, args.coupled,
-    )  # fmt: skip
+    experiment = experiment_of(args)
     if args.summary:
-        from shrink import prunable, summary
-
-        network = xp.load(experiment)[0] if args.pretrained else experiment.network()
-        found, _ = prunable(network, args.coupled)
-        kept = xp.kept_widths(network, found, experiment) if args.thins and found else None
-        told = {"coupled": args.coupled, "multiple": args.multiple, "compensation": args.model_type}
-        return {"summary": summary(network, kept, **told)}, dict
+        return {"summary": summary(args, experiment)}, dict
     return evaluate(args, experiment, device) if args.evaluate else (train(args, experiment, device), dict)
 
 
-def evaluate(
-    args: argparse.Namespace, experiment: "Experiment", device: "torch.device"
-) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
-    """Measure what the experiment leaves of the checkpoint, as the file holds it if it is saved; returns as `run`."""
-    import data
-    import experiment as xp
-    from models import stored
-    from shrink import prunable
+def summary(args: argparse.Namespace, experiment: xp.Experiment) -> str:
+    """What of the network can be pruned, and how much of it the experiment would leave."""
+    network = xp.load(experiment)[0] if args.pretrained else experiment.network()
+    units, _ = prunable(network, args.coupled)
+    given = args.ratio is not None or not isinstance(args.widths, str) or args.compensation != "original"
+    kept = xp.kept_widths(network, units, experiment) if given and not experiment.rule_chooses and units else None
+    return summarize(network, kept, coupled=args.coupled, multiple=args.multiple, compensation=args.compensation)
 
+
+def evaluate(
+    args: argparse.Namespace, experiment: xp.Experiment, device: torch.device
+) -> tuple[Row, Callable[[], Row]]:
+    """Measure what the experiment leaves of the checkpoint, as the file holds it if it is saved; returns as `run`."""
     model, checkpoint = xp.load(experiment)
-    if args.model_type != "original":
+    if args.compensation != "original":
         xp.kept_widths(model, prunable(model, args.coupled)[0], experiment)  # or no download
-    looked_at, images = xp.calibration(experiment, args.data), data.load(args.dataset, args.split, args.data)
-    shrunk = xp.shrink(xp.placed(model, device), experiment, looked_at)
+    looked_at, images = xp.calibration(experiment, args.data), data.load(experiment.dataset, args.split, args.data)
+    shrunk = xp.shrink(placed(model, device), experiment, looked_at)
     if args.save:
         shrunk.model.load_state_dict(stored(shrunk.model))
     row = xp.row(experiment, checkpoint, shrunk, images, device, args.test_batch_size)
@@ -79,28 +79,13 @@ def evaluate(
     if args.benchmark and shrunk.widths is None:  # the file may hold a smaller network already
         model = experiment.network().eval()
     shape = settings.NETWORKS[experiment.arch].shape
-    return row, lambda: xp.taken_out(args, model.to(device), shrunk.model, shape)
+    return row, partial(exports_and_speed, args, model.to(device), shrunk.model, shape)
 
 
-def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.device") -> dict[str, Any]:
+def train(args: argparse.Namespace, experiment: xp.Experiment, device: torch.device) -> Row:
     """Train the original network from scratch or from --pretrained, or fine-tune what the experiment leaves of it."""
-    import torch
-
-    import data
-    import experiment as xp
-    import train as trainer
-    from models import stored
-    from models.checkpoint import sha256
-
     torch.manual_seed(args.seed)
-    name = settings.checkpoint_name(args.arch, experiment.depth_wide, args.dataset)
-    if not from_scratch(args):
-        made = [args.model_type]
-        if args.model_type != "original":
-            ratio = experiment.effective_ratio
-            made += [args.criterion, "widths" if ratio is None else str(ratio)]
-        name = name.replace("original", "_".join([*made, "retrained"]))
-    target = args.save or HERE / "saves" / name
+    target = args.save or HERE / "saves" / trained_name(args, experiment)
     check_writable(target)
     state, curve = (target.with_name(target.name + ending) for ending in (".state", ".csv"))
     if not args.resume:
@@ -115,12 +100,12 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
         start, shrunk = None, xp.Shrunk(experiment.network(), None, 0.0)
     else:
         model, start = xp.load(experiment)
-        shrunk = xp.shrink(xp.placed(model, device), experiment, xp.calibration(experiment, args.data))
+        shrunk = xp.shrink(placed(model, device), experiment, xp.calibration(experiment, args.data))
     splits = ("fit", "val") if args.split == "val" else ("train", "test")
-    images, test = (data.load(args.dataset, split, args.data) for split in splits)
+    images, test = (data.load(experiment.dataset, split, args.data) for split in splits)
     identity = experiment.settings() | {"start": start and start.sha256, "split": args.split}
-    with trainer.process_group(device) as (device, rank):
-        last = trainer.train(
+    with training.process_group(device) as (device, rank):
+        last = training.train(
             shrunk.model, images, test, recipe(args), device=device, seed=args.seed, resume=args.resume, state=state,
             curve=curve, experiment=identity, compiled=args.compile,
             log_interval=args.log_interval, say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -139,107 +124,69 @@ def train(args: argparse.Namespace, experiment: "Experiment", device: "torch.dev
     return row | {"checkpoint": target.name, "checkpoint_sha256": sha256(target)}
 
 
-def save(path: Path, model: "torch.nn.Module", row: dict[str, Any], before: str | None = None) -> None:
+def trained_name(args: argparse.Namespace, experiment: xp.Experiment) -> str:
+    """The name of the file that training writes."""
+    name = settings.checkpoint_name(args.arch, experiment.depth_wide, experiment.dataset)
+    if from_scratch(args):
+        return name
+    parts = [args.compensation]
+    if args.compensation != "original":
+        ratio = experiment.effective_ratio
+        parts += [args.criterion, "widths" if ratio is None else str(ratio)]
+    return name.replace("original", "_".join([*parts, "retrained"]))
+
+
+def save(path: Path, model: nn.Module, row: Row, before: str | None = None) -> None:
     """Write the network with what makes it reloadable and what is known of it, and the commands that made it.
 
     `before`: the command that made the network which this one was trained from.
     """
-    from experiment import description
-    from models import save_checkpoint
-
-    names = (
-        "arch", "depth_wide", "dataset", "type", "criterion", "ratio", "widths", "coupled", "split", "epochs", "versions",
-    )  # fmt: skip
-    known = description(row, names)
+    known = description(row, SAVED)
     known["command"] = " && ".join(filter(None, (before, known["command"])))
     save_checkpoint(path, model, acc=row["accuracy"], **known)
 
 
-def summary(row: dict[str, Any]) -> str:
-    """A row for people."""
-    if "summary" in row:
-        return row["summary"]
-    if "model" in row:
-        from own import text
-
-        return "\n".join([text(row), *extras(row)])
-    network = " ".join([row["arch"], "-".join(map(str, row["depth_wide"]))]).strip()
-    shrunk = row["type"] != "original"
-    title = f"{network} on {row['dataset']}: {row['type'] if shrunk else row['checkpoint']}"
-    if shrunk:
-        chosen = f"ratio {row['ratio']}" if row["ratio"] is not None else row.get("budget")
-        chosen = chosen or f"widths {','.join(map(str, row['widths']))}"
-        title += "".join(f", {part}" for part in (row["criterion"], chosen) if part)
-        if row["calibrate"]:
-            title += f", looking at {row['calibrate']}"
-    known = row["accuracy_checkpoint"]
-    lines = [title, f"{'':<12}{'original':>16}{row['type'] if shrunk else 'measured':>16}"]
-    if row["widths_rule"] in settings.CHOSEN_WIDTHS:
-        lines.insert(
-            1, f"{'widths':<12}{','.join(map(str, row['widths']))}   (chosen in {row['seconds_widths']:.1f} s)"
-        )
-    before = "" if known is None else f"{known:.2f} %"
-    lines.append(f"{'accuracy':<12}{before:>16}{row['accuracy']:>14.2f} %   {row['correct']:,} of {row['total']:,}")
-    for label, key in (("parameters", "params"), ("MACs", "macs")):
-        original, now = row[f"{key}_original"], row[key]
-        lines.append(f"{label:<12}{original:>16,}{now:>16,}   {100 * (now / original - 1):+.1f} %")
-    peak = "" if row["peak_mb"] is None else f"   peak memory {row['peak_mb']:,.0f} MB"
-    lines.append(f"{'decompose':<12}{'':>16}{row['seconds_decompose']:>14.3f} s{peak}")
-    lines.append(f"{'evaluate':<12}{'':>16}{row['seconds_evaluate']:>14.3f} s   on {row['device']}")
-    return "\n".join([*lines, *extras(row)])
-
-
-def extras(row: dict[str, Any]) -> list[str]:
-    """What a row says of exports and speed, for people."""
-    lines = []
-    if row.get("export"):
-        lines.append(f"exported {row['export']}, outputs off by at most {row['export_error']:.1e}")
-    if row.get("benchmark"):
-        from latency import table
-
-        lines.append(table(row["benchmark"]))
-    return lines
-
-
-def report(args: argparse.Namespace, row: dict[str, Any]) -> None:
+def report(args: argparse.Namespace, row: Row) -> None:
     """Print the summary and write the row where the command line wants it."""
-    text = json.dumps(row, ensure_ascii=False) + "\n"
     try:
-        if args.append:
-            from experiments.rows import append
+        if args.append and not rows.append(row, args.append):
+            print(f"{args.append} holds a row of these settings already: it is left as it is", file=sys.stderr)
+    finally:
+        print_result(args, row, for_people(row))
 
-            if not append(row, args.append):
-                print(f"{args.append} holds a row of these settings already: it is left as it is", file=sys.stderr)
-        if args.json not in (None, "-"):
-            write_text(Path(args.json), text)
-    finally:  # a full disk does not hide what was measured, a closed pipe does not lose it
-        print(summary(row), file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
-    if args.json == "-":
-        if sys.stdout is None:
-            raise NeuronMergingError("--json -: standard output is closed")
-        print(text, end="", flush=True)
+
+def labelled(args: argparse.Namespace, device: torch.device) -> Labelled | None:
+    """One of our data sets, to measure a network of one's own on; None for another name."""
+    if args.dataset not in data.DATASETS:
+        return None
+    dataset, size = data.DATASETS[args.dataset], args.test_batch_size or 256
+    if args.input_size != dataset.shape:
+        raise NeuronMergingError(
+            f"--dataset {args.dataset} has images of {','.join(map(str, dataset.shape))}: --input-size says something else"
+        )
+    images = data.load(args.dataset, args.split, args.data or settings.data_folder()).to(device)
+    parts = [images[start : start + size] for start in range(0, len(images), size)]
+    return Labelled(
+        lambda: ((part.normalised(part.pixels), part.labels) for part in parts), math.ceil(len(images) / size),
+        dataset.classes, f"{args.dataset} has {dataset.classes} classes", {"split": args.split},
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    if sys.stderr is None:  # closed by the caller
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument.partition("=")[0] == "--model" for argument in argv):
+        return cli.main(argv, "main.py", labelled)
 
     def work() -> int:
+        if not argv:
+            parser().print_help()
+            return 0
         args = parser().parse_args(argv)
         check(args)
-        row, rest = run(args)
-        try:
-            row |= rest()
-        finally:  # what is measured is not lost where an export fails
-            report(args, row)
-        return 0
+        return measured(lambda: run(args), lambda row: report(args, row))
 
-    return ending(work, "main.py: ")
+    return run_command(work, "main.py")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pickle
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from errors import NeuronMergingError, reason, said
+from neuron_merging.errors import NeuronMergingError, reason
+from neuron_merging.images import counted, drawn, pictures
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
@@ -119,7 +120,7 @@ def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1)
     A folder's images ("DIR" or "DIR:N") are cut to the shape of `dataset`; their labels, unknown, are 0.
     Raises NeuronMergingError where there are none.
     """
-    source, number = _counted(text)
+    source, number = counted(text)
     if source == dataset:
         images = load(dataset, "fit", root)
     elif source in DATASETS:
@@ -127,65 +128,7 @@ def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1)
     else:
         pixels = pictures(text, _cut(DATASETS[dataset].shape), seed)
         return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), DATASETS[dataset], "calibrate")
-    return images[_drawn(text, len(images), number, seed)]
-
-
-def _counted(text: str) -> tuple[str, int | None]:
-    """SOURCE:N → the source and the number, None where there is none. Raises NeuronMergingError for less than two images."""
-    source, _, number = text.rpartition(":")
-    if not source or not number.isdigit():
-        return text, None
-    if int(number) < 2:
-        raise NeuronMergingError(f"--calibrate {text}: at least 2 images are needed")
-    return source, int(number)
-
-
-def _drawn(text: str, there: int, number: int | None, seed: int) -> Tensor:
-    """Indices of `number` images (all, if None) of those that are there, by lot. Raises NeuronMergingError for too few."""
-    if number is not None and number > there:
-        raise NeuronMergingError(f"--calibrate {text}: there are only {there} images")
-    return torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:number]
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """Every image file below `folder`, none where there is no folder."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if folder.is_dir() else []
-
-
-def readable(images: Iterable[T], what: str, files: Iterable[str | Path]) -> Iterator[T]:
-    """`images`, read from `files`; where that fails, a NeuronMergingError that names the first file that is no image."""
-    from torchvision.datasets.folder import default_loader
-
-    images = iter(images)
-    while True:
-        try:
-            image = next(images)
-        except StopIteration:
-            return
-        except Exception as error:  # PIL raises many things
-            for file in files:
-                with said(f"{what}: a file is no image that can be read: {file}"):
-                    default_loader(str(file))
-            raise NeuronMergingError(f"{what}: {type(error).__name__}: {reason(error)}") from error
-        yield image
-
-
-def pictures(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor:
-    """Images of a folder, "DIR" or, N of them by lot, "DIR:N", each as `transform` makes it of a PIL image: [N, …].
-
-    Raises NeuronMergingError where there are fewer, or one cannot be read.
-    """
-    from torchvision.datasets.folder import default_loader
-
-    source, number = _counted(text)
-    files, what = _image_files(Path(source)), f"--calibrate {text}"
-    if len(files) < 2:
-        raise NeuronMergingError(f"{what}: there is no folder {source} with two images or more")
-    chosen = [files[i] for i in _drawn(text, len(files), number, seed)]
-    with said(what, typed=True):
-        return torch.stack([*readable((transform(default_loader(file)) for file in chosen), what, chosen)])
+    return images[drawn(text, len(images), number, seed)]
 
 
 def _cut(shape: tuple[int, int, int]) -> Callable[[Any], Tensor]:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 
-from errors import ending
+from neuron_merging.errors import ending
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:

@@ -5,13 +5,16 @@ restoration against the peak of this machine's matrix products; evaluation again
 network buys; starting.
 """
 
+import contextlib
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,27 +22,25 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import memory
-import probe
-import settings
 from data import DATASETS, Images
-from decompose import BatchNorm, choose, compensate, decompose, others, read, rebuild
-from errors import NeuronMergingError
-from evaluate import accuracy, count_macs
-from experiment import kept_widths, versions
-from experiments import command
+from experiments import command, literal, settings
 from experiments.bench_train import usual
+from experiments.evaluate import accuracy
+from experiments.experiment import kept_widths
 from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
 from experiments.tables import FIGURES, markdown
-from files import write_text
-from latency import compare
 from models import build
-from options import Parser
-from products import cpu, times
-from restore import restore
-from tests import literal
-from trace import Unit, units
+from neuron_merging import memory, synthetic
+from neuron_merging.benchmark import compare
+from neuron_merging.commandline import Parser, versions
+from neuron_merging.counting import count_macs
+from neuron_merging.decompose import BatchNorm, dropped
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.files import write_text
+from neuron_merging.graph.tracing import Unit, units
+from neuron_merging.network import choose, compensate, decompose, read, rebuild
+from neuron_merging.restore.lockstep import restore
 
 CPU = torch.device("cpu")
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -58,11 +59,20 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(taken[1:])
 
 
-def peak(side: int = 2048, repeats: int = 5) -> dict[str, float]:
-    """Floating-point operations a second of a float32 matrix product, PyTorch's own and as a convolution; best of `repeats`."""
+def peak(side: int = 2048, repeats: int = 5) -> float:
+    """Floating-point operations a second of PyTorch's float32 matrix product; the best of `repeats`."""
     a = torch.randn(side, side)
-    ways = {"product": lambda: a @ a, "convolution": lambda: times(a, a)}
-    return {name: max(2 * side**3 / seconds(work, 1) for _ in range(repeats)) for name, work in ways.items()}
+    return max(2 * side**3 / seconds(lambda: a @ a, 1) for _ in range(repeats))
+
+
+def processor() -> str:
+    """What Linux says of the processor; elsewhere what Python calls it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------- merging
@@ -101,8 +111,8 @@ def merging(model: nn.Module, kind: str, repeats: int = 15) -> Measured:
     held = memory.peak(CPU) - before
     parts = decompose(model, found, widths, "l1-norm", kind, t=0.0, lam=0.85)
     weights = [read(model, unit).W for unit in found]
-    pairs = [(W[part.keep], W[others(W, part.keep)]) for W, part in zip(weights, parts)]
-    product = seconds(lambda: [kept @ dropped.T for kept, dropped in pairs])
+    pairs = [(W[part.keep], W[dropped(W, part.keep)]) for W, part in zip(weights, parts)]
+    product = seconds(lambda: [kept @ others.T for kept, others in pairs])
     start = time.perf_counter()
     by_loop = [loop(model, unit, width, kind) for unit, width in zip(found, widths)]
     seconds_loop = time.perf_counter() - start
@@ -117,7 +127,7 @@ def merging(model: nn.Module, kind: str, repeats: int = 15) -> Measured:
 
 
 def loop(model: nn.Module, unit: Unit, P: int, kind: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """keep, Z and W_next ×₂ Z of a unit, neuron by neuron in NumPy (tests/literal.py)."""
+    """keep, Z and W_next ×₂ Z of a unit, neuron by neuron in NumPy (experiments/literal.py)."""
     neurons = read(model, unit)
     W = neurons.W.numpy()
     keep = literal.select(W, P, "l1-norm")
@@ -158,10 +168,10 @@ def restoration(grid: Grid) -> Measured:
     found = units(model)
     keep = kept(model, found, grid)
     shape = settings.NETWORKS[grid.arch].shape
-    probe.make(model, shape, 8)  # warms up
+    synthetic.make(model, shape, 8)  # warms up
     forgets = memory.reset(CPU)
     start = time.perf_counter()
-    x = probe.make(model, shape)
+    x = synthetic.make(model, shape)
     made = time.perf_counter()
     restore(model, found, keep, x)
     taken = time.perf_counter() - made
@@ -233,8 +243,7 @@ def _held(ratio: float | None) -> str:
 
 def document(report: Measured) -> str:
     """BENCH.md."""
-    fastest = max(report["gemm_peak"].values())
-    ways = {name: f"{speed / 1e9:.0f} · 10⁹" for name, speed in report["gemm_peak"].items()}
+    gemm = report["gemm_peak"]
     merged = [
         [m["network"], m["kind"], str(m["units"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}",
          _times(m["loop"] / m["ours"]), "" if m["kind"] == "prune" else f"{m['ours'] / m['product']:.1f} ×",
@@ -248,13 +257,13 @@ def document(report: Measured) -> str:
     ]  # fmt: skip
     restored = [
         [m["network"], f"{m['probe']:.2f}", f"{m['restore']:.2f}", f"{m['operations'] / 1e9:,.0f}",
-         f"{100 * m['operations'] / m['restore'] / fastest:.0f} %",
+         f"{100 * m['operations'] / m['restore'] / gemm:.0f} %",
          "" if m["peak_mb"] is None else f"{m['peak_mb']:,.0f}"]
         for m in report["restoration"]
     ]  # fmt: skip
     evaluated = [
         [m["network"], f"{m['images']:,}", f"{m['loader']:,.0f}", f"{m['ours']:,.0f}", f"{m['ours'] / m['loader']:.2f} ×",
-         f"{100 * 2 * m['macs'] * m['ours'] / fastest:.0f} %", " / ".join(f"{a:.2f}" for a in m["accuracy"])]
+         f"{100 * 2 * m['macs'] * m['ours'] / gemm:.0f} %", " / ".join(f"{a:.2f}" for a in m["accuracy"])]
         for m in report["evaluation"]
     ]  # fmt: skip
     sizes = [
@@ -277,9 +286,9 @@ Made by `make bench`, with random weights of the published shapes; {report["thre
 ## Merging
 
 `decompose` and `rebuild` (median of runs after one to warm up), l1-norm, half of every unit's neurons, against the same by
-a loop over neurons in NumPy (tests/literal.py, run once), both checked to give the same. *Of the product*: of the time of the
-one large thing that the formulas ask for, the float64 matrix product of kept and dropped neurons (ours finds the same partners
-by way of float32 where layers are wide: [pairs.py](../pairs.py)). Memory: the most held meanwhile, over that of all weights.
+a loop over neurons in NumPy (experiments/literal.py, run once), both checked to give the same. *Of the product*: of the time of
+the one large thing that the formulas ask for, the float64 matrix product of kept and dropped neurons. Memory: the most held
+meanwhile, over that of all weights.
 
 {markdown(["network", "compensation", "units", "decompose + rebuild s", *of_loop, *of_product], merged, 2)}
 
@@ -296,8 +305,7 @@ the work of the matrix product grows with the power 3, the layer itself with 2.
 
 l2-norm, half of every unit's neurons, VGG-16 with the paper's widths; everything else at its default.
 Operations: matrix products and convolutions, the Cholesky factors not counted. The peak is that of a float32 matrix
-product of side 2048, the faster of PyTorch's own ({ways["product"]} operations a second in this run) and the same as a
-convolution ({ways["convolution"]}; [products.py](../products.py)). Memory: the whole process.
+product of side 2048, {report["gemm_peak"] / 1e9:.0f} · 10⁹ operations a second in this run. Memory: the whole process.
 
 {markdown(["network", "probe s", "restore s", "10⁹ operations", "of the GEMM peak", "peak memory MB"], restored)}
 
@@ -325,7 +333,7 @@ Where it is more than 100 % of the peak, the network's own convolutions run fast
 def measured(grids: dict[str, Grid], widths: Sequence[int] = WIDTHS) -> Measured:
     """Everything, for the networks `grids`; starting first, while the memory of this process is small."""
     report: Measured = {"starting": {name: starting(*arguments) for name, arguments in STARTS.items()}}
-    report |= {"processor": cpu("model name"), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    report |= {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     report |= {"versions": versions(), "gemm_peak": peak()}
     named = {grid.title.split()[0]: grid for grid in grids.values()}
     report["merging"] = [

@@ -15,19 +15,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
-import memory
-import settings
 from data import DATASETS, Images
-from errors import NeuronMergingError
-from experiment import choose_device, versions
-from experiments import command
+from experiments import command, settings
 from experiments.rows import RESULTS
 from experiments.tables import markdown
-from files import write_text
+from experiments.training import arithmetic, autocast_dtype, batches, sgd
+from experiments.winograd import Winograd
 from models import build
-from options import Parser
-from train import arithmetic, autocast_dtype, batches, sgd
-from winograd import Winograd
+from neuron_merging import memory
+from neuron_merging.commandline import Parser, choose_device, versions
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.files import write_text
 
 TRAINED = ("VGG", "ResNet", "WideResNet")  # on images of CIFAR's shape
 

@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Sequence
 from statistics import mean, median
 
-from experiment import Experiment
+from experiments.experiment import Experiment
 from experiments.grid import CRITERIA, Grid
 from experiments.rows import Row
 from experiments.rows import ratio as ratio_label
-from methods import LOOKING
+from neuron_merging.methods import NEED_IMAGES
 
 SEEDS = (1, 2, 3)
 IMAGES = 512  # that the data-using references look at
-DATA_FREE, LOOKS = ("prune", "merge", "lbyl", "fold", "restore"), (*LOOKING, "restore")
+DATA_FREE, LOOKS = ("prune", "merge", "lbyl", "fold", "restore"), (*NEED_IMAGES, "restore")
 
 
 def experiments(grid: Grid) -> Iterator[Experiment]:

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from math import inf
 
-from experiment import Experiment
 from experiments.beyond import SEEDS, cell, seconds
+from experiments.experiment import Experiment
 from experiments.grid import Grid
 from experiments.rows import Row, ratio
 
 KINDS = ("prune", "merge", "restore")
-SMALLEST = "params=0.2,macs=0.65"  # for VGG-16: a fifth of the parameters, the MACs of the paper's widths
+SMALLEST = {"params": 0.2, "macs": 0.65}  # for VGG-16: a fifth of the parameters, the MACs of the paper's widths
 BLOCKS = "auto, blocks may go"
 RULES = {  # by column: what is changed against the criterion's order and the same blocks
     "auto": {},

@@ -3,11 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from experiment import choose_device
 from experiments import command, rows
 from experiments.figures import accuracy_against_ratio
 from experiments.grid import GRIDS, run
-from options import Parser
+from neuron_merging.commandline import Parser, choose_device
 
 FOLDER = rows.RESULTS / "demo"
 

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from data import Images, load
-from decompose import Decomposition, decompose, rebuild
-from experiment import kept_widths
-from experiment import load as load_network
 from experiments import command, rows
+from experiments.experiment import kept_widths
+from experiments.experiment import load as load_network
 from experiments.grid import FORMS, GRIDS, Grid
 from experiments.rows import RESULTS
-from files import write_text
-from models.checkpoint import sha256
-from options import Parser
-from settings import data_folder
-from trace import Unit, units
+from experiments.settings import data_folder
+from neuron_merging.checkpoint import sha256
+from neuron_merging.commandline import Parser
+from neuron_merging.decompose import Decomposition
+from neuron_merging.files import write_text
+from neuron_merging.graph.tracing import Unit, units
+from neuron_merging.network import decompose, rebuild
 
 FEATURES = RESULTS / "features.jsonl"
 CRITERION, RATIO, BATCH = "l2-norm", 0.5, 256

@@ -12,9 +12,9 @@ from experiments import chosen
 from experiments.beyond import IMAGES, SEEDS, complete, criterion_of
 from experiments.grid import CRITERIA, FORMS, Grid
 from experiments.rows import Row, percent, published, published_key, ratio
-from files import write_atomically
 from models import build
-from trace import units
+from neuron_merging.files import write_atomically
+from neuron_merging.graph.tracing import units
 
 plt.switch_backend("Agg")  # files only: no display is needed
 plt.rcParams["svg.hashsalt"] = "neuron-merging"  # the same rows make the same file

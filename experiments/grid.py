@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import memory
-import settings
 from data import load
-from errors import NeuronMergingError
-from experiment import Experiment, choose_device, measure
-from experiments import command, rows
-from models.checkpoint import sha256
-from options import Parser
+from experiments import command, rows, settings
+from experiments.experiment import Experiment, measure
+from neuron_merging import memory
+from neuron_merging.checkpoint import sha256
+from neuron_merging.commandline import Parser, choose_device
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.widths.search import WidthSearch
 
-PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+PRETRAINED = settings.PRETRAINED
 # What the paper compares, and the form of merging that follows from its formulas (ours). What is added to decompose.py later
 # does not join the paper's tables.
 CRITERIA = ("l1-norm", "l2-norm", "l2-GM")
@@ -62,7 +62,10 @@ class Grid:
 
     def experiment(self, kind: str = "original", **about: Any) -> Experiment:
         """An experiment with the grid's own checkpoint."""
-        return Experiment(self.arch, self.dataset, self.checkpoint, self.depth_wide, kind, **about)
+        return Experiment(
+            arch=self.arch, dataset=self.dataset, pretrained=self.checkpoint, depth_wide=self.depth_wide,
+            compensation=kind, **about,
+        )  # fmt: skip
 
     def experiments(self) -> Iterator[Experiment]:
         """The original, then pruning and both forms of merging by criterion and ratio."""
@@ -111,9 +114,9 @@ def run(
     wanted = [replace(experiment, pretrained=pretrained) for experiment in experiments or grid.experiments()]
     missing = [e for e in wanted if rows.key(e.settings() | {"checkpoint_sha256": checkpoint}) not in done]
     images = load(grid.dataset, "test", root or settings.data_folder()) if missing else None
-    known = {}  # what is found of the units serves all budgets
+    searches: dict[Experiment, WidthSearch] = {}  # what is measured of the units serves all budgets
     for experiment in tqdm(missing, grid.title, unit="row", leave=False, disable=None):
-        row = measure(experiment, images, device, known=known, root=root)
+        row = measure(experiment, images, device, searches=searches, root=root)
         check_same(pretrained, checkpoint, row["checkpoint_sha256"])
         rows.append(row, path)
     return [row for row in rows.load(path) if row["checkpoint_sha256"] == checkpoint]

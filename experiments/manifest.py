@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 
-import settings
 from data import load
-from errors import said
-from experiment import Experiment, measure
-from experiments import command
+from experiments import command, settings
+from experiments.experiment import Experiment, measure
 from experiments.grid import GRIDS, PRETRAINED
-from files import write_text
-from models import load_checkpoint
-from models.checkpoint import sha256
-from options import Parser
+from neuron_merging.checkpoint import load_checkpoint, sha256
+from neuron_merging.commandline import Parser
+from neuron_merging.errors import said
+from neuron_merging.files import write_text
 
 MANIFEST = PRETRAINED / "MANIFEST.json"
 
@@ -69,7 +67,9 @@ def _as_shipped(made: str, name: str) -> str:
 
 def workbench() -> Experiment:
     """The network that settings are chosen on (experiments/tuning.py)."""
-    return Experiment("ResNet", "cifar10", PRETRAINED / "ResNet.cifar10.fit.20.pth.tar", (20,))
+    return Experiment(
+        arch="ResNet", dataset="cifar10", pretrained=PRETRAINED / "ResNet.cifar10.fit.20.pth.tar", depth_wide=(20,)
+    )
 
 
 @command

@@ -10,45 +10,23 @@ from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
-from errors import NeuronMergingError
-from files import cannot_write
+from experiments.experiment import ROW_KEYS
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.files import cannot_write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROWS = RESULTS / "rows.jsonl"
 PUBLISHED = RESULTS / "published.csv"
-
-_SETTINGS = (
-    "arch",
-    "depth_wide",
-    "dataset",
-    "type",
-    "criterion",
-    "ratio",
-    "widths_rule",
-    "threshold",
-    "lamda",
-    "checkpoint_sha256",
-)
-# Of methods that came later.
-_OPTIONAL = (
-    "probe",
-    "probe_samples",
-    "ridge",
-    "seed",
-    "calibrate",
-    "budget",
-    "multiple",
-    "drop_blocks",
-    "coupled",
-)
 
 Row = dict[str, Any]
 
 
 def key(row: Row) -> str:
     """What makes two rows the same measurement: all settings and the checkpoint's content."""
-    split = row.get("split", "test")
-    return json.dumps([*(row[name] for name in _SETTINGS), *(row.get(name) for name in _OPTIONAL), split])
+    missing = next((name for name in ("arch", "dataset", "type", "checkpoint_sha256") if name not in row), None)
+    if missing:
+        raise KeyError(missing)
+    return json.dumps([*(row.get(name) for name in ROW_KEYS), row.get("split", "test")])
 
 
 def load(path: Path = ROWS) -> list[Row]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from experiments import command
 from experiments.figures import write
 from experiments.rows import RESULTS
-from options import Parser
+from neuron_merging.commandline import Parser
 
 TARGETS = [RESULTS.parent / "docs" / f"restore.{ending}" for ending in ("svg", "png")]
 BLUE, GREEN, RED = "#0072B2", "#009E73", "#D55E00"

@@ -4,13 +4,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import NeuronMergingError
 from experiments import beyond, chosen, command, features, rows
 from experiments.grid import CRITERIA, FORMS, GRIDS, Grid
 from experiments.manifest import shipped
 from experiments.rows import Row
-from files import write_text
-from options import Parser
+from neuron_merging.commandline import Parser
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.files import write_text
 
 TABLES = rows.RESULTS / "TABLES.md"
 FIGURES = rows.RESULTS / "figures"

@@ -15,24 +15,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import probe
-import settings
 from data import Images, load
-from decompose import choose
-from evaluate import accuracy
-from experiment import Experiment, calibration, kept_widths, shrink
-from experiment import load as load_network
-from experiments import command, rows
+from experiments import command, rows, settings
 from experiments.beyond import cell
+from experiments.evaluate import accuracy
+from experiments.experiment import Experiment, calibration, kept_widths, shrink
+from experiments.experiment import load as load_network
 from experiments.grid import GRIDS, PRETRAINED, check_same
 from experiments.manifest import workbench
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown, replaced
-from files import write_text
-from models.checkpoint import sha256
-from options import Parser
-from restore import Options, restore
-from trace import units
+from neuron_merging import synthetic
+from neuron_merging.checkpoint import sha256
+from neuron_merging.commandline import Parser
+from neuron_merging.files import write_text
+from neuron_merging.graph.tracing import units
+from neuron_merging.network import choose
+from neuron_merging.restore.lockstep import Options, restore
 
 FOLDER = RESULTS / "tuning"
 DOCS = RESULTS.parent / "docs" / "restore.md"
@@ -66,9 +65,12 @@ BENCHES = {
 }  # fmt: skip
 
 
+ROW_NAMES = {"compensation": "model_type"}  # what options are called in rows
+
+
 @dataclass(frozen=True)
 class Variant:
-    """Restoration with something changed: keyword arguments of `Options` and of `probe.make`, or of `Experiment`."""
+    """Restoration with something changed: keyword arguments of `Options` and of `synthetic.make`, or of `Experiment`."""
 
     options: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)
@@ -76,13 +78,13 @@ class Variant:
 
     def settings(self) -> dict[str, Any]:
         """All settings, those that are not changed too: a row belongs to them."""
-        given = inspect.signature(probe.make).parameters.values()
+        given = inspect.signature(synthetic.make).parameters.values()
         defaults = {p.name: p.default for p in given if p.kind == p.KEYWORD_ONLY and p.name != "seed"}
         told = defaults | self.probe
         return {
             "options": asdict(Options(**self.options)),
-            "probe": told | {"kind": probe.rule(told["kind"])},
-            "experiment": self.experiment,
+            "probe": told | {"kind": synthetic.rule(told["kind"])},
+            "experiment": {ROW_NAMES.get(name, name): value for name, value in self.experiment.items()},
         }
 
 
@@ -118,7 +120,7 @@ SWEEP = {
     "512 real images (not data-free)": Variant(experiment={"calibrate": "{dataset}:512"}),
 }
 WIDTHS = {
-    f"{kind}, {rule}": Variant(experiment={"model_type": kind, "widths": widths} | change)
+    f"{kind}, {rule}": Variant(experiment={"compensation": kind, "widths": widths} | change)
     for kind in ("prune", "merge", "restore")
     for rule, widths, change in (
         ("uniform", "uniform", {}),
@@ -133,13 +135,16 @@ WIDTHS = {
 VARIANTS = ABLATIONS | SWEEP | WIDTHS
 
 
-def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Images, known: dict) -> tuple[float, str]:
-    """Accuracy in % on training images, and the SHA-256 of the checkpoint. `known`: as of `experiment.shrink`."""
-    changes = {"model_type": "restore", "criterion": bench.criterion} | variant.experiment
+def measure(
+    bench: Bench, variant: Variant, ratio: float, seed: int, images: Images, searches: dict
+) -> tuple[float, str]:
+    """Accuracy in % on training images, and the SHA-256 of the checkpoint. `searches`: as of `experiment.shrink`."""
+    changes = {"compensation": "restore", "criterion": bench.criterion} | variant.experiment
     changes |= {name: value.format(dataset=bench.dataset) for name, value in changes.items() if name == "calibrate"}
     experiment = Experiment(
-        bench.arch, bench.dataset, bench.checkpoint, bench.depth_wide, ratio=ratio, seed=seed, **changes
-    )
+        arch=bench.arch, dataset=bench.dataset, pretrained=bench.checkpoint, depth_wide=bench.depth_wide, ratio=ratio,
+        seed=seed, **changes,
+    )  # fmt: skip
     model, checkpoint = load_network(experiment)
     model.eval()
     if variant.options or variant.probe:  # what the command line does not offer
@@ -147,11 +152,11 @@ def measure(bench: Bench, variant: Variant, ratio: float, seed: int, images: Ima
         keep = choose(model, found, kept_widths(model, found, experiment), bench.criterion)
         told = dict(variant.probe)
         if "samples" in told:
-            told["samples"] *= probe.default_samples(model, images.dataset.shape)
-        x = probe.make(model, images.dataset.shape, seed=seed, **told)
+            told["samples"] *= synthetic.default_samples(model, images.dataset.shape)
+        x = synthetic.make(model, images.dataset.shape, seed=seed, **told)
         small = restore(model, found, keep, x, Options(**variant.options))
     else:
-        small = shrink(model, experiment, calibration(experiment), known).model
+        small = shrink(model, experiment, calibration(experiment), searches).model
     correct, total = accuracy(small, images)
     return round(100 * correct / total, 2), checkpoint.sha256
 
@@ -180,12 +185,12 @@ def run(path: Path) -> list[Row]:
     done = rows.keys(rows.load(path), path, key)
     todo = [row for row in wanted() if key(row) not in done]
     loaded: dict[str, Images] = {}
-    known: dict = {}
+    searches: dict = {}
     for row in tqdm(todo, "tuning", unit="row", leave=False, disable=None):
         bench, variant = BENCHES[row["network"]], VARIANTS[row["variant"]]
         if bench.dataset not in loaded:
             loaded[bench.dataset] = load(bench.dataset, "val", settings.data_folder())[:IMAGES]
-        value, checkpoint = measure(bench, variant, row["ratio"], row["seed"], loaded[bench.dataset], known)
+        value, checkpoint = measure(bench, variant, row["ratio"], row["seed"], loaded[bench.dataset], searches)
         check_same(bench.checkpoint, row["checkpoint_sha256"], checkpoint)
         rows.append(row | {"accuracy": value}, path, key)
     return rows.load(path)

@@ -10,6 +10,7 @@ import copy
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,17 +18,19 @@ from torch import Tensor, nn
 from torchvision.models import get_model_builder, list_models
 from tqdm import tqdm
 
-from errors import NeuronMergingError
-from evaluate import count_parameters
 from experiments import command, rows
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown
-from files import write_text
-from methods import METHODS, Settings
-from options import Parser
-from shrink import prunable, shrink, width
-from streams import Stream
-from trace import NORMS, Unit
+from neuron_merging.commandline import Parser
+from neuron_merging.config import ShrinkConfig
+from neuron_merging.counting import count_parameters
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.files import write_text
+from neuron_merging.graph.streams import Stream
+from neuron_merging.graph.tracing import NORMS, Unit
+from neuron_merging.methods import METHODS
+from neuron_merging.shrink import prunable, shrink, width
+from neuron_merging.synthetic import inputs
 
 FOLDER = RESULTS / "zoo"
 TABLE = RESULTS / "zoo.md"
@@ -136,10 +139,11 @@ def tried(name: str, largest: float = LARGEST) -> Row:
         }  # fmt: skip
         del small, whole
     keep = plant(model, found)
+    told_twins = ShrinkConfig(threshold=TWINS, probe_samples=SAMPLES)
     wanted = model(x)
     for kind in KINDS[1:]:
         if "ok" in row[kind]:
-            folded = METHODS[kind](model, found, keep, Settings(shape, t=TWINS, samples=SAMPLES))
+            folded = METHODS[kind].run(model, found, keep, told_twins, partial(inputs, model, shape, told_twins))
             row[kind]["error_of_twins"] = _off(folded(x), wanted)
     return row
 

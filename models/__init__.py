@@ -1,19 +1,16 @@
-"""The networks of the paper, by name, and their checkpoints."""
+"""The networks of the paper, by name."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from blocks import drop
-from errors import NeuronMergingError
-from models.checkpoint import Checkpoint, fit, load_checkpoint, load_weights, save_checkpoint, stored
 from models.lenet import LeNet_300_100
 from models.resnet import ResNet
 from models.vgg import STAGES, VGG
 from models.wideresnet import WideResNet
-from trace import units
+from neuron_merging.errors import NeuronMergingError
 
-__all__ = ["NETWORKS", "Checkpoint", "build", "fit", "load_checkpoint", "load_weights", "save_checkpoint", "stored"]
+__all__ = ["NETWORKS", "build"]
 
 NETWORKS = {"LeNet_300_100": LeNet_300_100, "VGG": VGG, "ResNet": ResNet, "WideResNet": WideResNet}
 
@@ -24,8 +21,7 @@ def build(
     """A freshly initialised network of `NETWORKS`.
 
     `depth_wide`: () for LeNet, (depth,) for VGG and ResNet, (depth, widening factor) for WideResNet.
-    `widths`: kept width of every prunable unit in the order of the forward pass, 0 for a block that is left out; the full
-    network where None.
+    `widths`: of the layers whose width is free, in the order of the forward pass; the published ones where None.
     Raises NeuronMergingError for a depth that the family does not have.
     """
     try:
@@ -37,12 +33,7 @@ def build(
         raise NeuronMergingError(
             f"--depth-wide {','.join(map(str, depth_wide)) or '(none)'} does not fit {arch}: {problem}"
         )
-    model = network(*depth_wide, num_classes=num_classes, widths=widths and [max(1, width) for width in widths])
-    if widths and 0 in widths:
-        for unit, width in zip(units(model), widths):
-            if width == 0:
-                drop(model, unit)
-    return model
+    return network(*depth_wide, num_classes=num_classes, widths=widths)
 
 
 def _wrong_depth(arch: str, depth_wide: tuple[int, ...]) -> str | None:

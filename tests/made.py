@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,8 +10,11 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import DATASETS, Images
-from decompose import read
-from trace import NORMS, units
+from neuron_merging.config import ShrinkConfig
+from neuron_merging.graph.tracing import NORMS, units
+from neuron_merging.methods import METHODS
+from neuron_merging.network import read
+from neuron_merging.synthetic import inputs
 
 
 def images(name="FashionMNIST", count=150, seed=0) -> Images:
@@ -133,3 +137,14 @@ class Written(nn.Module):
 def conv(channels, neurons, **told) -> nn.Module:
     """3 × 3, of the same size."""
     return nn.Conv2d(channels, neurons, 3, padding=1, **told)
+
+
+def smaller(kind: str, model: nn.Module, units, keep, shape=(), images=None, **options) -> nn.Module:
+    """What the method `kind` makes of a network whose units keep the neurons `keep`. options: of ShrinkConfig."""
+    config = ShrinkConfig(compensation=kind, **options)
+    return METHODS[kind].run(model, units, keep, config, partial(inputs, model, shape, config, images))
+
+
+def of_a_layer(kind: str, **options):
+    """What the method `kind` makes of one layer by itself; None for a regression. options: of ShrinkConfig."""
+    return METHODS[kind].of_a_layer(ShrinkConfig(compensation=kind, **options))

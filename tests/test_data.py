@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from data import DATASETS, calibration, load
 from data.loader import HERE
-from errors import NeuronMergingError
+from neuron_merging.errors import NeuronMergingError
 from tests.conftest import ROOT
 from tests.made import cifar
 

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity, euclidean_distances
 
-import decompose
-import rivals
-from decompose import COMPENSATIONS, CRITERIA, BatchNorm, Decomposition, Neurons, select
+from experiments import literal
 from experiments.bench import arrays
-from tests import literal
+from neuron_merging import baselines as rivals
+from neuron_merging import decompose
+from neuron_merging.decompose import COMPENSATIONS, CRITERIA, BatchNorm, Decomposition, Neurons, select
 
 GOLDEN = [*(f"bn{i}" for i in range(9)), *(f"fc{i}" for i in range(4))]
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from evaluate import accuracy, fused
+from experiments.evaluate import accuracy
 from models import build
+from neuron_merging.accuracy import fused
 from tests.made import images, same, with_statistics
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

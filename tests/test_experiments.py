@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from data import load
-from decompose import COMPENSATIONS, CRITERIA, decompose, rebuild
-from errors import NeuronMergingError
-from experiment import load as load_checkpoint_of
-from experiment import measure
 from experiments import beyond, chosen, demo, features, figures, grid, manifest, rows, tables, tuning, zoo
+from experiments.experiment import load as load_checkpoint_of
+from experiments.experiment import measure
 from experiments.grid import GRIDS
-from trace import units
+from neuron_merging.decompose import COMPENSATIONS, CRITERIA
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.tracing import units
+from neuron_merging.network import decompose, rebuild
 
 
 def a_row(**changes) -> rows.Row:
@@ -92,7 +93,7 @@ def test_what_is_measured_already_is_not_measured_again(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     measured = []
 
-    def measure(experiment, images, device, known, root):
+    def measure(experiment, images, device, searches, root):
         measured.append(experiment)
         if len(measured) == 4:
             raise KeyboardInterrupt
@@ -125,7 +126,7 @@ def test_the_papers_grid(monkeypatch):
     monkeypatch.setitem(COMPENSATIONS, "of my own", COMPENSATIONS["merge"])
     lenet = list(GRIDS["lenet"].experiments())
     assert len(lenet) == 1 + 3 * 4 * 3
-    assert {e.model_type for e in lenet} == {"original", "prune", "merge", "merge-derived"}
+    assert {e.compensation for e in lenet} == {"original", "prune", "merge", "merge-derived"}
     assert len(list(GRIDS["vgg"].experiments())) == 1 + 3 * 3
     assert len(list(GRIDS["resnet"].experiments())) == 1 + 3 * 7 * 3
 
@@ -387,8 +388,8 @@ def test_figures_are_written_whole_and_the_same_every_time(tmp_path):
 def test_what_goes_beyond_the_paper_is_listed_once():
     listed = list(beyond.experiments(GRIDS["vgg"]))
     assert len({json.dumps(e.settings()) for e in listed}) == len(listed)
-    assert {e.model_type for e in listed} == {"prune", "merge", *beyond.DATA_FREE, *beyond.LOOKS}
-    assert all(e.calibrate == "cifar10:512" for e in listed if e.model_type.endswith("-bn"))
+    assert {e.compensation for e in listed} == {"prune", "merge", *beyond.DATA_FREE, *beyond.LOOKS}
+    assert all(e.calibrate == "cifar10:512" for e in listed if e.compensation.endswith("-bn"))
     assert {e.ratio for e in listed if e.widths == "uniform"} == {0.1, 0.2, 0.3, 0.4, 0.5}
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from errors import NeuronMergingError
-from files import remove_partials
-from models import build, load_checkpoint, load_weights, save_checkpoint
+from models import build
+from neuron_merging.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.files import remove_partials
 from tests.conftest import ROOT
 from tests.made import same
 

@@ -9,14 +9,15 @@ from torch import nn
 from torch.nn.utils import prune as masks
 from torch.nn.utils.parametrizations import weight_norm
 
-import probe
-from errors import NeuronMergingError
-from evaluate import count_macs, dtype, fused
-from methods import METHODS
-from shrink import shrink, summary
+from neuron_merging import synthetic as probe
+from neuron_merging.accuracy import fused
+from neuron_merging.counting import count_macs, dtype
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.interpreter import by_sample
+from neuron_merging.graph.tracing import survey
+from neuron_merging.methods import METHODS
+from neuron_merging.shrink import shrink, summarize
 from tests.made import Written, conv, same, with_statistics
-from trace import survey
-from walk import by_sample
 
 
 class Plain(nn.Conv2d):
@@ -424,17 +425,17 @@ def test_the_layout_of_every_weight_is_its_own():
 def test_the_summary_is_of_what_the_method_can_do():
     torch.manual_seed(0)
     model = nn.Sequential(conv(3, 8), nn.GELU(), conv(8, 4)).eval()
-    assert summary(model) == summary(model, compensation="restore")
-    assert summary(model).splitlines()[0] == "0 -> 2: 8"
+    assert summarize(model) == summarize(model, compensation="restore")
+    assert summarize(model).splitlines()[0] == "0 -> 2: 8"
     with pytest.raises(NeuronMergingError, match="0 goes through GELU: merge needs an activation"):
-        summary(model, compensation="merge")
-    assert "ignored" in summary(model, compensation="merge", ignore=["0"])
+        summarize(model, compensation="merge")
+    assert "ignored" in summarize(model, compensation="merge", ignore=["0"])
     with pytest.raises(NeuronMergingError, match="unknown compensation 'mrge'"):
-        summary(model, compensation="mrge")
+        summarize(model, compensation="mrge")
 
 
 def test_the_summary_of_coupled_channels_is_not_for_fold():
     model = Written(lambda m, x: m.c(F.relu(m.a(x) + m.b(x))), a=conv(3, 8), b=conv(3, 8), c=conv(8, 2)).eval()
-    assert "a and 1 more -> 1 layers: 8" in summary(model, coupled=True)
+    assert "a and 1 more -> 1 layers: 8" in summarize(model, coupled=True)
     with pytest.raises(NeuronMergingError, match="fold has no form for coupled channels"):
-        summary(model, coupled=True, compensation="fold")
+        summarize(model, coupled=True, compensation="fold")

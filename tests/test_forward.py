@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from errors import NeuronMergingError
-from export import _off, export
-from shrink import prunable, shrink, summary, width
-from streams import streams
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.export import _off, export
+from neuron_merging.graph.streams import streams
+from neuron_merging.graph.tracing import survey
+from neuron_merging.shrink import prunable, shrink, width
+from neuron_merging.shrink import summarize as summarize
 from tests.made import Written, conv
 from tests.test_foreign import distance, inputs, network
-from trace import survey
 
 
 class Optional(nn.Module):
@@ -162,7 +163,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("inside", WRAPPED)
-@pytest.mark.parametrize("call", [lambda m: shrink(m, 0.5, example_input=(3, 8, 8)), summary, survey])
+@pytest.mark.parametrize("call", [lambda m: shrink(m, 0.5, example_input=(3, 8, 8)), summarize, survey])
 def test_a_wrapped_network_is_to_be_unwrapped(inside, call):
     with pytest.raises(NeuronMergingError, match=f"give the network inside, {inside}"):
         call(WRAPPED[inside]())
@@ -217,7 +218,7 @@ def test_what_is_left_of_a_block_can_be_shrunk_again(linear):
     model, x = Written(run, **layers).eval(), torch.randn(4, 3) if linear else inputs(4)
     widths = [0 if unit.layer == "branch" else width(model, unit) for unit in survey(model)[0]]
     small, _ = shrink(model, widths, compensation="prune")
-    assert "more -> last: 12" in summary(small)
+    assert "more -> last: 12" in summarize(small)
     smaller, report = shrink(small, 0.5, example_input=x, probe_samples=32)
     assert report.widths == [6] and smaller(x).shape == small(x).shape
 

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
-from decompose import CRITERIA
-from errors import NeuronMergingError
-from evaluate import count_macs, count_parameters
 from experiments.zoo import plant
-from methods import LOOKING, METHODS, Settings
 from models import build
-from shrink import prunable, shrink, width
-from tests.made import images, same, with_statistics
+from neuron_merging.counting import count_macs, count_parameters
+from neuron_merging.decompose import CRITERIA
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.methods import METHODS, NEED_IMAGES
+from neuron_merging.shrink import prunable, shrink, width
+from tests.made import images, same, smaller, with_statistics
 
 MANY = int(os.environ.get("NEURON_MERGING_FUZZ", "0"))
-FREE = [name for name in METHODS if name not in LOOKING]
+FREE = [name for name in METHODS if name not in NEED_IMAGES]
 
 
 def few(count):
@@ -104,7 +104,7 @@ def test_any_network_any_method(made, criterion, kind, share, coupled):
     found, _ = prunable(model, coupled)
     event(f"{kind}, {criterion}" if found else "nothing can be pruned")
     told = {"example_input": shape, "criterion": criterion, "compensation": kind, "probe_samples": 32}
-    told |= {"images": inputs(shape, 16)} if kind in LOOKING else {}
+    told |= {"images": inputs(shape, 16)} if kind in NEED_IMAGES else {}
     try:
         small, report = shrink(model, thinned(model, found, share), coupled=coupled, **told)
     except NeuronMergingError as error:
@@ -115,7 +115,7 @@ def test_any_network_any_method(made, criterion, kind, share, coupled):
     dropped = any(kept < full for kept, full in zip(report.widths, report.full))
     assert report.params == (count_parameters(model), count_parameters(small))
     assert report.macs == (count_macs(model, shape), count_macs(small, shape))
-    if not dropped and kind not in ("fold", *LOOKING):
+    if not dropped and kind not in ("fold", *NEED_IMAGES):
         assert torch.allclose(small(x), wanted, rtol=0, atol=1e-4 * float(1 + wanted.abs().max()))
     if dropped and kind != "restore":
         assert report.params[1] < report.params[0]
@@ -130,7 +130,7 @@ def test_twins_are_folded_without_loss(made, kind, coupled):
     if not found:
         return
     keep, x = plant(model, found), inputs(shape)
-    small = METHODS[kind](model, found, keep, Settings(shape, t=0.1, samples=64))
+    small = smaller(kind, model, found, keep, shape, threshold=0.1, probe_samples=64)
     assert torch.allclose(small(x), model(x), rtol=0, atol=2e-3 * float(1 + model(x).abs().max()))
 
 

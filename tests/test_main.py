@@ -10,21 +10,20 @@ import pytest
 import torch
 
 import main
-import options
-import settings
-from blocks import drop
-from decompose import COMPENSATIONS, CRITERIA
-from errors import NeuronMergingError
-from experiment import Experiment, load
-from experiments import tuning
-from files import write_atomically
-from methods import METHODS
-from models import NETWORKS, build, load_checkpoint, save_checkpoint
-from shrink import shrink
+from experiments import options, settings, tuning
+from experiments.experiment import Experiment, load
+from experiments.literal import FORMS
+from models import NETWORKS, build
+from neuron_merging.blocks import drop
+from neuron_merging.checkpoint import load_checkpoint, save_checkpoint
+from neuron_merging.decompose import COMPENSATIONS, CRITERIA
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.files import write_atomically
+from neuron_merging.graph.tracing import units
+from neuron_merging.methods import METHODS
+from neuron_merging.shrink import shrink
 from tests.conftest import ROOT
-from tests.literal import FORMS
 from tests.made import images
-from trace import units
 
 PUBLISHED_LENET = {  # ratio: (prune, merge), l1-norm, Table 1
     0.5: (88.40, 88.69), 0.6: (85.17, 86.92), 0.7: (71.26, 82.75), 0.8: (66.76, 80.02),
@@ -58,10 +57,10 @@ def test_the_published_lenet_itself(cli, reference):
     ],
 )
 def test_parameters_of_the_published_widths(arch, dataset, options, params):
-    from evaluate import count_parameters
-    from experiment import Experiment, shrink
+    from experiments.experiment import Experiment, shrink
+    from neuron_merging.counting import count_parameters
 
-    experiment = Experiment(arch, dataset, Path("none"), model_type="merge", **options)
+    experiment = Experiment(arch=arch, dataset=dataset, pretrained=Path("none"), compensation="merge", **options)
     assert count_parameters(shrink(experiment.network(), experiment).model) == params
 
 
@@ -76,8 +75,8 @@ def test_parameters_of_the_published_widths(arch, dataset, options, params):
     ],
 )
 def test_parameters_of_the_published_networks(arch, classes, params):
-    from evaluate import count_parameters
     from models import build
+    from neuron_merging.counting import count_parameters
 
     assert count_parameters(build(arch, settings.NETWORKS[arch].depth_wide, classes)) == params
 

@@ -9,18 +9,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-import probe
-import rivals
-from decompose import choose, decompose, read, rebuild
-from errors import NeuronMergingError
-from evaluate import count_macs, fused
-from methods import METHODS, Settings
-from models import build, load_checkpoint, save_checkpoint, stored
-from shrink import prunable, shrink, width
-from streams import Stream, scaling_matrices
-from tests.made import Written, conv, same, with_statistics
-from trace import units
-from walk import Walk, cholesky, rows
+from models import build
+from neuron_merging import baselines as rivals
+from neuron_merging import synthetic as probe
+from neuron_merging.accuracy import fused
+from neuron_merging.checkpoint import load_checkpoint, save_checkpoint, stored
+from neuron_merging.counting import count_macs
+from neuron_merging.coupled import scaling_matrices
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.interpreter import Walk
+from neuron_merging.graph.streams import Stream
+from neuron_merging.graph.tracing import units
+from neuron_merging.linalg import cholesky, rows
+from neuron_merging.network import choose, decompose, read, rebuild
+from neuron_merging.shrink import prunable, shrink, width
+from tests.made import Written, conv, same, smaller, with_statistics
 
 KINDS = ("prune", "merge", "restore")
 
@@ -55,7 +58,7 @@ def test_a_dropped_block_of_tokens_runs_on_any_batch(kind):
     model, x = Tokens().eval(), torch.randn(4, 5, 6)
     (unit,) = [unit for unit in units(model) if unit.layer == "fc1"]
     keep = [torch.arange(0 if unit.layer == "fc1" else width(model, unit)) for unit in units(model)]
-    small = METHODS[kind](model, units(model), keep, Settings((5, 6), samples=64))
+    small = smaller(kind, model, units(model), keep, (5, 6), probe_samples=64)
     assert small(x).shape == (4, 3) and torch.isfinite(small(x)).all()
     if kind == "prune":
         assert torch.allclose(small(x), model.head((x + model.fc2.bias).mean(1)), atol=1e-6)
@@ -68,7 +71,7 @@ def test_quick_widths_weigh_tokens_by_feature():
     model, x = Tokens().eval(), torch.randn(64, 5, 6) * torch.arange(1, 7)
     _, report = shrink(model, 0.5, images=x, compensation="restore", widths="quick")
     assert report.params[1] < report.params[0]
-    (curve,) = report.curves
+    (curve,) = report.search.curves
     with torch.no_grad():
         written = (x + model.fc2(F.relu(model.fc1(x)))).flatten(0, 1)
     assert curve.damage[0] == pytest.approx(curve.error[0] / float(written.var(0, correction=0).sum()), rel=1e-4)
@@ -236,7 +239,7 @@ def test_restored_networks_keep_precisions_and_what_is_frozen():
             module.half()
     found = units(mixed)
     keep = choose(mixed, found, [8, 16, 32], "l2-norm")
-    small = METHODS["restore"](mixed, found, keep, Settings((3, 32, 32), samples=16))
+    small = smaller("restore", mixed, found, keep, (3, 32, 32), probe_samples=16)
     for name, tensor in small.state_dict().items():
         assert tensor.dtype == mixed.state_dict()[name].dtype, name
     frozen = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)).eval()

@@ -1,9 +1,7 @@
 """A network of one's own: the call, the command, exports, files, measurements, and what is said where something is wrong."""
 
-import ast
 import json
 import struct
-import subprocess
 import sys
 import zlib
 
@@ -12,20 +10,17 @@ import torch
 import torchvision
 from torch import nn
 
-import latency
-import memory
-import own
-import pairs
-from decompose import decompose, rebuild
-from errors import NeuronMergingError
-from experiment import Experiment
-from experiment import shrink as of_experiment
-from export import export
+from experiments.experiment import Experiment
+from experiments.experiment import shrink as of_experiment
 from models import build
-from shrink import shrink, summary
-from tests.conftest import ROOT
+from neuron_merging import benchmark as latency
+from neuron_merging import memory
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.export import export
+from neuron_merging.graph.tracing import units
+from neuron_merging.network import decompose, rebuild
+from neuron_merging.shrink import shrink, summarize
 from tests.made import example, widths_of
-from trace import units
 
 CODE = """
 import torch
@@ -164,8 +159,8 @@ def test_ratios_by_name_and_widths():
         model, example_input=torch.zeros(1, 3, 32, 32), compensation="merge", widths="auto", budget={"params": 0.5},
         probe_samples=32,
     )  # fmt: skip
-    assert report.params[1] <= 0.5 * report.params[0] and report.curves is not None
-    _, again = shrink(model, 0.7, example_input=(3, 32, 32), compensation="merge", widths="auto", known=report.curves)
+    assert report.params[1] <= 0.5 * report.params[0] and report.search is not None
+    _, again = shrink(model, 0.7, example_input=(3, 32, 32), compensation="merge", widths="auto", search=report.search)
     assert again.seconds_widths is None and sum(again.widths) < sum(report.widths)
 
 
@@ -199,7 +194,7 @@ def test_weights_that_are_no_numbers_are_named(name):
     model = build("LeNet_300_100").eval()
     with torch.no_grad():
         model.get_submodule(name).bias[0] = float("nan")
-    for call in (lambda: shrink(model, 0.5, compensation="prune"), lambda: summary(model)):
+    for call in (lambda: shrink(model, 0.5, compensation="prune"), lambda: summarize(model)):
         with pytest.raises(NeuronMergingError, match=f"{name} has weights that are NaN or infinite"):
             call()
 
@@ -244,7 +239,6 @@ def test_a_call_in_inference_mode_gives_an_ordinary_network():
 
 @pytest.mark.parametrize("compensation", ["merge", "restore"])
 def test_autocast_around_a_call_makes_no_difference(compensation, monkeypatch):
-    monkeypatch.setattr(pairs, "LARGE", 0)
     model = build("ResNet", (8,)).eval()
     told = {"example_input": (3, 32, 32), "compensation": compensation, "probe_samples": 32}
     plain, _ = shrink(model, 0.5, **told)
@@ -259,14 +253,14 @@ def test_what_stays_whole_keeps_its_width():
     model = nn.Sequential(nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3))
     assert shrink(model, {"2": 0.5}, compensation="prune", multiple=8)[1].widths == [20, 8]
     assert shrink(model, 0.0, compensation="prune", multiple=8)[1].widths == [20, 20]
-    assert "0 -> 2: 20 of 20" in summary(model, {"2": 0.5}, multiple=8)
+    assert "0 -> 2: 20 of 20" in summarize(model, {"2": 0.5}, multiple=8)
 
 
 def test_weights_that_are_not_there_yet_are_named():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(NeuronMergingError, match=r"0 \(Linear\) has no weights yet: it is on the meta device"):
-        summary(model)
+        summarize(model)
 
 
 def test_an_untraceable_network_names_the_line(mine):
@@ -378,9 +372,6 @@ BAD_COMMANDS = {
     "a single image": ([*OWN, "--model-type", "restore", "--calibrate", "pictures:1", "--json", "-"], "at least 2 images"),
     "an image too large": (
         [*OWN, "--model-type", "restore", "--calibrate", "vast", "--json", "-"], f"{UNREADABLE}: vast/b.png: "
-    ),
-    "a module of this program's name": (
-        ["--model", "trace:small", "--input-size", "3,8,8", "--json", "-"], "this program has a module trace too"
     ),
     "a folder of too few classes": (
         [*OWN, "--model-args", '{"classes": 11}', "--weights", "eleven.pth", "--evaluate", "--dataset", "imagefolder:pictures"],
@@ -501,17 +492,17 @@ def test_images_become_inputs_as_the_weights_say():
     ):
         spec, known = f"torchvision.models:{name}", weights(name)
         for entry, size in resized.items():
-            assert own.transforms(spec, entry, (3, side, side)).resize_size == [size]
-        assert str(own.transforms(spec, None, (3, side, side))) == str(known.DEFAULT.transforms())
-        assert "Resize(size=64" in str(own.transforms(spec, None, (3, 64, 64)))
+            assert images.transforms(spec, entry, (3, side, side)).resize_size == [size]
+        assert str(images.transforms(spec, None, (3, side, side))) == str(known.DEFAULT.transforms())
+        assert "Resize(size=64" in str(images.transforms(spec, None, (3, 64, 64)))
 
 
 def test_a_smaller_file_remembers_the_weights_it_began_with(cli, mine, monkeypatch):
     """torchvision's weights, without a download; what is saved is measured with the same transforms."""
     entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     monkeypatch.setattr(type(entry), "get_state_dict", lambda self, **_: torchvision.models.resnet18().state_dict())
-    seen, original = [], own.transforms
-    monkeypatch.setattr(own, "transforms", lambda *a: seen.append(a[1]) or original(*a))
+    seen, original = [], images.transforms
+    monkeypatch.setattr(cli_of_package, "transforms", lambda *a: seen.append(a[1]) or original(*a))
     common = ("--model", "torchvision.models:resnet18", "--input-size", "3,224,224", "--json", "-")
     made = cli(*common, "--weights", entry.name, "--model-type", "prune", "--save", "small.safetensors")
     assert made.code == 0, made.err
@@ -520,28 +511,21 @@ def test_a_smaller_file_remembers_the_weights_it_began_with(cli, mine, monkeypat
 
 
 def test_images_are_looked_for_before_any_work(cli, mine, monkeypatch):
-    monkeypatch.setattr(own, "shrink", lambda *_, **__: pytest.fail("the work was done before"))
+    monkeypatch.setattr(cli_of_package, "shrink", lambda *_, **__: pytest.fail("the work was done before"))
     said = cli(*OWN, "--model-type", "restore", "--evaluate", "--dataset", "imagefolder:gone")
     assert said.code == 2 and "is no folder" in said.err
-
-
-def test_a_users_file_of_the_same_name_is_not_run(mine):
-    """Where this program imports late, it finds its own."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import own; own.build('mine:small'); print(sys.path)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=mine, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    path = ast.literal_eval(done.stdout)
-    assert path.index(str(ROOT)) < path.index(str(mine))
 
 
 def test_inception_sees_its_inputs_as_its_weights_did(monkeypatch):
     """torchvision makes it so where it loads the weights itself."""
     entry = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
     spec, arguments = "torchvision.models:googlenet", '{"init_weights": false, "aux_logits": false, "num_classes": 7}'
-    monkeypatch.setattr(type(entry), "get_state_dict", lambda self, **_: own.build(spec, arguments).state_dict())
-    model = own.build(spec, arguments)
+    monkeypatch.setattr(
+        type(entry), "get_state_dict", lambda self, **_: loading.build_model(spec, arguments).state_dict()
+    )
+    model = loading.build_model(spec, arguments)
     assert not model.transform_input
-    own.with_weights(model, spec, entry.name)
+    loading.with_weights(model, spec, entry.name)
     assert model.transform_input
 
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from decompose import COMPENSATIONS, Decomposition, decompose, rebuild, select
-from errors import NeuronMergingError
-from models import build, load_checkpoint, load_weights, save_checkpoint
-from tests import literal
+from experiments import literal
+from models import build
+from neuron_merging.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from neuron_merging.decompose import COMPENSATIONS, Decomposition, select
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.tracing import units
+from neuron_merging.network import decompose, rebuild
 from tests.conftest import NARROW
 from tests.made import example, plant_multiples, same, widths_of, without_batchnorm
-from trace import units
 
 
 def halves(model: nn.Module) -> list[int]:

@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge as ScikitRidge
 from torch import nn
 
-import probe
-from adapt import adapt
 from data import calibration
-from decompose import BatchNorm, Neurons, choose, decompose, rebuild
-from errors import NeuronMergingError
-from methods import METHODS, Settings
 from models import build
-from restore import Options, restore
-from ridge import Ridge
-from rivals import fold, lbyl, reestimate
-from shrink import shrink
-from tests.made import example, plant_multiples, same, shape_of, widths_of, with_statistics, without_batchnorm
-from trace import units
-from walk import Walk, matrix, patches
+from neuron_merging import synthetic as probe
+from neuron_merging.baselines import fold, lbyl, reestimate
+from neuron_merging.decompose import BatchNorm, Neurons
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.interpreter import Walk
+from neuron_merging.graph.tracing import units
+from neuron_merging.linalg import Ridge, matrix, patches
+from neuron_merging.network import choose, decompose, rebuild
+from neuron_merging.restore.adapt import adapt
+from neuron_merging.restore.lockstep import Options, restore
+from neuron_merging.shrink import shrink
+from tests.made import example, plant_multiples, same, shape_of, smaller, widths_of, with_statistics, without_batchnorm
 
 DEFAULT = Options()
 RIVALS = ("lbyl", "fold", "prune-bn", "merge-bn")
@@ -505,8 +505,8 @@ def test_calibration_reads_a_folder_of_images(tmp_path):
 def test_rivals_give_the_same_topology(network, kind):
     found, x = units(network), example(network, 64)
     keep = choose(network, found, [n // 2 for n in widths_of(network, found)], "l2-norm")
-    small = METHODS[kind](network, found, keep, Settings(shape_of(network), images=x))
-    pruned = METHODS["prune"](network, found, keep, Settings())
+    small = smaller(kind, network, found, keep, shape_of(network), images=x)
+    pruned = smaller("prune", network, found, keep)
     assert {n: w.shape for n, w in small.state_dict().items()} == {n: w.shape for n, w in pruned.state_dict().items()}
     assert torch.isfinite(small(x)).all()
 
@@ -518,8 +518,8 @@ def test_lbyl_is_exact_for_combinations_of_kept_filters_without_an_activation():
     model[0].weight[3:] = torch.randn(2, 3) @ model[0].weight[:3]
     model[0].bias[3:] = torch.linalg.lstsq(model[0].weight[:3].T, model[0].weight[3:].T)[0].T @ model[0].bias[:3]
     found = units(model)
-    import rivals
-    from decompose import read
+    from neuron_merging import baselines as rivals
+    from neuron_merging.network import read
 
     rivals_ridge, rivals.LBYL_RIDGE = rivals.LBYL_RIDGE, 0.0
     try:

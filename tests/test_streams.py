@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from errors import NeuronMergingError
-from evaluate import count_macs, count_parameters
 from experiments import zoo
 from experiments.zoo import plant
-from methods import METHODS, Settings
-from models import build, fit, load_checkpoint, load_weights, save_checkpoint
-from restore import restore
-from shrink import prunable, select, shrink, summary
-from streams import Stream, scaling_matrices, streams
-from tests.made import example, same, shape_of, with_statistics
+from models import build
+from neuron_merging.checkpoint import fit, load_checkpoint, load_weights, save_checkpoint
+from neuron_merging.counting import count_macs, count_parameters
+from neuron_merging.coupled import scaling_matrices
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.streams import Stream, streams
+from neuron_merging.restore.lockstep import restore
+from neuron_merging.shrink import prunable, select, shrink, summarize
+from tests.made import example, same, shape_of, smaller, with_statistics
 
 
 class Dense(nn.Module):
@@ -71,8 +72,8 @@ def test_twins_are_merged_without_loss(network, kind):
     found, _ = prunable(network, coupled=True)
     keep = plant(network, found)
     x = example(network)
-    small = METHODS[kind](
-        network, found, keep, Settings(shape_of(network), t=0.1, lam=1.0, images=example(network, 32))
+    small = smaller(
+        kind, network, found, keep, shape_of(network), threshold=0.1, lamda=1.0, images=example(network, 32)
     )
     assert torch.allclose(small(x), network(x), atol=2e-3 * float(network(x).abs().max()))
 
@@ -117,7 +118,7 @@ def test_positive_multiples_in_a_stream_are_merged_without_loss():
         bn.running_mean[1], bn.running_var[1] = bn.running_mean[0], bn.running_var[0]
         bn.weight[1], bn.bias[1] = 2 * bn.weight[0], 2 * bn.bias[0]
     keep = torch.tensor([i for i in range(16) if i != 1])
-    small = METHODS["merge"](model, [stream], [keep], Settings(t=0.99))
+    small = smaller("merge", model, [stream], [keep], threshold=0.99)
     x = example(model)
     assert torch.allclose(small(x), model(x), atol=1e-4)
     assert small.conv1.out_channels == 15
@@ -176,7 +177,7 @@ def test_constants_on_the_way_to_a_reader_count():
     keep = torch.tensor([1, 2, 3, 4, 5])
     (Z,) = scaling_matrices(model, stream, keep, t=0.1)
     assert Z[0, 0] == 0 and torch.isclose(Z[1, 0], Z.new_tensor(0.5))
-    small = METHODS["merge"](model, [stream], [keep], Settings(t=0.99))
+    small = smaller("merge", model, [stream], [keep], threshold=0.99)
     assert torch.allclose(small(x), model(x), atol=1e-5)
 
 
@@ -288,7 +289,7 @@ def test_batchnorms_over_concatenations_are_part_of_what_is_written():
     assert [stream.writers for stream in found] == [("a", "c"), ("b", "d")]
     keep, x = plant(model, found), torch.randn(4, 3, 32, 32)
     for kind in ("merge", "restore"):
-        small = METHODS[kind](model, found, keep, Settings((3, 32, 32), t=0.999, samples=16))
+        small = smaller(kind, model, found, keep, (3, 32, 32), threshold=0.999, probe_samples=16)
         assert torch.allclose(small(x), model(x), atol=2e-3), kind
         assert small.first.num_features == 6
 
@@ -330,7 +331,7 @@ def test_what_stays_whole_says_why():
         "grouped": "grouped is a grouped convolution", "c": "its output goes through roll",
         "fc": "its output is an output of the network",
     }  # fmt: skip
-    assert "a stays whole" in summary(Net(), coupled=True)
+    assert "a stays whole" in summarize(Net(), coupled=True)
 
 
 @pytest.mark.parametrize("ending", [".pth.tar", ".safetensors"])

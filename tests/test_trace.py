@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from errors import NeuronMergingError
 from models import build
-from shrink import shrink
-from streams import streams
-from trace import Unit, survey, units
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.streams import streams
+from neuron_merging.graph.tracing import Unit, survey, units
+from neuron_merging.shrink import shrink
 
 
 @pytest.mark.parametrize(

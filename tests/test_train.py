@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import main
-import settings
-import train
-from errors import NeuronMergingError
-from models import build, load_checkpoint
+from experiments import settings
+from experiments import training as train
+from models import build
+from neuron_merging.checkpoint import load_checkpoint
+from neuron_merging.errors import NeuronMergingError
 from tests.conftest import ROOT
 from tests.made import images, same
 
@@ -424,7 +425,7 @@ def test_a_state_belongs_to_one_experiment(cli, fashion, tmp_path, pretrained, m
 
 def test_what_was_trained_twice_says_both_commands_and_shows_no_small_images(cli, fashion, tmp_path, monkeypatch):
     from experiments.manifest import _as_shipped
-    from options import parser, recipe
+    from experiments.options import parser, recipe
 
     made = tmp_path / "made.pth.tar"
     for options in ((), ("--retrain", "--pretrained", made)):
@@ -448,7 +449,7 @@ def test_what_was_trained_twice_says_both_commands_and_shows_no_small_images(cli
 
 def test_a_file_holds_half_precision_where_it_keeps_the_weights(monkeypatch, tmp_path):
     """Where one would overflow or vanish, the tensor stays float32."""
-    from models import checkpoint
+    from neuron_merging import checkpoint
 
     monkeypatch.setattr(checkpoint, "HALF_ABOVE", 0)
     model = Tiny()
@@ -477,7 +478,7 @@ ONE_EPOCH = ("--epochs", 1, "--schedule", 1, "--gammas", 1)
 @pytest.mark.parametrize("options", [("--evaluate",), ONE_EPOCH], ids=["evaluated", "trained"])
 def test_a_row_is_of_the_network_as_the_file_holds_it(cli, fashion, tmp_path, monkeypatch, options):
     """Here storing it costs it its last layer: all that is left to say is class 0."""
-    from models import checkpoint
+    from neuron_merging import checkpoint
 
     def without_the_last(model, *args, stored=checkpoint.stored):
         return {name: torch.zeros_like(w) if name.startswith("ip3") else w for name, w in stored(model, *args).items()}

@@ -10,20 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import probe
-import widths as W
-from blocks import Silence
-from decompose import CRITERIA, choose, decompose, read, rebuild
-from errors import NeuronMergingError
-from evaluate import count_macs, count_parameters
-from experiment import Experiment, shrink
-from methods import BY_LAYER, METHODS, Settings, layerwise
-from models import build, load_checkpoint, load_weights, save_checkpoint
-from restore import restore
-from shrink import shrink as of_network
-from tests.made import same, shape_of, widths_of, with_statistics
-from trace import units
-from walk import Walk
+from experiments.experiment import Experiment, shrink
+from models import build
+from neuron_merging import synthetic as probe
+from neuron_merging.blocks import Silence
+from neuron_merging.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from neuron_merging.config import ShrinkConfig
+from neuron_merging.counting import count_macs, count_parameters
+from neuron_merging.decompose import CRITERIA
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.interpreter import Walk
+from neuron_merging.graph.tracing import units
+from neuron_merging.methods import METHODS
+from neuron_merging.network import choose, decompose, read, rebuild
+from neuron_merging.restore.lockstep import restore
+from neuron_merging.shrink import shrink as of_network
+from neuron_merging.synthetic import inputs
+from neuron_merging.widths import curves as W
+from neuron_merging.widths.cost import Cost
+from neuron_merging.widths.search import allocate
+from tests.made import of_a_layer, same, shape_of, smaller, widths_of, with_statistics
 
 
 def curve(damage):
@@ -38,15 +44,15 @@ def curve(damage):
 @pytest.mark.parametrize("kind", ["prune", "restore"])
 def test_costs_are_those_of_the_smaller_network(network, kind):
     found, shape, random = units(network), shape_of(network), np.random.default_rng(0)
-    cost = W.Cost(network, found, shape, biases=kind == "restore")
+    cost = Cost(network, found, shape, biases=kind == "restore")
     for _ in range(3):
         widths = [int(random.integers(1, n + 1)) for n in widths_of(network, found)]
-        small = METHODS[kind](network, found, choose(network, found, widths, "l2-norm"), Settings(shape, samples=16))
+        small = smaller(kind, network, found, choose(network, found, widths, "l2-norm"), shape, probe_samples=16)
         assert cost(widths) == pytest.approx([count_parameters(small), count_macs(small, shape)], abs=1e-3)
         one_more = np.array(widths)
         one_more[-1] += 1
         assert cost(one_more) - cost(widths) == pytest.approx(cost.marginal(widths)[:, -1])
-    assert W.Cost(network, found, shape)(cost.full) == pytest.approx(
+    assert Cost(network, found, shape)(cost.full) == pytest.approx(
         [count_parameters(network), count_macs(network, shape)]
     )
 
@@ -100,9 +106,9 @@ def test_the_error_of_a_compensation_is_that_of_the_consumers_output():
     model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 5))
     x, found = torch.randn(300, 10), units(model)
     for kind in ("prune", "merge", "lbyl"):
-        (made,) = W.curves(model, found, x, "l2-norm", layerwise(kind, Settings(t=0.1)), 0.03, sensitivity=False)
+        (made,) = W.curves(model, found, x, "l2-norm", of_a_layer(kind, threshold=0.1), 0.03, sensitivity=False)
         for k in (1, 4, 6):
-            small = METHODS[kind](model, found, choose(model, found, [k], "l2-norm"), Settings(t=0.1))
+            small = smaller(kind, model, found, choose(model, found, [k], "l2-norm"), threshold=0.1)
             with torch.no_grad():
                 assert made.error[k] == pytest.approx(float((small(x) - model(x)).pow(2).sum(1).mean()), rel=1e-4)
         assert made.error[8] == 0
@@ -143,7 +149,7 @@ def test_sensitivity_is_the_change_of_the_output_when_one_unit_alone_is_thinned(
     x, found = torch.randn(300, 10), units(model)
     held_out, walk = x[:100], Walk(model)
     with torch.no_grad():
-        looks = W._Looks(model, walk, found, "l2-norm", layerwise("prune", Settings()), 0.03)
+        looks = W._Looks(model, walk, found, "l2-norm", of_a_layer("prune"), 0.03)
         looks.run(x[100:])
         made = W._sensitivity(walk, found, looks.thinned, held_out)
     for i, k in itertools.product(range(2), (2, 4, 8, 12)):
@@ -167,7 +173,7 @@ def loss_of_output(model, small, x):
     return max(0.0, float(1 - (y * z).sum() / (y.norm() * z.norm())))  # less than 0 by rounding only
 
 
-@pytest.mark.parametrize("kind", BY_LAYER)
+@pytest.mark.parametrize("kind", [name for name, method in METHODS.items() if method.local])
 def test_joint_damage_is_what_the_output_loses_with_all_units_thinned(kind):
     torch.manual_seed(0)
     x = torch.randn(40, 3, 16, 16)
@@ -195,12 +201,12 @@ def test_joint_damage_of_a_network_that_lost_a_block(kind):
 
 def assert_joint_damage(model, x, kind, choices):
     """As of the networks themselves; nothing where nothing is dropped, which comes first."""
-    told, found = Settings(t=0.0), units(model)
+    told, found = {"threshold": 0.0}, units(model)
     curves = [curve(range(n, -1, -1)) for n in widths_of(model)]  # which keep the first neurons
-    made = W.joint_damage(model, found, curves, choices, x, layerwise(kind, told))
+    made = W.joint_damage(model, found, curves, choices, x, of_a_layer(kind, **told))
     assert made[0] < 1e-9 < min(made[1:])
     for widths, damage in zip(choices, made):
-        small = METHODS[kind](model, found, [torch.arange(k) for k in widths], told)
+        small = smaller(kind, model, found, [torch.arange(k) for k in widths], **told)
         assert damage == pytest.approx(loss_of_output(model, small, x), rel=0.01, abs=1e-9)
 
 
@@ -210,35 +216,35 @@ def test_an_output_that_died_lost_more_than_one_that_grew():
         for layer, weight in zip(model[::2], ([[1.0], [1.0]], [[0.0, 0.0], [3.0, -2.0]], [[0.0, 1.0], [0.0, -1.0]])):
             layer.weight.copy_(torch.tensor(weight))
             layer.bias.zero_()
-    x, told, found = torch.rand(50, 1), Settings(), units(model)
+    x, told, found = torch.rand(50, 1), {}, units(model)
     grown, died = [1, 2], [2, 1]  # by the first neurons: three times what it was, and nothing
     change = {}
     for widths in (grown, died):
-        small = METHODS["prune"](model, found, [torch.arange(k) for k in widths], told)
+        small = smaller("prune", model, found, [torch.arange(k) for k in widths], **told)
         change[tuple(widths)] = change_of_output(model, small, x)
     assert change[1, 2] == pytest.approx(4 * change[2, 1])
-    damage = W.joint_damage(model, found, [curve([2, 1, 0])] * 2, [grown, died], x, layerwise("prune", told))
+    damage = W.joint_damage(model, found, [curve([2, 1, 0])] * 2, [grown, died], x, of_a_layer("prune", **told))
     assert damage == pytest.approx([0, 1], abs=1e-6)
 
 
 def test_chosen_widths_are_no_worse_together_than_the_given_ones():
     """Also where the sum of damages, each unit by itself, speaks for others."""
-    told, margins = Settings((6,), samples=300), []
+    config, margins = ShrinkConfig(probe_samples=300), []
 
     def together(model, widths):
-        small = METHODS["prune"](model, units(model), choose(model, units(model), widths, "l2-norm"), told)
-        return loss_of_output(model, small, told.inputs(model, 1.5))
+        small = smaller("prune", model, units(model), choose(model, units(model), widths, "l2-norm"))
+        return loss_of_output(model, small, inputs(model, (6,), config, share=1.5))
 
     for seed in range(6):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4)).eval()
-        cost = W.Cost(model, units(model), (6,))
+        cost = Cost(model, units(model), (6,))
         small = [w for w in itertools.product(range(1, 6), repeat=2) if (cost(w) <= cost([3, 3])).all()]
         best = min(small, key=lambda widths, model=model: together(model, widths))
         about = {"example_input": (6,), "compensation": "prune", "widths": "auto", "probe_samples": 300}
         _, report = of_network(model, best, **about)
         assert together(model, report.widths) <= together(model, best) * 1.001
-        summed = W.allocate(report.curves, cost, cost(best))
+        summed = allocate(report.search.curves, cost, cost(best))
         margins.append(together(model, summed) - together(model, best))
     assert max(margins) > 1e-4  # what the sum alone would have cost
 
@@ -252,7 +258,7 @@ def test_what_is_compared_with_the_given_widths(monkeypatch):
         compared.append(choices[1])
         return [2.0, 1.0]
 
-    monkeypatch.setattr("shrink.joint_damage", first_is_worse)
+    monkeypatch.setattr("neuron_merging.widths.search.joint_damage", first_is_worse)
     about = {"example_input": (6,), "compensation": "prune", "widths": "auto", "probe_samples": 20}
     kept = {
         "ratio": of_network(model, 0.5, **about)[1].widths,
@@ -285,7 +291,7 @@ def test_curves_look_at_nothing_else(network):
 def test_every_method_has_curves(kind):
     model = build("ResNet", (8,))
     found, x = units(model), probe.make(model, (3, 32, 32), 24)
-    made = W.curves(model, found, x, "l2-norm", layerwise(kind, Settings(seed=3)), 0.03)
+    made = W.curves(model, found, x, "l2-norm", of_a_layer(kind, seed=3), 0.03)
     assert all(np.isfinite(c.damage).all() and c.damage[0] > 0 for c in made)
 
 
@@ -296,14 +302,14 @@ def test_the_choice_is_the_best_there_is():
     """Against all choices, on convex curves: within what one neuron costs of the optimum, and never above the budget."""
     model = nn.Sequential(*(m for i in range(3) for m in (nn.Linear(6, 6), nn.ReLU())), nn.Linear(6, 3)).eval()
     found = units(model)
-    cost = W.Cost(model, found, (6,))
+    cost = Cost(model, found, (6,))
     random = np.random.default_rng(0)
     for _ in range(5):
         falls = [np.sort(random.exponential(size=6))[::-1] for _ in found]
         curves = [curve([*np.cumsum(fall[::-1])[::-1], 0]) for fall in falls]
         for share in (0.3, 0.5, 0.8):
             budget = cost(cost.full) * share
-            chosen = W.allocate(curves, cost, budget)
+            chosen = allocate(curves, cost, budget)
             assert (cost(chosen) <= budget).all()
             damage = sum(c.damage[w] for c, w in zip(curves, chosen))
             every = [w for w in itertools.product(range(1, 7), repeat=3) if (cost(w) <= budget).all()]
@@ -319,28 +325,28 @@ def test_the_choice_is_the_best_there_is():
 def test_either_budget_alone_and_both():
     model = build("ResNet", (8,))
     found = units(model)
-    cost = W.Cost(model, found, (3, 32, 32))
+    cost = Cost(model, found, (3, 32, 32))
     curves = [curve(np.linspace(1, 0, n + 1) ** 2) for n in cost.full]
     full = cost(cost.full)
-    both = cost(W.allocate(curves, cost, full * 0.5))
-    params = cost(W.allocate(curves, cost, full * (0.5, np.inf)))
-    macs = cost(W.allocate(curves, cost, full * (np.inf, 0.5)))
+    both = cost(allocate(curves, cost, full * 0.5))
+    params = cost(allocate(curves, cost, full * (0.5, np.inf)))
+    macs = cost(allocate(curves, cost, full * (np.inf, 0.5)))
     assert (both <= full * 0.5).all() and params[0] <= full[0] * 0.5 and macs[1] <= full[1] * 0.5
     assert params[1] > full[1] * 0.5 and macs[0] > full[0] * 0.5  # what is not limited is not spared
     with pytest.raises(NeuronMergingError, match="no widths are within the budget: the least have"):
-        W.allocate(curves, cost, full * 0.01)
+        allocate(curves, cost, full * 0.01)
 
 
 def test_widths_in_multiples_and_blocks_left_out():
     model = build("ResNet", (14,))
     found = units(model)
     assert all(unit.branch for unit in found)
-    cost = W.Cost(model, found, (3, 32, 32))
+    cost = Cost(model, found, (3, 32, 32))
     flat = [curve([1e-9 * (n - k) for k in range(n + 1)]) for n in cost.full[:1]]
     curves = [*flat, *(curve(np.linspace(1, 0, n + 1)) for n in cost.full[1:])]
-    chosen = W.allocate(curves, cost, cost(cost.full) * 0.6, multiple=8)
+    chosen = allocate(curves, cost, cost(cost.full) * 0.6, multiple=8)
     assert all(w % 8 == 0 and w > 0 for w in chosen)
-    chosen = W.allocate(curves, cost, cost(cost.full) * 0.6, droppable=[True] * len(found))
+    chosen = allocate(curves, cost, cost(cost.full) * 0.6, droppable=[True] * len(found))
     assert chosen[0] == 0  # it costs nothing to lose it
 
 
@@ -358,11 +364,11 @@ def test_a_block_that_comes_back_brings_its_batchnorm():
             return x + self.bn(self.b(self.a(x).relu()))
 
     model = nn.Sequential(Block(2), Block(2)).eval()
-    cost = W.Cost(model, units(model), (2, 6, 6))
+    cost = Cost(model, units(model), (2, 6, 6))
     first, second = (cost(w)[0] for w in ([0, 1], [1, 1]))  # parameters without the first block, and of all
     for limit in (first - 1, first, second - 1):
         curves = [curve([0.1, 0]), curve([5, 0])]  # the second is wanted back
-        chosen = W.allocate(curves, cost, (limit, np.inf), droppable=[True, True])
+        chosen = allocate(curves, cost, (limit, np.inf), droppable=[True, True])
         assert cost(chosen)[0] <= limit
 
 
@@ -382,11 +388,11 @@ def test_a_block_left_out_is_a_constant(arch, tmp_path):
     consumer = silent.get_submodule(found[1].next)
     consumer.weight.zero_()
     for kind in METHODS:
-        small = METHODS[kind](model, found, keep, Settings((3, 32, 32), samples=16, images=x))
+        small = smaller(kind, model, found, keep, (3, 32, 32), probe_samples=16, images=x)
         assert small(x).shape == (4, 10)
         if kind == "prune":
             assert torch.allclose(small(x), silent(x), atol=1e-5)
-        cost = W.Cost(model, found, (3, 32, 32), biases=kind == "restore")
+        cost = Cost(model, found, (3, 32, 32), biases=kind == "restore")
         assert cost(widths)[1] == count_macs(small, (3, 32, 32))
         assert cost(widths)[0] == count_parameters(small)  # a constant instead of the consumer and its BatchNorm
         save_checkpoint(tmp_path / "small.pth.tar", small, widths=widths)
@@ -441,10 +447,10 @@ def test_what_is_left_over_goes_back_over_flat_pieces():
     """The hull jumps over the budget, and the first neuron that comes back helps nothing by itself."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))
-    cost = W.Cost(model, units(model), (8,))
+    cost = Cost(model, units(model), (8,))
     damage = curve([9, 5, 5, 5, 4.9, 1, 1, 1, 1, 0.9, 0])
     for kept, best in ((10, 10), (9, 9), (8, 5), (5, 5), (4, 4), (3, 1), (1, 1)):
-        assert W.allocate([damage], cost, cost([kept])) == [best]
+        assert allocate([damage], cost, cost([kept])) == [best]
 
 
 # ---------------------------------------------------------------- on the command line
@@ -493,7 +499,7 @@ def test_widths_that_cannot_be_are_refused_whatever_the_order(cli):
 
 
 def test_what_cannot_work_is_said_before_anything_is_measured(monkeypatch):
-    monkeypatch.setattr("shrink.curves", None)
+    monkeypatch.setattr("neuron_merging.widths.search.curves", None)
     bent = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).eval()
     for kind in ("merge", "merge-bn"):
         with pytest.raises(NeuronMergingError, match="0 goes through GELU: merge needs an activation"):
@@ -533,14 +539,14 @@ def test_what_was_found_serves_all_budgets(pretrained, monkeypatch):
     model = build("LeNet_300_100").eval()
     looks = []
     original = W.curves
-    monkeypatch.setattr("shrink.curves", lambda *a, **k: looks.append(1) or original(*a, **k))
-    known = {}
+    monkeypatch.setattr("neuron_merging.widths.search.curves", lambda *a, **k: looks.append(1) or original(*a, **k))
+    searches = {}
     made = [
         shrink(
             model,
-            Experiment("LeNet_300_100", "FashionMNIST", pretrained, (), "merge", ratio=r, widths="auto"),
+            Experiment(pretrained=pretrained, compensation="merge", ratio=r, widths="auto"),
             None,
-            known,
+            searches,
         )
         for r in (0.5, 0.7)
     ]

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import settings
-import train
-import winograd
+from experiments import settings, winograd
+from experiments import training as train
 from tests.made import images
 
 CPU = torch.device("cpu")

@@ -1,0 +1,176 @@
+"""Rivals of merging and restoration, for comparison: other people's compensations, with the same kept widths.
+
+lbyl: every dropped filter as a ridge combination of all kept ones ("Look before you leap", arXiv 2502.08474).
+fold: filters clustered, each cluster one filter, with a data-free repair of its variance (arXiv 2502.10216).
+re-estimation: BatchNorm statistics measured anew on real images; not data-free.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuron_merging.decompose import Decomposition, Neurons, dropped, effective
+from neuron_merging.errors import said
+from neuron_merging.graph.interpreter import measure_statistics
+from neuron_merging.graph.tracing import NORMS, Unit
+from neuron_merging.network import read, rebuild
+
+LBYL_RIDGE = 1e-2  # λ₁ and λ₂
+ENTRIES = 2**24  # numbers in the matrices that are solved at once, at most: 128 MB
+
+
+def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
+    """Z [P, N] of the least-squares combination of kept filters, with terms for what BatchNorm makes of it.
+
+    For filter p with X = W[keep]ᵀ, y = w_p and g = γ_p/σ_p:
+        α = (XᵀX + λ₁ g² a aᵀ + λ₂ diag(k²))⁻¹ (Xᵀy + λ₁ g (g μ_p − β_p) a)
+    with a_j = μ_j − σ_j β_j / γ_j and k_j = (γ_p/γ_j)(σ_j/σ_p), and Z[:, p] = k ∘ α. Without BatchNorm a = 0, k = 1.
+    Kept filters that their BatchNorm makes nothing of (γ_j = 0) have no part in it; λ₂ k² is a little above 0 everywhere.
+    """
+    W, N = neurons.W, len(neurons.W)
+    drop = dropped(W, keep)
+    X, Y = W[keep], W[drop]  # [P, D], [Q, D]
+    size = X.pow(2).sum(1).mean()  # the ridge is relative to the filters' own scale
+    a, k = W.new_zeros(len(keep)), W.new_ones(len(drop), len(keep))
+    g, b = W.new_zeros(len(drop)), W.new_zeros(len(drop))
+    if neurons.bn is not None:
+        gamma, beta, mu, _, sigma = neurons.bn.of(keep)
+        usable = gamma.abs() > 1e-6
+        X = X * usable[:, None]  # a filter that the BatchNorm makes nothing of stands in for nobody
+        a = torch.where(usable, mu - sigma * beta / gamma, 0)
+        gamma_p, beta_p, mu_p, _, sigma_p = neurons.bn.of(drop)
+        g, b = gamma_p / sigma_p, gamma_p * mu_p / sigma_p - beta_p  # [Q]
+        k = torch.where(usable, g[:, None] * sigma / gamma, 0)
+    penalty = (LBYL_RIDGE * k**2).clamp(min=max(1e-8 * float(size), 1e-30))
+    right = Y @ X.T + LBYL_RIDGE * (g * b)[:, None] * a  # [Q, P]
+    if neurons.bn is None:  # one matrix for all
+        alpha = torch.linalg.solve(X @ X.T + penalty[:1].diag_embed()[0], right.T).T if len(drop) else right
+    else:
+        G, aa, several = X @ X.T, LBYL_RIDGE * torch.outer(a, a), max(1, ENTRIES // len(keep) ** 2)
+        parts = zip(*(x.split(several) for x in (g**2, penalty, right)))
+        alpha = torch.cat([torch.linalg.solve(G + s[:, None, None] * aa + p.diag_embed(), r) for s, p, r in parts])
+    Z = W.new_zeros(len(keep), N)
+    Z[torch.arange(len(keep), device=keep.device), keep] = 1
+    Z[:, drop] = (k * alpha).T
+    return Decomposition(keep, Z)
+
+
+def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: int = 0) -> nn.Module:
+    """A smaller copy of `model`: the neurons of every unit in `widths[i]` clusters, each replaced by its centroid.
+
+    All members of a cluster are made equal to it, then one stands in for the others, which is exact. With BatchNorm the
+    filters are compared and averaged as it scales them, and the centroid's variance is brought back to that of its members
+    by N_c / √(N_c + (N_c² − N_c) c̄) with c̄ their mean cosine.
+    """
+    clustered, parts = copy.deepcopy(model), []
+    for unit, P in zip(units, widths):
+        neurons = read(model, unit)
+        if P == 0:  # a block that is left out
+            parts.append(
+                Decomposition(torch.arange(0, device=neurons.W.device), neurons.W.new_zeros(0, len(neurons.W)))
+            )
+            continue
+        bn = neurons.bn
+        W, shift = _scaled(neurons)
+        Z = _clusters(neurons, P, seed)
+        keep, order = Z.argmax(1).sort()  # the first member of every cluster
+        parts.append(Decomposition(keep, Z[order]))
+        average = averages(Z)
+        layer = clustered.get_submodule(unit.layer)
+        mean = average @ W
+        if bn is None and layer.bias is not None:
+            mean, bias = mean[:, :-1], mean[:, -1]
+        else:
+            bias = W.new_zeros(len(W))  # a BatchNorm has taken it in
+        _fill(layer.weight, mean)
+        if layer.bias is not None:
+            _fill(layer.bias, bias)
+        if bn is not None:
+            direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            together = (Z @ direction).norm(dim=1)  # its square is the sum of all cosines of a cluster
+            gamma = torch.where(together > 1e-9, Z.sum(1) / together, 1)  # 1 for a cluster of zeros
+            _replace_norm(clustered.get_submodule(unit.bn), Z.T @ gamma, average @ bn.beta, average @ shift)
+    return rebuild(clustered, units, parts)
+
+
+def _scaled(neurons: Neurons) -> tuple[Tensor, Tensor]:
+    """The filters as their BatchNorm scales them, [N, D], and the mean that it takes off them then, [N]."""
+    W, bn = neurons.W, neurons.bn
+    if bn is None:
+        return W, W.new_zeros(len(W))
+    return W * bn.gain[:, None], bn.gain * bn.mu
+
+
+def _clusters(neurons: Neurons, P: int, seed: int) -> Tensor:
+    """Which of P clusters every neuron is in: [P, N] of zeros and ones."""
+    from sklearn.cluster import KMeans  # here: it takes long to import, and nothing else needs it
+
+    points = effective(neurons)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some neurons are equal is no surprise
+        label = torch.from_numpy(KMeans(P, n_init=3, random_state=seed).fit(points.cpu().numpy()).labels_).long()
+    # Of equal neurons k-means makes fewer clusters than it is asked for.
+    for empty in set(range(P)) - set(label.tolist()):
+        largest = label.bincount(minlength=P).argmax()
+        label[(label == largest).nonzero()[-1]] = empty
+    return F.one_hot(label.to(points.device), P).T.double()
+
+
+def averages(Z: Tensor) -> Tensor:
+    """What gives every neuron the mean over its cluster, [N, N], for clusters Z [P, N]."""
+    return Z.T @ (Z / Z.sum(1, keepdim=True))
+
+
+def folded(neurons: Neurons, keep: Tensor, seed: int = 0) -> Decomposition:
+    """What folding makes of a layer's activations, to first order: every neuron gives the mean over its cluster.
+
+    Only the number of the kept neurons matters. For the choice of widths; `fold` itself averages filters.
+    """
+    N = len(neurons.W)
+    return Decomposition(torch.arange(N, device=keep.device), averages(_clusters(neurons, len(keep), seed)))
+
+
+def _fill(parameter: nn.Parameter, value: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(value.view_as(parameter))
+
+
+def _replace_norm(bn: nn.Module, gamma: Tensor, beta: Tensor, mean: Tensor) -> None:
+    """Make a BatchNorm compute γ (u − mean) + β."""
+    bn.running_mean.copy_(mean)
+    bn.running_var.fill_(1 - bn.eps)
+    grad = bn.weight is None or bn.weight.requires_grad
+    bn.affine = True
+    bn.weight, bn.bias = (nn.Parameter(value.to(bn.running_mean.dtype), grad) for value in (gamma, beta))
+
+
+def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
+    """Measure the statistics of every BatchNorm that evaluation uses anew on `images` [B, …]; changes and returns `model`.
+
+    Raises NeuronMergingError where the network does not run on the images.
+    """
+    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.running_mean is not None]
+    before = [{name: value.clone() for name, value in bn._buffers.items()} for bn in norms]
+    momenta, training = [bn.momentum for bn in norms], {module: module.training for module in model.modules()}
+    model.eval()
+    for bn in norms:
+        bn.reset_running_stats()
+        measure_statistics(bn, momentum=None)  # the plain average over batches
+    what = f"{type(model).__name__} does not run in batches on images of shape {list(images.shape)}"
+    with torch.no_grad(), said(what, typed=True):
+        for part in images.tensor_split(math.ceil(len(images) / batch_size)):  # no batch of one
+            model(part.clone())  # which it may overwrite
+    for bn, momentum, buffers in zip(norms, momenta, before):
+        bn.momentum = momentum
+        if isinstance(bn, nn.SyncBatchNorm):
+            del bn.forward
+        if not bn.num_batches_tracked:  # only training uses it
+            bn._buffers.update(buffers)
+    for module, mode in training.items():
+        module.training = mode
+    return model

@@ -1,0 +1,266 @@
+"""A network of one's own on the command line: imported, loaded, made smaller, measured, written.
+
+neuron-merging --model torchvision.models:resnet18 --input-size 3,224,224 --model-type restore --pruning-ratio 0.3 --benchmark
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuron_merging import memory
+from neuron_merging.accuracy import count_correct
+from neuron_merging.checkpoint import save_checkpoint
+from neuron_merging.checks import check_copies, network_macs
+from neuron_merging.commandline import (
+    Parser,
+    Row,
+    add_machine_flags,
+    add_result_flags,
+    check_shared,
+    choose_device,
+    description,
+    exports_and_speed,
+    exports_for_people,
+    measured,
+    placed,
+    print_result,
+    run_command,
+    versions,
+    warn_of_nothing,
+)
+from neuron_merging.config import ShrinkConfig, add_flags, numbers_by_name, shares_text
+from neuron_merging.counting import count_parameters, dtype
+from neuron_merging.errors import NeuronMergingError, said
+from neuron_merging.images import Labelled, image_folder, pictures, transforms
+from neuron_merging.loading import build_model, origin, with_weights
+from neuron_merging.shrink import check_names, shrink, summarize
+
+Datasets = Callable[[argparse.Namespace, torch.device], Labelled | None]
+"""What opens the data set that --dataset names, if it knows it."""
+
+SAVED = ("type", "criterion", "ratio", "budget", "widths", "input_size")  # of a row, in the file of the network
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """3,224,224 → a tuple of numbers above 0."""
+    try:
+        sides = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sides = ()
+    if not sides or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape, such as 3,224,224")
+    return sides
+
+
+def parser(prog: str = "neuron-merging") -> Parser:
+    """The flags."""
+    p = Parser(
+        prog=prog, description="Make a trained network smaller, without data and without training.", allow_abbrev=False
+    )
+    network = p.add_argument_group("network and data")
+    network.add_argument(
+        "--model",
+        required=True,
+        metavar="MODULE:NAME",
+        help="a callable that makes it, such as torchvision.models:resnet18; this imports and runs that code",
+    )
+    network.add_argument("--model-args", metavar="JSON", help="its keyword arguments, such as '{\"num_classes\": 10}'")
+    network.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="its state_dict, or a file that --save wrote, or the name of torchvision's weights",
+    )
+    network.add_argument("--input-size", type=shape, metavar="C,H,W", help="the shape of one input, such as 3,224,224")
+    network.add_argument("--dataset", metavar="imagefolder:DIR", help="labelled images to measure on, with --evaluate")
+    network.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the data sets [$NEURON_MERGING_DATA, or data]"
+    )
+    network.add_argument("--split", default="test", help="images to measure on, of a data set that has several")
+    method = p.add_argument_group("method")
+    add_flags(method, ShrinkConfig)
+    method.add_argument(
+        "--ratios",
+        type=numbers_by_name,
+        metavar="NAME=R,…",
+        help="by layer name or glob, others stay whole, instead of --pruning-ratio",
+    )
+    method.add_argument(
+        "--calibrate", metavar="DIR", help="let restore, prune-bn, merge-bn or the choice look at images of a folder"
+    )
+    p.set_defaults(compensation=None, criterion="l1-norm", ratio=None, widths="uniform")
+    add_result_flags(p.add_argument_group("what to do"))
+    add_machine_flags(p.add_argument_group("machine"))
+    return p
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the command line before anything is made. Raises NeuronMergingError."""
+    silent = args.compensation is None
+    args.compensation = args.compensation or "original"
+    args.widths = "uniform" if args.widths == "published" else args.widths
+    if not args.model:
+        raise NeuronMergingError("--model names nothing: give module:callable, such as torchvision.models:resnet18")
+    if not (args.summary or args.evaluate or args.save or args.export or args.benchmark or args.json):
+        raise NeuronMergingError(
+            "say what to do with --model: --summary, --evaluate, --save, --export, --benchmark or --json -"
+        )
+    if args.ratios and not isinstance(args.widths, str):
+        raise NeuronMergingError("--ratios and a list of --widths both say what is kept: give one of them")
+    if args.ratios and (args.ratio is not None or args.budget):
+        raise NeuronMergingError("--ratios stands instead of --pruning-ratio and --budget: give one of them")
+    if args.input_size is None and not args.summary:
+        raise NeuronMergingError("--model needs --input-size, the shape of one input, such as 3,224,224")
+    check_shared(args)
+    warn_of_nothing(args, silent)
+
+
+def config_of(args: argparse.Namespace) -> ShrinkConfig:
+    """What the flags say of the method; a list of --widths becomes the ratio."""
+    given = not isinstance(args.widths, str)
+    ratio = args.widths if given else args.ratios or (0.5 if args.ratio is None else args.ratio)
+    return ShrinkConfig.from_flags(args, ratio=ratio, widths="uniform" if given else args.widths)
+
+
+def run(args: argparse.Namespace, datasets: Datasets) -> tuple[Row, Callable[[], Row]]:
+    """Do what the checked command line says; the result row, and what makes the rest of it: exports, comparisons."""
+    config, device = config_of(args), choose_device("cpu" if args.no_cuda else args.device)
+    memory.keep_freed()
+    model = build_model(args.model, args.model_args)
+    checkpoint = with_weights(model, args.model, args.weights)
+    if args.summary:
+        return {"summary": _summary(args, config, model)}, dict
+    if args.weights is None:
+        print("warning: no --weights: the network is as its code makes it", file=sys.stderr)
+    model = placed(model, device).eval()
+    check_copies(model)
+    macs = network_macs(model, args.input_size)  # or a line that says that it does not run
+    began = args.weights if checkpoint is None else origin(checkpoint)
+    labelled = _labelled(args, began, device, datasets) if args.evaluate else None  # it may not be there
+    small, row = model, {
+        "model": args.model, "weights": args.weights, "checkpoint_sha256": checkpoint and checkpoint.sha256,
+        "type": args.compensation, "input_size": list(args.input_size), "device": str(device), "versions": versions(),
+        "params": count_parameters(model), "macs": macs,
+    }  # fmt: skip
+    if args.compensation != "original":
+        images = None
+        if args.calibrate:
+            images = pictures(args.calibrate, transforms(args.model, began, args.input_size), args.seed)
+        small, report = shrink(model, example_input=args.input_size, images=images, config=config)
+        row |= _shrunk_row(args, config) | {
+            "widths": {unit.layer: kept for unit, kept in zip(report.units, report.widths)},
+            "left_out": report.left_out, "params_original": report.params[0], "params": report.params[1],
+            "macs_original": report.macs[0], "macs": report.macs[1], "seconds": round(report.seconds, 4),
+            "seconds_widths": report.seconds_widths and round(report.seconds_widths, 4),
+            "peak_mb": report.peak_mb, "report": str(report),
+        }  # fmt: skip
+    model, small = model.to(device), small.to(device)
+    if labelled:
+        networks = {"smaller": small} | ({} if small is model else {"original": model})
+        row |= _measure(args, networks, labelled)
+    if args.save:
+        known = description(row, SAVED) | ({"weights": began} if began else {})
+        save_checkpoint(args.save, small, math.inf, network=args.model, **known)
+    if args.benchmark and small is model:  # the file may hold a smaller network already: this is what it was made from
+        model = build_model(args.model, args.model_args).eval().to(device)
+    return row, partial(exports_and_speed, args, model, small, args.input_size)
+
+
+def _summary(args: argparse.Namespace, config: ShrinkConfig, model: nn.Module) -> str:
+    if args.compensation != "original":
+        check_names(config)
+    given = args.ratio is not None or args.ratios or not isinstance(args.widths, str)
+    thins = config.widths == "uniform" and (given or args.compensation != "original")
+    return summarize(
+        model, config.ratio if thins else None, coupled=config.coupled, ignore=config.ignore,
+        multiple=config.multiple, compensation=args.compensation,
+    )  # fmt: skip
+
+
+def _shrunk_row(args: argparse.Namespace, config: ShrinkConfig) -> Row:
+    """The options of a run as a row has them."""
+    given = not isinstance(args.widths, str)
+    names = ("multiple", "drop_blocks", "coupled", "threshold", "lamda", "probe", "probe_samples", "ridge", "seed")
+    return {
+        "criterion": config.criterion, "ratio": None if given or config.budget else config.ratio,
+        "widths_rule": "given" if given else config.widths, "budget": shares_text(config.budget), "ignore": list(config.ignore),
+        "calibrate": args.calibrate, **{name: getattr(config, name) for name in names},
+    }  # fmt: skip
+
+
+def _labelled(args: argparse.Namespace, began: str | None, device: torch.device, datasets: Datasets) -> Labelled:
+    """What --dataset names. began: torchvision's name for the weights that the network began with."""
+    name, _, folder = (args.dataset or "").partition(":")
+    if name == "imagefolder":
+        transform = transforms(args.model, began, args.input_size)
+        return image_folder(folder, transform, device, args.test_batch_size)
+    labelled = datasets(args, device)
+    if labelled is None:
+        unknown = f", not {args.dataset}" if args.dataset else ""
+        raise NeuronMergingError(f"--evaluate needs labelled images: give --dataset imagefolder:DIR{unknown}")
+    return labelled
+
+
+def _measure(args: argparse.Namespace, networks: dict[str, nn.Module], labelled: Labelled) -> Row:
+    """The accuracy of networks by name. Raises NeuronMergingError where they have other classes than the inputs."""
+    with said(f"{args.model} does not fit --dataset {args.dataset}", typed=True):
+        for model in networks.values():
+            _check_classes(model, args.input_size, labelled)
+        counts = {name: count_correct(model, labelled.batches(), labelled.number) for name, model in networks.items()}
+    rates = {name: round(100 * correct / max(1, total), 2) for name, (correct, total) in counts.items()}
+    return {
+        "dataset": args.dataset, "accuracy_original": rates.get("original"), "accuracy": rates["smaller"],
+        "correct": counts["smaller"][0], "total": counts["smaller"][1], **labelled.about,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def _check_classes(model: nn.Module, shape: tuple[int, ...], labelled: Labelled) -> None:
+    device = next(model.parameters()).device
+    outputs = model.eval()(torch.zeros(1, *shape, dtype=dtype(model), device=device)).shape[1]
+    if outputs != labelled.classes:
+        raise NeuronMergingError(
+            f"--dataset {labelled.named}, the network {outputs} outputs: they have to be as many, in the same order"
+        )
+
+
+def for_people(row: Row) -> str:
+    """A row as text."""
+    if "summary" in row:
+        return row["summary"]
+    lines = [f"{row['model']}: {row['type']}"]
+    if "report" in row:
+        lines.append(row["report"])
+    if "accuracy" in row:
+        before = "" if row["accuracy_original"] is None else f"{row['accuracy_original']:.2f} % -> "
+        lines.append(f"accuracy    {before}{row['accuracy']:.2f} % of {row['total']:,}")
+    if "transforms" in row:
+        lines.append(f"images      {row['transforms']}")
+    return "\n".join([*lines, *exports_for_people(row)])
+
+
+def main(
+    argv: Sequence[str] | None = None, prog: str = "neuron-merging", datasets: Datasets = lambda args, device: None
+) -> int:
+    """Run one command line; 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C.
+
+    datasets: opens data sets by name, beside folders of images.
+    """
+
+    def work() -> int:
+        args = parser(prog).parse_args(argv)
+        check(args)
+        return measured(lambda: run(args, datasets), lambda row: print_result(args, row, for_people(row)))
+
+    return run_command(work, prog)
+
+
+def script() -> Any:
+    """The console command."""
+    sys.exit(main())

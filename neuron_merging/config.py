@@ -1,0 +1,187 @@
+"""The options of making a network smaller, written once: `ShrinkConfig`.
+
+A field is a keyword argument of `shrink`, a flag of both command lines and a key of a result row. Its metadata has the
+flags, their help and how their text is read; `add_flags` and `from_flags` are the way from a command line to a config.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, Self
+
+from neuron_merging.errors import NeuronMergingError
+
+Ratio = float | Mapping[str, float] | Sequence[int]  # for all units, by layer name or glob, or the kept widths
+RIDGE = 3e-2  # λ of restoration (ours), for all networks and ratios
+CHOSEN_WIDTHS = ("auto", "quick")  # rules by which widths are chosen (ours, widths/)
+
+
+def option(default: Any, *flags: str, help: str, row: str | None = None, **how: Any) -> Any:
+    """A field with its flags. row: its key in a result row, where that is not its name; how: of `add_argument`."""
+    return field(default=default, metadata={"flags": flags, "help": help, "row": row, "how": how})
+
+
+def changed(config: type, name: str, default: Any) -> Any:
+    """The field `name` of another config with another default."""
+    same = next(f for f in fields(config) if f.name == name)
+    return field(default=default, metadata=same.metadata)
+
+
+def layer_names(text: str) -> tuple[str, ...]:
+    """conv1,layer1.* → the names."""
+    return tuple(text.split(","))
+
+
+def numbers_by_name(text: str) -> dict[str, float]:
+    """NAME=NUMBER,… → a dict, for an `argparse` type."""
+    try:
+        parts = [part.partition("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, _, value in parts}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=NUMBER,…, such as 'layer1.*=0.3'") from None
+
+
+def shares_text(budget: Mapping[str, float] | None) -> str | None:
+    """{"params": 0.5} → params=0.5, as the command line has it."""
+    return budget and ",".join(f"{name}={share:g}" for name, share in budget.items())
+
+
+def kept_widths(text: str) -> str | tuple[int, ...]:
+    """A rule, or N,N,… → the kept widths, for an `argparse` type."""
+    if text in ("published", "uniform", *CHOSEN_WIDTHS):
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither published, uniform, auto, quick nor numbers with commas between"
+        ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkConfig:
+    """How a network is made smaller. Raises NeuronMergingError for values that make no sense.
+
+    ratio: the share of neurons to drop in every unit; by layer name or glob, the others staying whole; or the kept widths.
+    compensation: of methods.METHODS. criterion: of decompose.CRITERIA, or "auto" (widths/). widths: "uniform": as `ratio`
+    says; "auto" or "quick": chosen for no more parameters and MACs than the ratio would leave, or for `budget`, the shares to
+    keep: {"params": 0.5, "macs": 0.4}. multiple: widths are multiples of it, or full. drop_blocks: the choice may leave
+    residual blocks out. coupled: also drop channels that several layers share. ignore: layer names or globs that stay whole.
+    threshold, lamda: t and λ of merging. probe, probe_samples, seed: of the made-up inputs that restoration and the choice
+    look at (synthetic.make). ridge: λ of their regressions.
+    """
+
+    ratio: Ratio = option(
+        0.5, "--pruning-ratio", type=float, metavar="R", help="share of neurons to drop, in [0, 1) [0.5]"
+    )
+    compensation: str = option(
+        "restore", "--model-type", row="type", metavar="TYPE",
+        help="original; prune, merge (the published form), merge-derived; restore (ours); lbyl, fold (others');"
+        " prune-bn, merge-bn (BatchNorm measured anew on real images) [%(default)s]",
+    )  # fmt: skip
+    criterion: str = option(
+        "l2-norm", "--criterion",
+        help="which neurons stay: l1-norm, l2-norm, l2-GM, or auto (ours: those that explain most) [%(default)s]",
+    )  # fmt: skip
+    widths: str | tuple[int, ...] = option(
+        "uniform", "--widths", row="widths_rule", type=kept_widths, metavar="W",
+        help="uniform (the ratio in every unit), N,N,… for every unit, published (the paper's list for VGG-16, else uniform),"
+        " auto (ours: chosen for as many parameters and MACs), quick (a cheaper choice) [%(default)s]",
+    )  # fmt: skip
+    budget: Mapping[str, float] | None = option(
+        None, "--budget", type=numbers_by_name, metavar="B",
+        help="auto, quick: shares to keep, params=0.5 or macs=0.4 or both with a comma between [what the ratio leaves]",
+    )  # fmt: skip
+    multiple: int = option(
+        1, "--multiple", type=int, metavar="N", help="make widths multiples of N, such as 8 [%(default)s]"
+    )
+    drop_blocks: bool = option(
+        False, "--drop-blocks", action="store_true", help="auto, quick: whole residual blocks may be left out (ours)"
+    )
+    coupled: bool = option(
+        False, "--coupled", action="store_true",
+        help="also drop channels that several layers share, such as residual streams (ours)",
+    )  # fmt: skip
+    ignore: Sequence[str] = option(
+        (), "--ignore", type=layer_names, metavar="NAME,…", help="layer names or globs that stay whole"
+    )
+    threshold: float = option(
+        0.1, "--threshold", type=float, metavar="T", help="least cosine similarity to merge [%(default)s]"
+    )
+    lamda: float = option(
+        0.85, "--lamda", "--lambda", type=float, metavar="L",
+        help="weight of cosine against bias distance [%(default)s]",
+    )  # fmt: skip
+    probe: str = option(
+        "auto", "--probe",
+        help="made-up inputs for restore and the choice of widths or neurons: leaves (images), pink or white (noise), or auto: "
+        "leaves for convolutions with BatchNorm, else white [%(default)s]",
+    )  # fmt: skip
+    probe_samples: int | None = option(
+        None, "--probe-samples", type=int, metavar="N",
+        help="how many of them [256, or 4096 rows where the first layer is linear]",
+    )  # fmt: skip
+    ridge: float = option(
+        RIDGE, "--ridge", type=float, metavar="L", help="ridge λ of restore and of the choice [%(default)s]"
+    )
+    seed: int = option(1, "--seed", type=int, help="of training, made-up inputs and fold [%(default)s]")
+
+    def __post_init__(self) -> None:
+        for name, value in (("threshold", self.threshold), ("lamda", self.lamda), ("ridge", self.ridge)):
+            if not (isinstance(value, Real) or hasattr(value, "item")):
+                raise NeuronMergingError(f"--{name} {value!r} is no number")
+        samples = 256 if self.probe_samples is None else self.probe_samples
+        for name, value in (("probe-samples", samples), ("seed", self.seed)):
+            if not isinstance(value, Integral):
+                raise NeuronMergingError(f"--{name} {value!r} is no whole number")
+        if not -1 <= self.threshold <= 1:
+            raise NeuronMergingError(f"--threshold {self.threshold} is no cosine: choose one in [-1, 1]")
+        if not 0 <= self.lamda <= 1:
+            raise NeuronMergingError(f"--lamda {self.lamda} is outside [0, 1]")
+        if not 0 <= self.ridge < math.inf:
+            raise NeuronMergingError(f"--ridge {self.ridge} has to be a number that is not negative")
+        if samples < 2:
+            raise NeuronMergingError(f"--probe-samples {samples} has to be at least 2")
+        if not isinstance(self.multiple, Integral) or self.multiple < 1:
+            raise NeuronMergingError(f"--multiple {self.multiple} has to be at least 1, and whole")
+        if (self.budget is not None or self.drop_blocks) and self.widths not in CHOSEN_WIDTHS:
+            raise NeuronMergingError("--budget and --drop-blocks are for --widths auto (or quick)")
+        if self.budget is not None and not _are_shares(self.budget):
+            raise NeuronMergingError(
+                f"budget {self.budget}: say the shares to keep, such as params=0.5,macs=0.4 ({{'params': 0.5}} in Python)"
+            )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether widths or neurons are chosen by looking at inputs."""
+        return self.widths in CHOSEN_WIDTHS or self.criterion == "auto"
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace, **others: Any) -> Self:
+        """The config of a parsed command line; `others` stand for what it does not say as the config wants it."""
+        told = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
+        return cls(**told | others)
+
+
+def add_flags(group: argparse._ActionsContainer, config: type, names: Sequence[str] = ()) -> None:
+    """Add the flags of a config's fields (those named, or all that have some) to a group of a parser."""
+    for f in fields(config):
+        if f.metadata.get("flags") and (not names or f.name in names):
+            how = {"dest": f.name, "default": f.default, "help": f.metadata["help"], **f.metadata["how"]}
+            group.add_argument(*f.metadata["flags"], **how)
+
+
+def row_key(f: Field) -> str:
+    """What a field is called in a result row."""
+    return f.metadata.get("row") or f.name
+
+
+def _are_shares(budget: Any) -> bool:
+    return (
+        isinstance(budget, Mapping)
+        and len(budget) > 0
+        and set(budget) <= {"params", "macs"}
+        and all(isinstance(share, Real) and 0 < share <= 1 for share in budget.values())
+    )

@@ -1,0 +1,92 @@
+"""A network in a file that runs without this program: ONNX, torch.export (pt2) or TorchScript, checked when it is written."""
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from neuron_merging.errors import NeuronMergingError, reason
+from neuron_merging.files import write_atomically
+
+EXPORTS = {".onnx": "ONNX", ".pt2": "torch.export", ".pt": "TorchScript"}  # by the file's ending
+ONNX = ("onnx", "onnxscript", "onnxruntime")  # the packages that it needs
+TOLERANCE = 1e-4  # of the largest output
+CHECKED = (1, 3)  # inputs a batch
+Run = Callable[[Tensor], Any]
+
+
+def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
+    """Write `model` in the format of the ending of `path`, for any batch size; the largest error of the file's outputs.
+
+    What is written is in float32, whatever the precision of `model`.
+
+    shape: of one input, without the batch. The file is loaded again and run on batches of `CHECKED` inputs; errors are relative
+    to the largest output. Raises NeuronMergingError where a package is missing, the network cannot be exported, or an output is
+    off by more than `TOLERANCE`.
+    """
+    if path.suffix not in EXPORTS:
+        raise NeuronMergingError(f"{path}: name a file that ends in {', '.join(EXPORTS)}")
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    here = {"generator": random, "dtype": torch.float32, "device": "cpu"}
+    example, *batches = (torch.randn(count, *shape, **here) for count in (2, *CHECKED))
+    write = {".onnx": _onnx, ".pt2": _pt2, ".pt": _torchscript}[path.suffix]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of interest to PyTorch's developers
+        try:
+            content, again = write(model, example)
+            off = (
+                torch.stack([_off(again(x.clone()), model(x.clone())) for x in batches]).max().item()
+            )  # NaN, if any is
+        except ModuleNotFoundError as error:
+            raise NeuronMergingError(
+                f"{EXPORTS[path.suffix]} needs the package {error.name}: pip install {' '.join(ONNX)}"
+            ) from error
+        except Exception as error:  # the exporters run the user's code and raise whatever it does
+            raise NeuronMergingError(
+                f"{type(model).__name__} cannot be exported to {EXPORTS[path.suffix]}: {reason(error)}"
+            ) from error
+    if not off <= TOLERANCE:
+        raise NeuronMergingError(f"{path} was not written: its outputs would be off by {off:.1e}")
+    write_atomically(path, lambda file: file.write(content))
+    return off
+
+
+def _off(found: Any, wanted: Any) -> Tensor:
+    """The largest error of any output tensor, relative to the largest value of that one; NaN where an output is."""
+    found, wanted = (
+        [x.to(torch.complex128) for x in tree_leaves(output) if isinstance(x, Tensor)] for output in (found, wanted)
+    )
+    pairs = zip(found, wanted, strict=True)
+    return torch.stack([(f - w).abs().max() / w.abs().max().clamp(min=1e-12) for f, w in pairs]).max()
+
+
+# Each writes to memory (torch.jit.save ends the process where a disk is full); the bytes, and what runs them once read again.
+
+
+def _onnx(model: nn.Module, example: Tensor) -> tuple[bytes, Run]:
+    import onnxruntime
+
+    program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content)
+    name = session.get_inputs()[0].name
+    return content, lambda x: [torch.from_numpy(output) for output in session.run(None, {name: x.numpy()})]
+
+
+def _pt2(model: nn.Module, example: Tensor) -> tuple[bytes, Run]:
+    batch, file = torch.export.Dim("batch"), io.BytesIO()
+    torch.export.save(torch.export.export(model, (example,), dynamic_shapes=({0: batch},)), file)
+    return file.getvalue(), torch.export.load(io.BytesIO(file.getvalue())).module()
+
+
+def _torchscript(model: nn.Module, example: Tensor) -> tuple[bytes, Run]:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, example, strict=False), file)  # outputs may be a dict
+    return file.getvalue(), torch.jit.load(io.BytesIO(file.getvalue()))

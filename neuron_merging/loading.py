@@ -1,0 +1,93 @@
+"""A network of the user's own: made by a callable that is named, with weights from a file or from torchvision."""
+
+import contextlib
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from neuron_merging.checkpoint import Checkpoint, fit, load_checkpoint, load_weights
+from neuron_merging.checks import check_sizes
+from neuron_merging.errors import NeuronMergingError, said
+
+
+def build_model(spec: str, arguments: str | None = None) -> nn.Module:
+    """Call what `spec` names, "package.module:callable" (also of the current folder), with JSON keyword arguments.
+
+    Raises NeuronMergingError where that is not there, fails, or gives no module.
+    """
+    module, _, name = spec.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise NeuronMergingError(f"--model {spec}: give module:callable, such as torchvision.models:resnet18")
+    try:
+        keywords = json.loads(arguments or "{}")
+    except ValueError:
+        keywords = None
+    if not isinstance(keywords, dict):
+        raise NeuronMergingError(f"--model-args {arguments}: give a JSON object, such as '{{\"num_classes\": 10}}'")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    with said(f"--model {spec} cannot be made", typed=True), contextlib.redirect_stdout(sys.stderr):
+        model = getattr(importlib.import_module(module), name)(**keywords)
+    if not isinstance(model, nn.Module):
+        raise NeuronMergingError(f"--model {spec} gives {type(model).__name__}, no torch.nn.Module")
+    if next(model.parameters(), None) is None:
+        raise NeuronMergingError(f"--model {spec} gives a network without parameters")
+    check_sizes(model)
+    return model
+
+
+def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint | None:
+    """Load `weights` into `model`: a file, also of a network that this program made smaller, or torchvision's name for some.
+
+    None: the model keeps what it was made with. Raises NeuronMergingError where there are none or they do not fit.
+    """
+    if weights is None:
+        return None
+    path = Path(weights)
+    if not path.exists():
+        known = torchvision_weights(spec)
+        if weights not in known:
+            names = f", nor one of {', '.join(known)}" if known else ""
+            raise NeuronMergingError(f"--weights {weights} is no file that is there{names}")
+        with said(f"--weights {weights}", typed=True), contextlib.redirect_stdout(sys.stderr):  # says what it downloads
+            theirs = known[weights].get_state_dict(progress=sys.stderr.isatty())
+        load_weights(model, Checkpoint(path, "", theirs))
+        _as_torchvision_made(model, spec, weights)
+        return None
+    checkpoint = load_checkpoint(path)
+    before = [parameter.shape for parameter in model.parameters()]
+    fit(model, checkpoint.state_dict)
+    ours = {"network", "widths"} & {*checkpoint.about}
+    if not ours and before != [parameter.shape for parameter in model.parameters()]:
+        print(f"warning: {path} has other widths than {spec}: the network was cut to them", file=sys.stderr)
+    load_weights(model, checkpoint)
+    _as_torchvision_made(model, spec, origin(checkpoint))
+    return checkpoint
+
+
+def origin(checkpoint: Checkpoint) -> str | None:
+    """torchvision's name for the weights that a file began with, where it says one."""
+    name = checkpoint.about.get("weights")
+    return name if isinstance(name, str) else None
+
+
+def torchvision_weights(spec: str) -> dict[str, Any]:
+    """By name the weights that torchvision has for one of its own models."""
+    if not spec.startswith("torchvision.models"):
+        return {}
+    from torchvision.models import get_model_weights
+
+    try:
+        return dict(get_model_weights(spec.rpartition(":")[2]).__members__)
+    except (ValueError, AttributeError):
+        return {}
+
+
+def _as_torchvision_made(model: nn.Module, spec: str, weights: str | None) -> None:
+    """GoogLeNet and Inception with torchvision's weights turn their inputs into those that the weights were trained on."""
+    if weights in torchvision_weights(spec) and hasattr(model, "transform_input"):
+        model.transform_input = True

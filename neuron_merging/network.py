@@ -1,0 +1,214 @@
+"""TODO."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from neuron_merging.blocks import drop as drop_block
+from neuron_merging.decompose import COMPENSATIONS, CRITERIA, BatchNorm, Decomposition, Neurons, absorb, select
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.tracing import CONVS, Unit
+
+ROUNDING = torch.finfo(torch.float32).eps  # of γ, as a share of the largest in its layer
+
+
+def decompose(
+    model: nn.Module,
+    units: Sequence[Unit],
+    widths: Sequence[int],
+    criterion: str,
+    compensation: str,
+    *,
+    t: float = 0.0,
+    lam: float = 1.0,
+) -> list[Decomposition]:
+    """Select `widths[i]` neurons of every unit, and see what the others can be made of: `choose` and `compensate` in one.
+
+    Reads `model`'s original weights, changes nothing. t: least cosine similarity for a merge, 0 for none at all (negative
+    ones merge too); lam: the paper's λ. Raises NeuronMergingError for an unknown criterion or compensation, NaN weights,
+    widths that are not between 1 (or 0, in a residual branch) and N, and a merge through an activation that does not let a
+    positive scale pass.
+    """
+    _check(units, widths, compensation, criterion)
+
+    def one(unit: Unit, P: int) -> Decomposition:
+        seen = read(model, unit)
+        return _part(seen, _pick(unit, seen, P, criterion), compensation, t, lam)
+
+    return [one(unit, P) for unit, P in zip(units, widths)]
+
+
+def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str) -> list[Tensor]:
+    """Indices [P], ascending, of the `widths[i]` neurons of every unit that the criterion keeps; raises as `decompose`."""
+    _check(units, widths, criterion=criterion)
+    return [_pick(unit, read(model, unit), P, criterion) for unit, P in zip(units, widths)]
+
+
+def compensate(
+    model: nn.Module,
+    units: Sequence[Unit],
+    keep: Sequence[Tensor],
+    compensation: str,
+    *,
+    t: float = 0.0,
+    lam: float = 1.0,
+) -> list[Decomposition]:
+    """Decompose every unit for the neurons `keep` ([P] each); t, lam and what it raises: as of `decompose`."""
+    _check(units, keep, compensation)
+    return [_part(read(model, unit), kept, compensation, t, lam) for unit, kept in zip(units, keep)]
+
+
+def _check(units: Sequence[Unit], each: Sequence, compensation: str = "prune", criterion: str | None = None) -> None:
+    if criterion is not None and criterion not in CRITERIA:
+        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
+    if len(each) != len(units):
+        raise NeuronMergingError(f"{len(each)} widths for {len(units)} units")
+    check_compensation(units, compensation)
+
+
+def check_compensation(units: Sequence[Unit], compensation: str) -> None:
+    """Raises NeuronMergingError for an unknown compensation, or one that an activation behind some unit does not let pass."""
+    if compensation not in COMPENSATIONS:
+        raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(COMPENSATIONS)}")
+    bent = next((unit for unit in units if unit.activation), None)
+    if bent is not None and compensation != "prune":
+        raise NeuronMergingError(
+            f"{bent.layer} goes through {bent.activation}: {compensation} needs an activation that a positive scale"
+            " passes, as it does ReLU; use prune or restore"
+        )
+
+
+def check_width(layer: str, P: int, N: int, least: int = 1) -> None:
+    """Raises NeuronMergingError where P of N neurons of a layer cannot be kept."""
+    if not least <= P <= N:
+        raise NeuronMergingError(f"{P} of {N} neurons cannot be kept in {layer}: give {least} to {N}")
+
+
+def _pick(unit: Unit, seen: Neurons, P: int, criterion: str) -> Tensor:
+    check_width(unit.layer, P, len(seen.W), least=0 if unit.branch else 1)
+    return select(seen.W, P, criterion)
+
+
+def _part(seen: Neurons, keep: Tensor, compensation: str, t: float, lam: float) -> Decomposition:
+    kind = compensation if len(keep) else "prune"  # or nobody is left to merge with
+    return COMPENSATIONS[kind](seen, keep, t=t, lam=lam)
+
+
+def read(model: nn.Module, unit: Unit) -> Neurons:
+    """The neurons of a unit in float64. Raises NeuronMergingError where a weight is NaN or infinite."""
+    return neurons(model, unit.layer, unit.bn, unit.relu)
+
+
+def neurons(
+    model: nn.Module, name: str, bn: str | None = None, relu: bool = False, part: slice = slice(None)
+) -> Neurons:
+    """The neurons of the layer `name` with this part of the BatchNorm `bn` behind it, in float64; raises as `read` does."""
+    layer = model.get_submodule(name)
+    check_finite(name, layer.weight.detach(), *([] if layer.bias is None else [layer.bias.detach()]))
+    W = layer.weight.detach().flatten(1).double()
+    bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
+    if bn is None:
+        return Neurons(W if layer.bias is None else torch.cat([W, bias[:, None]], 1), None, relu)
+    norm = batchnorm(model.get_submodule(bn), part)
+    check_finite(bn, norm.gamma, norm.beta, norm.mu, norm.var)
+    return Neurons(W, replace(norm, mu=norm.mu - bias), relu)
+
+
+def check_finite(name: str, *values: Tensor) -> None:
+    """Raises NeuronMergingError where a value of the layer `name` is NaN or infinite."""
+    if not sum(x.sum() for x in values).isfinite() and not all(x.isfinite().all() for x in values):  # sums are quick
+        raise NeuronMergingError(f"{name} has weights that are NaN or infinite")
+
+
+def batchnorm(bn: nn.Module, part: slice = slice(None)) -> BatchNorm:
+    """A BatchNorm's numbers for part of its channels, in float64.
+
+    A γ within float32's rounding of the largest is 0: what weight decay has left of a dead neuron is nothing to divide by.
+    """
+    mu, var = bn.running_mean[part].double(), bn.running_var[part].double()
+    gamma = torch.ones_like(mu) if bn.weight is None else bn.weight.detach()[part].double()
+    gamma = gamma.where(gamma.abs() > ROUNDING * gamma.abs().amax(), 0)
+    beta = torch.zeros_like(mu) if bn.bias is None else bn.bias.detach()[part].double()
+    return BatchNorm(gamma, beta, mu, var, bn.eps)
+
+
+def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decomposition]) -> nn.Module:
+    """A new, smaller network: every unit keeps its neurons, the next layer absorbs Z and shift. `model` is left as it is.
+
+    Raises NeuronMergingError where there is not one decomposition for every unit.
+    """
+    if len(parts) != len(units):
+        raise NeuronMergingError(f"{len(parts)} decompositions for {len(units)} units")
+    left = [(unit, part) for unit, part in zip(units, parts) if len(part.keep)]
+    replaced = [model.get_submodule(name).weight for unit, _ in left for name in (unit.layer, unit.next)]
+    shared = {id(w): nn.Parameter(w.detach(), w.requires_grad) for w in replaced}  # else copied, only to be replaced
+    small = copy.deepcopy(model, shared)
+    for unit, part in left:
+        for name in filter(None, (unit.layer, unit.bn)):
+            cut(small.get_submodule(name), part.keep)
+    for unit, part in left:
+        _absorb(small, unit, part)
+    for unit, part in zip(units, parts):
+        if not len(part.keep):
+            drop_block(small, unit)
+    return small
+
+
+def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
+    """W_next ← W_next ×₂ Z. The shift goes to what adds a constant."""
+    layer, N = model.get_submodule(unit.next), part.Z.shape[1]
+    constant = None
+    if part.shift is not None:
+        W = layer.weight.detach().double().reshape(len(layer.weight), N, -1)
+        constant = W.sum(2) @ part.shift  # [M]; an approximation at borders that are padded with zeros
+    absorb_into(layer, part.Z)
+    if constant is None:
+        return
+    if unit.next_bn is not None:
+        bn = model.get_submodule(unit.next_bn)
+        bn.running_mean -= constant.to(bn.running_mean)
+    else:
+        bias = constant if layer.bias is None else layer.bias.detach().double() + constant
+        _set(layer, "bias", bias)
+
+
+def absorb_into(layer: nn.Module, Z: Tensor, channels: int | None = None, offset: int = 0) -> None:
+    """Let a layer absorb Z [P, N] for the N inputs from `offset` on. channels: all that it reads, where those are more.
+
+    An input is a channel of a convolution, or of a linear layer one number, or, behind a flatten, k consecutive ones.
+    """
+    N = Z.shape[1]
+    M, rest = layer.weight.shape[0], layer.weight.shape[2:]
+    W = layer.weight.detach().reshape(M, channels or N, -1)  # [M, C, k]
+    W = torch.cat([W[:, :offset], absorb(W[:, offset : offset + N], Z), W[:, offset + N :]], 1)
+    _set(layer, "weight", W.reshape(M, -1, *rest))
+    if isinstance(layer, nn.Linear):
+        layer.in_features = layer.weight.shape[1]
+    else:
+        layer.in_channels = layer.weight.shape[1]
+
+
+def cut(module: nn.Module, keep: Tensor) -> None:
+    """Cut a convolution (also a depthwise one), linear layer or BatchNorm down to the kept neurons [P]."""
+    for name in ("weight", "bias"):
+        if getattr(module, name) is not None:
+            _set(module, name, getattr(module, name).detach()[keep])
+    if isinstance(module, nn.Linear):
+        module.out_features = len(keep)
+    elif isinstance(module, CONVS):
+        module.out_channels = len(keep)
+        if module.groups > 1:
+            module.in_channels = module.groups = len(keep)
+    else:
+        module.num_features = len(keep)
+        module.running_mean, module.running_var = module.running_mean[keep], module.running_var[keep]
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` in the place of a parameter, in the dtype of the module's weight."""
+    before = getattr(module, name) if getattr(module, name) is not None else module.weight
+    parameter = nn.Parameter(value.to(module.weight.dtype).contiguous(), requires_grad=before.requires_grad)
+    setattr(module, name, parameter)

@@ -1,0 +1,102 @@
+"""How many neurons every unit keeps for a ratio, ratios by layer name, or a list of widths."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from numbers import Real
+
+from torch import nn
+
+from neuron_merging.config import Ratio
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.streams import Stream
+from neuron_merging.graph.tracing import NORMS, Unit
+from neuron_merging.network import check_width
+
+
+def without(
+    model: nn.Module, units: list[Unit | Stream], left_out: dict[str, str], ignore: Sequence[str]
+) -> tuple[list[Unit | Stream], dict[str, str]]:
+    """The units that are not to be ignored, and the others with their reasons. Raises for a name that nothing has."""
+    if isinstance(ignore, str):
+        ignore = [ignore]
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in (*(n for u in units for n in _layers(model, u)), *left_out)):
+            raise NeuronMergingError(f"ignore: no convolution or linear layer is called {pattern}")
+    ignored = [u for u in units if any(fnmatchcase(name, pattern) for name in _layers(model, u) for pattern in ignore)]
+    left = [u for u in units if u not in ignored]
+    whole = {name for u in ignored for name in _layers(model, u)} - {name for u in left for name in _layers(model, u)}
+    reason = "it is ignored, or shares channels with a layer that is"
+    return left, left_out | {name: reason for u in ignored for name in _layers(model, u) if name in whole}
+
+
+def _layers(model: nn.Module, unit: Unit | Stream) -> tuple[str, ...]:
+    """The layers that a unit or stream is made of: those that write it, and depthwise convolutions that follow."""
+    if isinstance(unit, Unit):
+        return (unit.layer,)
+    followers = (place.module for place in unit.followers)
+    return (*unit.writers, *(name for name in followers if not isinstance(model.get_submodule(name), NORMS)))
+
+
+def uniform_widths(
+    model: nn.Module, ratio: Ratio, units: list[Unit | Stream], full: list[int], left_out: dict[str, str], multiple: int
+) -> list[int]:
+    """Kept widths as the ratio says, multiples of `multiple` or full. Raises NeuronMergingError where they make no sense."""
+    kept = _kept(model, ratio, units, full, left_out)
+    for unit, P, N in zip(units, kept, full):
+        check_width(unit.layer, P, N, least=0 if isinstance(unit, Unit) and unit.branch else 1)
+    if 0 in kept and any(isinstance(unit, Stream) for unit in units):
+        raise NeuronMergingError("a block can only be left out where channels are not coupled: give 1 or more")
+    return kept if multiple == 1 else [_rounded(w, n, multiple) for w, n in zip(kept, full)]
+
+
+def _kept(
+    model: nn.Module, ratio: Ratio, units: list[Unit | Stream], full: list[int], left_out: dict[str, str]
+) -> list[int]:
+    """Kept width of every unit. Raises NeuronMergingError for ratios and widths that make no sense, with the layer's name."""
+    ratio = ratio.tolist() if hasattr(ratio, "tolist") else ratio  # tensors and arrays
+    if isinstance(ratio, Mapping):
+        ratios = [0.0] * len(units)
+        for pattern, value in ratio.items():
+            matching = [i for i, u in enumerate(units) if any(fnmatchcase(name, pattern) for name in _layers(model, u))]
+            for i in matching:
+                ratios[i] = _number(value)
+            if not matching:
+                out = next((layer for layer in left_out if fnmatchcase(layer, pattern)), None)
+                raise NeuronMergingError(
+                    f"no convolution or linear layer is called {pattern}" if out is None
+                    else f"{out} cannot be pruned: {left_out[out]}"
+                )  # fmt: skip
+    elif isinstance(ratio, Sequence) and not isinstance(ratio, str):
+        ratio = [_number(width) for width in ratio]
+        if len(ratio) != len(units):
+            raise NeuronMergingError(f"{len(ratio)} widths for {len(units)} units: {', '.join(u.layer for u in units)}")
+        if any(width % 1 != 0 for width in ratio):  # also NaN
+            raise NeuronMergingError(
+                f"{ratio} are no kept widths; ratios go by layer name: {{{units[0].layer!r}: 0.5}}"
+            )
+        return [int(width) for width in ratio]
+    else:
+        ratios = [_number(ratio)] * len(units)
+    kept = []
+    for unit, n, share in zip(units, full, ratios):
+        if not 0 <= share < 1:
+            raise NeuronMergingError(f"ratio {share} of {unit.layer} is outside [0, 1)")
+        alone = n == 1 and not isinstance(ratio, Mapping)  # a single neuron stays, unless it is named
+        kept.append(1 if alone else round(n * (1 - share)))
+        if kept[-1] < 1:
+            raise NeuronMergingError(
+                f"ratio {share} leaves no neuron of {n} in {unit.layer}: choose a smaller one, or ignore the layer"
+            )
+    return kept
+
+
+def _number(value: object) -> Real:
+    """As Python has it, of a tensor or an array too. Raises NeuronMergingError for what is none."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, Real):
+        raise NeuronMergingError(f"ratio {value!r} is no number")
+    return value
+
+
+def _rounded(width: int, full: int, multiple: int) -> int:
+    return min(full, max(multiple, multiple * round(width / multiple))) if 0 < width < full else width

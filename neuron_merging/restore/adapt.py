@@ -1,0 +1,61 @@
+"""Adaptation, a part of restoration (ours): a pruned layer moves to where its consumer's output lacks less.
+
+A kept neuron need not stay what it was. With u what the pruned layer gives, y(u) what the consumer behind it makes of that,
+R = s (T − y) what is missing there (centred; s: the slope of the BatchNorm behind, T: the target) and J = s ∂y/∂u,
+
+    d = the regression of Jᵀ R on what the pruned layer sees,    η = ⟨R, J d⟩ / ‖J d‖²,
+
+the layer is moved by η d: a step of steepest descent for ‖R‖² among what the layer can compute, as far as the error, taken as
+linear in u, falls. Both derivatives are products with autograd's graph; J is never built. Where little is missing the layer
+stays as it is: the probe is not data, and its details are not worth a change. Nor is a layer moved that sees the probe itself.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from neuron_merging.linalg import channel
+
+LITTLE = 0.02  # of the variance of the consumer's output
+
+
+def adapt(
+    layer: nn.Module,
+    consumer: nn.Module,
+    between: Callable[[Tensor], Tensor],
+    x: Tensor,
+    target: Tensor,
+    slope: Tensor | None,
+    regress: Callable[[Tensor], dict[str, Tensor]],
+    little: float = LITTLE,
+) -> bool:
+    """Move the weight and bias of `layer`, which sees x [B, …], by η d; False where little is missing, and nothing is done.
+
+    between: what stands between the layer and its consumer. target: T, as the consumer's output. slope: s [M], or None
+    for 1. regress: the weight and bias with which the layer comes nearest to an output of its own. little: a share of the
+    variance of T, in units of s.
+    """
+    neurons = channel(consumer, target)
+    others = [dim for dim in range(target.ndim) if dim != neurons]
+    s = 1 if slope is None else slope.view([-1 if dim == neurons else 1 for dim in range(target.ndim)])
+    u = layer(x).requires_grad_()
+    with torch.enable_grad():
+        y = consumer(between(u))
+    R, whole = (s * (value - value.mean(others, keepdim=True)) for value in (target - y.detach(), target))
+    if R.norm() ** 2 <= little * whole.norm() ** 2:
+        return False
+    v = (s * R).requires_grad_()
+    with torch.enable_grad():
+        (lacking,) = torch.autograd.grad(y, u, v, create_graph=True)  # Jᵀ R; linear in v, its derivative by v is J
+    d = regress(lacking.detach())
+    (Jd,) = torch.autograd.grad(lacking, v, functional_call(layer, d, (x,)))
+    Jd = s * (Jd - Jd.mean(others, keepdim=True))
+    reach = Jd.norm() ** 2
+    if not reach > 0:
+        return False
+    step = (R * Jd).sum() / reach
+    layer.weight.data += step * d["weight"]
+    layer.bias.data += step * d["bias"]
+    return True

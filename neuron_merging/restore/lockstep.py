@@ -1,0 +1,378 @@
+"""Restoration (ours, not the paper's): all kept neurons together rebuild what the dropped ones gave, without data.
+
+The original network (the teacher) and the smaller one (the student) run side by side over a probe made up from the network
+itself (probe.py). In the order of the forward pass every layer that lost inputs or neurons is fitted anew to what the
+teacher computes there, by ridge regression on what the *student* sees there:
+
+    W = W₀ + (R Uᵀ / n) (A + Λ)⁻¹,   R = T − W₀ U,   A = U Uᵀ / n,   Λ = λ diag(A) + λ/10 · mean(diag(A)) I
+
+with U [F, n] the student's centred input patches, T [M, n] the teacher's centred output and W₀ the weights after plain
+pruning and the folding of exact multiples. The intercept goes into the next BatchNorm or the bias. A pruned layer then moves
+to where its consumer's output lacks less (adapt.py). Kept neurons, widths and topology are those of pruning and merging. The
+walk is over the traced graph: no architecture is named here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from neuron_merging.blocks import Constant, Silence
+from neuron_merging.config import RIDGE
+from neuron_merging.coupled import cut_streams, kept_channels
+from neuron_merging.decompose import Decomposition, Neurons, effective, merge, merge_derived, only_twins, prune
+from neuron_merging.errors import said
+from neuron_merging.graph.interpreter import computing_in, precision, steps, walk_through
+from neuron_merging.graph.streams import Stream, apart
+from neuron_merging.graph.tracing import CONVS, RELU, Unit, ancestors
+from neuron_merging.linalg import POSITIONS, Ridge, as_weight, channel, matrix, outputs, places, rows
+from neuron_merging.network import read, rebuild
+from neuron_merging.restore.adapt import LITTLE, adapt
+
+ROUNDING = 1e-6  # of a neuron's largest output: what is left over below it is not fitted
+
+
+@dataclass(frozen=True)
+class Options:
+    """What restoration does: one set for all networks and ratios. The switches are there to be ablated."""
+
+    ridge: float = RIDGE  # λ
+    patches: bool = True  # regress on the whole receptive patch; else only mix channels
+    probe_statistics: bool = True  # BatchNorms normalise the probe with its own statistics; else with the running ones
+    closed_loop: bool = True  # regress on what the student sees; else on the teacher's kept activations
+    repair: bool = True  # a consumer that feeds a stream makes up for the error that the stream carries already
+    refit: bool = True  # fit the pruned layers too, not only their consumers
+    relu_steps: int = 2  # further fits of a pruned layer that leave out what the ReLU cuts off
+    adaptations: int = 2  # steps by which a pruned layer moves to where its consumer's output lacks less
+    positions: int = POSITIONS  # of an output that a fit looks at, for every feature, by lot
+
+
+def restore(
+    model: nn.Module,
+    units: Sequence[Unit | Stream],
+    keep: Sequence[Tensor],
+    probe: Tensor,
+    options: Options = Options(),
+) -> nn.Module:
+    """A new, smaller network whose units and streams keep the neurons `keep` ([P] each), fitted over `probe` [B, …].
+
+    `model` is left as it is. Raises NeuronMergingError where the network cannot be run on the probe.
+    """
+    cannot = f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}"
+    with said(cannot):
+        work = precision(model, probe)
+    teacher = computing_in(model, work)
+    (alone, kept), coupled = apart(units, keep)
+    student = rebuild(teacher, alone, [_start(teacher, *pair) for pair in zip(alone, kept)])
+    cut_streams(teacher, student, coupled, t=0.999, strict=False)
+    with said(cannot), torch.no_grad():
+        _Lockstep(teacher, student, list(zip(alone, kept)), coupled, probe.to(work), options).run()
+    for before, after in zip(model.modules(), student.modules(), strict=True):
+        after.training = before.training
+        if hasattr(before, "inplace"):
+            after.inplace = before.inplace
+        for name, tensor in (*after.named_parameters(recurse=False), *after.named_buffers(recurse=False)):
+            known = getattr(before, name, None)
+            known = before.weight if known is None else known  # a new bias, or the constant of a block that is left out
+            tensor.data = tensor.data.to(known.dtype)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(known.requires_grad)
+    return student
+
+
+def _start(model: nn.Module, unit: Unit, keep: Tensor) -> Decomposition:
+    """Where the regression starts from: pruning, with (nearly) exact multiples of kept neurons folded into them.
+
+    Where a scale does not pass the activation, only (nearly) exact twins are.
+    """
+    neurons = read(model, unit)
+    if not len(keep):
+        return prune(neurons, keep, t=1.0, lam=1.0)
+    if unit.activation is None:
+        lam = 1 - 1e-6  # the cosine decides; of filters that are equally parallel, how well the constant fits
+        return replace(merge_derived(neurons, keep, t=0.999, lam=lam), shift=None)
+    return Decomposition(keep, only_twins(merge(Neurons(effective(neurons), None, False), keep, t=0.999, lam=1.0).Z))
+
+
+class _Lockstep:
+    """One pass of teacher and student over the traced graph, node by node, fitting the student's layers on the way."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        alone: Sequence[tuple[Unit, Tensor]],
+        coupled: Sequence[tuple[Stream, Tensor]],
+        probe: Tensor,
+        options: Options,
+    ) -> None:
+        self.options, self.probe = options, probe
+        self.keep = {name: kept for unit, kept in alone for name in (unit.layer, unit.bn) if name}
+        self.keep |= kept_channels(teacher, coupled)
+        self.teacher = walk_through(teacher, probe, options.probe_statistics)
+        self.student = self.teacher.beside(student, self.keep)
+        self.norm = {unit.next: unit.next_bn for unit, _ in alone} | {unit.layer: unit.bn for unit, _ in alone}
+        self.norm |= {name: bn for stream, _ in coupled for name, bn in stream.norms.items()}
+        self.producer = {unit.next: unit.layer for unit, _ in alone}
+        self.consumers = {*self.producer, *(reader.module for stream, _ in coupled for reader in stream.readers)}
+        self.pruned = {unit.layer for unit, kept in alone if len(kept) < len(teacher.get_submodule(unit.layer).weight)}
+        self.solvers: dict[str, Ridge] = {}  # of pruned layers, for what they see; their rows have been let go
+        self.between: dict[fx.Node, list[fx.Node]] = {}  # by consumer: its pruned layer, and all up to the consumer
+        self.t: dict[fx.Node, Any] = {}
+        self.s: dict[fx.Node, Any] = {}
+        self.fitted: set[str] = set()
+
+    def run(self) -> None:
+        """Fit every layer; afterwards the student is ready for use."""
+        graph = self.teacher.graph
+        summands = {}  # by consumer what its output is added to
+        for node in graph.nodes:
+            consumes = node.op == "call_module" and node.target in self.consumers
+            found = consumes and self.teacher.addition(node, self.norm[node.target])
+            summands[node] = found[0] if found else None
+            if consumes and self.producer.get(node.target) in self.pruned:
+                path = _between(self.producer[node.target], node)
+                if self._learned(path[0]):  # else it sees the probe itself, which is made up
+                    self.between[node] = path
+        order = _order(graph, summands)
+        for node in steps(order, self.t, self.s, sources=lambda node: self._read(node, summands)):
+            if node.op == "output":
+                continue
+            self.t[node] = self.teacher.run(node, self.t, self.probe)
+            if node.op == "call_module" and node.target in self.norm:
+                self._fit(node, summands.get(node))
+            same = all(self.s[source] is self.t[source] for source in node.all_input_nodes)
+            touched = node.op == "call_module" and (node.target in self.keep or node.target in self.norm)
+            unchanged = same and not touched
+            self.s[node] = self.t[node] if unchanged else self.student.run(node, self.s)
+        self._settle()
+
+    # ------------------------------------------------------------ the fit of one layer
+
+    def _fit(self, node: fx.Node, summand: fx.Node | None) -> None:
+        """Fit the student's layer at `node`, whose output may be added to a summand, to the teacher's output there."""
+        (source,), name = node.all_input_nodes, node.target
+        x_t, x_s = self.t[source], self.s[source]
+        consumer = name in self.consumers
+        bn = self.norm[name]
+        if bn is not None:
+            self.teacher.measure(bn, self.t[node])
+        if x_s is x_t or not (consumer or self.options.refit):
+            return
+        layer = self.student.modules[name]
+        kept = self.keep.get(name)
+        whole = self.teacher.modules[name]
+        target = self.t[node] if kept is None else _of_kept(self.t[node], kept, whole)
+        if summand is not None and self.options.repair and self.s[summand] is not self.t[summand]:
+            target = target + _shaped(self._error(summand, bn, kept, whole), target)
+        if isinstance(layer, Constant):
+            target = target if bn is None else self.teacher.normalise(bn, target)
+            each = target.movedim(channel(whole, target), -1).flatten(0, -2)  # [n, M]
+            layer.value = nn.Parameter(each.mean(0), requires_grad=False)
+        if isinstance(layer, Constant | Silence):  # a block that is left out
+            return
+        if name in self.producer and not self.options.closed_loop:
+            x_s = _channels(x_t, self.keep[self.producer[name]], layer)
+        self.fitted.add(name)
+        if name in self.producer and not self.options.patches:
+            U, T = rows(layer, x_s, target, self.options.positions)
+            W = self._mixed(name, x_t, x_s)[slice(None) if kept is None else kept]
+            _put(layer, W, (T - U @ W.T).mean(0))
+            return
+        rectified = kept is not None and self._rectified(node, bn)
+        self._regress(name, layer, x_s, target, partial(self._relu_aware, bn=bn, kept=kept) if rectified else None)
+        free = node in self.between and self.options.refit and self.options.closed_loop
+        if free and self.options.adaptations:
+            self._adapt(node, target)
+
+    def _regress(self, name: str, layer: nn.Module, x: Tensor, target: Tensor, aware: Callable | None = None) -> None:
+        """Fit a layer that sees x to the target; `aware` makes a better one of a prediction and the target, both [n, M]."""
+        U, T = rows(layer, x, target, self.options.positions)
+        solve, W0 = Ridge(U, self.options.ridge), matrix(layer)
+        before = U @ W0.T
+
+        def fit(aim: Tensor) -> tuple[Tensor, Tensor]:
+            mean = aim.mean(0)
+            R = aim - mean - before
+            rounding = R.abs().amax(0) <= ROUNDING * aim.abs().amax(0)
+            return W0 + solve(R.masked_fill(rounding, 0)).to(W0), mean  # [M, F], [M]
+
+        W, mean = fit(T)
+        for _ in range(self.options.relu_steps if aware else 0):
+            W, mean = fit(aware(U @ W.T + mean, T))
+        _put(layer, W, mean - W @ solve.mean)
+        if name in self.pruned:
+            self.solvers[name] = solve.forget()
+
+    def _adapt(self, node: fx.Node, target: Tensor) -> None:
+        """Move the pruned layer in front of the consumer at `node`, and fit the consumer to what it then sees.
+
+        From its weights as they are then, and to the target itself, whatever a ReLU makes of it.
+        """
+        first, *between = self.between[node]
+        (seen,), (source,) = first.all_input_nodes, node.all_input_nodes
+        modules, bn, x = self.student.modules, self.norm[node.target], self.s[seen]
+        layer, consumer = modules[first.target], modules[node.target]
+        solve = self.solvers.pop(first.target, None)
+        if solve is None:  # it sees what it saw in the teacher, and was not fitted
+            solve = Ridge(rows(layer, x, layer(x), self.options.positions)[0], self.options.ridge)
+        if solve.dual:  # fewer positions than features: it would learn the probe by heart
+            return
+        slope = None if bn is None else self.teacher.slope(bn)[self.keep.get(node.target, slice(None))]
+        bare = layer.bias is None
+        if bare:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
+        each = layer(x[:1]).numel() // len(layer.weight)  # positions of a sample
+        samples = -(-self.options.positions * layer.weight[0].numel() // each)  # with as many as a fit looks at
+        inside = {first, *between}
+        if any(read not in inside for inner in between for read in inner.all_input_nodes):
+            samples = len(x)  # something in between depends on what is outside, such as the size of the batch
+        few, T = x[:samples], target[:samples]
+
+        def through(u: Tensor) -> Tensor:
+            values = {first: u}
+            for inner in between:
+                values[inner] = self.student.run(inner, self.s | values)
+            return values.get(source, u)
+
+        u = layer(few)
+        chosen = places(layer, u, self.options.positions)
+        U = rows(layer, few, u, self.options.positions)[0].sub_(solve.mean)
+
+        def regress(aim: Tensor) -> dict[str, Tensor]:
+            aim = outputs(layer, aim, chosen)
+            mean = aim.mean(0)
+            W = solve(aim - mean, U).to(aim)
+            return {"weight": as_weight(W, layer), "bias": mean - W @ solve.mean}
+
+        for step in range(self.options.adaptations):
+            if not adapt(layer, consumer, through, few, T, slope, regress, 0.0 if step else LITTLE):
+                break
+            self.fitted.add(first.target)
+            self.s[source] = through(layer(x))
+            self._regress(node.target, consumer, self.s[source], target)
+        if bare and first.target not in self.fitted:
+            layer.bias = None
+
+    def _learned(self, node: fx.Node) -> bool:
+        """Whether a layer with weights stands anywhere before `node`."""
+        modules = (self.teacher.modules[source.target] for source in ancestors(node) if source.op == "call_module")
+        return any(next(module.parameters(), None) is not None for module in modules)
+
+    def _read(self, node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
+        """The nodes whose values are looked at when it is `node`'s turn."""
+        again = self.between.get(node, [])
+        return [*_sources(node, summands), *(source for inner in again for source in inner.all_input_nodes)]
+
+    def _relu_aware(self, y: Tensor, T: Tensor, bn: str | None, kept: Tensor) -> Tensor:
+        """A target that a ReLU cannot tell from T [n, M], as near to the student's prediction y [n, M] as can be."""
+        if bn is None:
+            return torch.where(T > 0, T, y.clamp(max=0))
+        slope = self.teacher.slope(bn)[kept]
+        z, z_t = (self.student.normalise(bn, v) for v in (y, T))
+        aim = y + (torch.where(z_t > 0, z_t, z.clamp(max=0)) - z) / slope
+        return torch.where(slope.abs() > 1e-3, aim, T)
+
+    def _rectified(self, node: fx.Node, bn: str | None) -> bool:
+        """Whether a ReLU is the first thing behind the layer (and its BatchNorm)."""
+        readers = list(node.users)
+        if bn is not None and len(readers) == 1 and readers[0].target == bn:
+            readers = list(readers[0].users)
+        if len(readers) != 1:
+            return False
+        return self.teacher.kind(readers[0]) in RELU
+
+    def _error(self, summand: fx.Node, bn: str | None, kept: Tensor | None, layer: nn.Module) -> Tensor:
+        """The summand's error, teacher − student, as the output of the layer that is added to it has to make up for it."""
+        whole = self.t[summand] if kept is None else _of_kept(self.t[summand], kept, layer)
+        error = whole - self.s[summand]
+        if bn is None:
+            return error
+        slope = self.teacher.slope(bn) if kept is None else self.teacher.slope(bn)[kept]
+        inverse = torch.where(slope.abs() < 1e-2, 0, 1 / slope)
+        return error * inverse.view(-1, *[1] * (error.ndim - 2))
+
+    def _mixed(self, name: str, x_t: Tensor, x_s: Tensor) -> Tensor:
+        """The consumer's weights when every input neuron is rebuilt from the kept ones at the same place: [M, F]."""
+        layer, whole = self.student.modules[name], self.teacher.modules[name]
+        if isinstance(layer, CONVS):
+            U, T = (x.movedim(1, -1).flatten(0, -2) for x in (x_s, x_t))
+        else:
+            inputs = x_s.shape[-1] // len(self.keep[self.producer[name]])
+            U, T = (x.unflatten(-1, (-1, inputs)).transpose(-1, -2).flatten(0, -2) for x in (x_s, x_t))
+        mixing = Ridge(U.clone(), self.options.ridge)(T - T.mean(0)).to(U)  # [N, P]
+        M, N = whole.weight.shape[0], len(mixing)
+        W = torch.einsum("mnk,np->mpk", whole.weight.reshape(M, N, -1), mixing)
+        return W.transpose(1, 2).flatten(1) if isinstance(layer, CONVS) else W.flatten(1)
+
+    def _settle(self) -> None:
+        """Put intercepts where a network without restoration has room for them: into the next BatchNorm's running mean."""
+        for name in self.fitted:
+            layer, bn = self.student.modules[name], self.norm[name]
+            if bn is not None and self.teacher.modules[name].bias is None:
+                self.student.modules[bn].running_mean -= layer.bias
+                layer.bias = None
+
+
+def _put(layer: nn.Module, W: Tensor, c: Tensor) -> None:
+    """Give a layer the weights [M, F] and the bias [M]."""
+    layer.weight = nn.Parameter(as_weight(W, layer).contiguous(), requires_grad=False)
+    layer.bias = nn.Parameter(c, requires_grad=False)
+
+
+def _of_kept(y: Tensor, kept: Tensor, layer: nn.Module) -> Tensor:
+    """The outputs of a layer that its kept neurons give."""
+    return y.index_select(channel(layer, y), kept)
+
+
+def _shaped(error: Tensor, target: Tensor) -> Tensor:
+    """An error averaged over the dimensions along which a layer's output, `target`, is broadcast when it is added."""
+    error = error.flatten(0, error.ndim - target.ndim) if error.ndim > target.ndim else error
+    wide = [d for d in range(-error.ndim, 0) if error.shape[d] > target.shape[d] == 1]
+    return error.mean(wide, keepdim=True) if wide else error
+
+
+def _channels(x: Tensor, keep: Tensor, layer: nn.Module) -> Tensor:
+    """The kept neurons of an activation x, also behind a flatten."""
+    if isinstance(layer, CONVS):
+        return x[:, keep]
+    inputs = layer.weight.shape[1] // len(keep)
+    return x.unflatten(-1, (-1, inputs))[..., keep, :].flatten(-2)
+
+
+def _order(graph: fx.Graph, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
+    """The graph's nodes in an order in which a consumer comes after the summand whose error it repairs, where that can be."""
+    order: dict[fx.Node, None] = {}
+    stack = list(reversed(graph.nodes))
+    while stack:
+        node = stack[-1]
+        summand = summands.get(node)
+        if (
+            summand is not None
+            and node not in order
+            and node in ancestors(summand, partial(_sources, summands=summands))
+        ):
+            summands[node] = None
+        waiting = [source for source in _sources(node, summands) if source not in order]
+        if waiting:
+            stack += waiting
+        else:
+            order[stack.pop()] = None
+    return list(order)
+
+
+def _between(first: str, node: fx.Node) -> list[fx.Node]:
+    """The call of the layer `first` and, in their order, the nodes through which its output comes to `node`."""
+    before, path = ancestors(node), {}
+    for inner in node.graph.nodes:
+        if inner in before and (inner.target == first or any(source in path for source in inner.all_input_nodes)):
+            path[inner] = None
+    return list(path)
+
+
+def _sources(node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
+    """What has to be computed before `node`: what it reads and, of a consumer, the summand that it repairs."""
+    return [*node.all_input_nodes, *filter(None, [summands.get(node)])]

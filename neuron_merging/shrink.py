@@ -1,0 +1,324 @@
+"""One's own network made smaller in one call: `small, report = shrink(model, 0.5, example_input=x)`.
+
+Without data, without training: see decompose.py for the paper's methods, restore/ and widths/ for ours.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuron_merging import memory, synthetic
+from neuron_merging.checks import check_copies, check_vectors, check_weights, input_shape, network_macs
+from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
+from neuron_merging.counting import count_parameters
+from neuron_merging.coupled import choose_channels
+from neuron_merging.decompose import CRITERIA, cosines, dropped
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.streams import Stream, apart, streams
+from neuron_merging.graph.tracing import Unit, survey
+from neuron_merging.methods import METHODS, NEED_IMAGES, check_units
+from neuron_merging.network import choose, neurons, read
+from neuron_merging.ratios import uniform_widths, without
+from neuron_merging.widths.curves import HELD_OUT
+from neuron_merging.widths.search import WidthSearch
+
+WIDTHS = ("uniform", *CHOSEN_WIDTHS)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a network.
+
+    units, widths, full: the prunable units with their kept and original widths. cosine: by unit the mean over the dropped
+    neurons of their cosine with the most similar kept one (NaN where there is none, or the method keeps no neurons but
+    centroids). left_out: by layer that stays whole, why. params, macs: original and now (macs None where no input is known).
+    seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb: the most memory held, in MB. search: what was
+    measured for that choice; it gives widths for other budgets, and another call takes it as `search`.
+    """
+
+    units: list[Unit | Stream]
+    widths: list[int]
+    full: list[int]
+    cosine: list[float]
+    left_out: dict[str, str]
+    params: tuple[int, int]
+    macs: tuple[int, int] | None
+    seconds: float
+    seconds_widths: float | None
+    peak_mb: float
+    search: WidthSearch | None = None
+
+    def __str__(self) -> str:
+        """A table for people."""
+        names = [_name(unit) for unit in self.units]
+        wide = max([len("unit"), *map(len, names)])
+        lines = [f"{'unit':<{wide}}  {'kept':>6} of {'all':<6} {'cosine':>6}"]
+        for name, kept, full, cosine in zip(names, self.widths, self.full, self.cosine):
+            lines.append(
+                f"{name:<{wide}}  {kept:>6} of {full:<6} {'' if cosine != cosine else f'{cosine:6.3f}'}".rstrip()
+            )
+        lines += [f"{layer} stays whole: {why}" for layer, why in self.left_out.items()]
+        for label, size in (("parameters", self.params), ("MACs", self.macs)):
+            if size is not None:
+                lines.append(f"{label:<12}{size[0]:>16,} -> {size[1]:,} ({100 * (size[1] / size[0] - 1):+.1f} %)")
+        choice = "" if self.seconds_widths is None else f" ({self.seconds_widths:.2f} s of it for the choice)"
+        return "\n".join([*lines, f"{self.seconds:.2f} s{choice}, peak memory {self.peak_mb:,.0f} MB"])
+
+
+def _name(unit: Unit | Stream) -> str:
+    if isinstance(unit, Unit):
+        return f"{unit.layer} -> {unit.next}"
+    more = f" and {len(unit.writers) - 1} more" if len(unit.writers) > 1 else ""
+    return f"{unit.layer}{more} -> {len(unit.readers)} layers"
+
+
+@torch.inference_mode(False)  # restoration follows gradients
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
+def shrink(
+    model: nn.Module,
+    ratio: Ratio | None = None,
+    *,
+    example_input: Tensor | Sequence[int] | None = None,
+    images: Tensor | None = None,
+    config: ShrinkConfig | None = None,
+    search: WidthSearch | None = None,
+    **options: Any,
+) -> tuple[nn.Module, Report]:
+    """A smaller network with the inputs and outputs of `model`, which is left as it is, and a report.
+
+    Outputs are those of evaluation: what a forward pass does in training mode only is not looked at.
+
+    ratio: share of neurons to drop in every unit [0.5]; or by layer name or glob, others staying whole; or the kept widths.
+    example_input: inputs [B, …] or the shape of one, without the batch; restoration and the choice of widths need it.
+    images: real inputs [B, …], in random order, for methods that look at some instead of at made-up ones.
+    options: the fields of `ShrinkConfig`, such as compensation="merge", criterion="l1-norm", widths="auto", coupled=True;
+    or they come in `config`. search: of the report of an earlier call with the same network and options, but for ratio,
+    budget, multiple and drop_blocks.
+    Raises NeuronMergingError that names the layer and says why, where something cannot be done.
+    """
+    try:
+        config = replace(config or ShrinkConfig(), **options | ({} if ratio is None else {"ratio": ratio}))
+    except TypeError as error:
+        raise NeuronMergingError(f"shrink: {str(error).partition(') ')[2] or error}") from error
+    check_names(config)
+    device = _device(model)
+    shape = input_shape(example_input, images)
+    _check_inputs(config, shape, images)
+    check_weights(model)
+    check_copies(model)
+    macs = None if shape is None else network_macs(model, shape)
+    memory.reset(device)
+    start = time.perf_counter()
+    units, left_out = _units(model, config)
+    full = [width(model, unit) for unit in units]
+    if shape is not None:
+        check_vectors(model, units, shape)
+    kept = full
+    if config.budget is None:
+        multiple = config.multiple if config.widths == "uniform" else 1
+        kept = uniform_widths(model, config.ratio, units, full, left_out, multiple)
+    seconds_widths = None
+    if config.chooses:
+        if search is None:
+            search = _search(model, units, shape, config, images)
+            seconds_widths = search.seconds
+        elif [len(curve.order) for curve in search.curves] != full:
+            raise NeuronMergingError("search: it is of another network, or of one with other layers to ignore")
+        began = time.perf_counter()
+        if config.widths != "uniform":
+            kept = search.widths(
+                kept, config.budget, multiple=config.multiple, drop_blocks=config.drop_blocks,
+                compare=METHODS[config.compensation].local,
+            )  # fmt: skip
+        seconds_widths = seconds_widths and seconds_widths + time.perf_counter() - began
+    if config.criterion == "auto":
+        keep = [index.to(device) for index in search.keep(kept)]
+    else:
+        keep = select(model, units, kept, config.criterion)
+    inputs = partial(synthetic.inputs, model, shape, config, images)
+    small = METHODS[config.compensation].run(model, units, keep, config, inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds, peak_mb = time.perf_counter() - start, memory.peak(device)
+    _lay_out(model, small)
+    centroids = config.compensation == "fold"
+    cosine = [nan if centroids else _cosine(_weights(model, unit), index) for unit, index in zip(units, keep)]
+    report = Report(
+        units, list(kept), full, cosine, left_out,
+        (count_parameters(model), count_parameters(small)),
+        None if shape is None else (macs, network_macs(small, shape)),
+        seconds, seconds_widths, peak_mb, search,
+    )  # fmt: skip
+    return small, report
+
+
+def summarize(
+    model: nn.Module,
+    ratio: Ratio | None = None,
+    *,
+    coupled: bool = False,
+    ignore: Sequence[str] = (),
+    multiple: int = 1,
+    compensation: str = "original",
+) -> str:
+    """What of a network can lose neurons, with a ratio (or widths, as of `shrink`) how many, and why the rest cannot.
+
+    compensation: by which; "original" for none. Raises NeuronMergingError for numbers and names that make no sense, and
+    where the compensation has no form for a unit.
+    """
+    config = ShrinkConfig(multiple=multiple)
+    if compensation != "original":
+        check_names(replace(config, compensation=compensation))
+    check_weights(model)
+    units, left_out = without(model, *prunable(model, coupled), ignore)
+    if compensation != "original":
+        check_units(compensation, units)
+    full = [width(model, unit) for unit in units]
+    counts = [str(n) for n in full]
+    if ratio is not None:
+        kept = uniform_widths(model, ratio, units, full, left_out, multiple)
+        counts = [f"{k} of {n}" for k, n in zip(kept, full)]
+    return "\n".join(
+        [
+            *(f"{_name(unit)}: {count}" for unit, count in zip(units, counts)),
+            *(f"{layer} stays whole: {why}" for layer, why in left_out.items()),
+        ]
+    )
+
+
+def check_names(config: ShrinkConfig) -> None:
+    """Raises NeuronMergingError where a name is unknown."""
+    for what, name, known in (
+        ("compensation", config.compensation, METHODS),
+        ("criterion", config.criterion, (*CRITERIA, "auto")),
+        ("widths", config.widths, WIDTHS),
+        ("--probe", config.probe, synthetic.KINDS),
+    ):
+        if name not in known:
+            raise NeuronMergingError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the network lies. Raises NeuronMergingError where nothing can be computed there, or it has no parameters."""
+    first = next(model.parameters(), None)
+    if first is None:
+        raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: it has no parameters")
+    if first.device.type == "mps":
+        raise NeuronMergingError(
+            "this is computed in float64, which mps does not have: move the network to the CPU first"
+        )
+    return first.device
+
+
+def _check_inputs(config: ShrinkConfig, shape: tuple[int, ...] | None, images: Tensor | None) -> None:
+    """Raises NeuronMergingError where a method looks at inputs that are not known, or is given some that it does not use."""
+    method, name = METHODS[config.compensation], config.compensation
+    if shape is None and (config.chooses or (method.looks and not method.needs_images)):
+        what = "the choice of widths" if config.chooses else name
+        raise NeuronMergingError(f"{what} needs to know the network's input: give example_input")
+    if images is not None and not config.chooses and not method.looks:
+        raise NeuronMergingError(f"images are for restore, {' and '.join(NEED_IMAGES)}: {name} needs no data")
+    if images is not None and (images.ndim != len(shape) + 1 or images.shape[1] != shape[0]):
+        raise NeuronMergingError(
+            f"images of shape {list(images.shape)} are not [B, {str([*shape])[1:]} as example_input has it"
+        )
+    if images is None and method.needs_images:
+        raise NeuronMergingError(f"{name} measures BatchNorm on real images: give images")
+    if config.coupled and config.chooses:
+        raise NeuronMergingError(
+            "widths and neurons are chosen unit by unit: not for coupled channels, give a ratio or widths"
+        )
+
+
+def _units(model: nn.Module, config: ShrinkConfig) -> tuple[list[Unit | Stream], dict[str, str]]:
+    """What is to lose neurons, and why other layers stay whole. Raises NeuronMergingError where nothing is left."""
+    units, left_out = without(model, *prunable(model, config.coupled), config.ignore)
+    if not units:
+        cannot = config.coupled or config.chooses or not METHODS[config.compensation].coupled
+        more = not cannot and without(model, *prunable(model, True), config.ignore)[0]
+        reasons = "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:3]) or "it has none"
+        raise NeuronMergingError(
+            f"{type(model).__name__} has no layer that can be pruned: {reasons}"
+            + ("; coupled channels (coupled=True, --coupled) can be" if more else "")
+        )
+    check_units(config.compensation, units)
+    return units, left_out
+
+
+def _search(
+    model: nn.Module, units: list[Unit], shape: tuple[int, ...], config: ShrinkConfig, images: Tensor | None
+) -> WidthSearch:
+    """Measure what thinning each unit does. A third of the inputs is held out for sensitivities: as many more are made."""
+    sensitivity = config.widths == "auto"
+    share = 1 / (1 - HELD_OUT) if sensitivity else 1.0
+    method = METHODS[config.compensation]
+    return WidthSearch(
+        model, units, shape, cache(partial(synthetic.inputs, model, shape, config, images, share)),
+        criterion=config.criterion, layerwise=method.of_a_layer(config), ridge=config.ridge,
+        sensitivity=sensitivity, biases=method.adds_bias,
+    )  # fmt: skip
+
+
+def _lay_out(model: nn.Module, small: nn.Module) -> None:
+    """Let the weights of `small` lie in memory with their channels last where those of `model` do."""
+    wide = {
+        name: weight for name, weight in model.named_parameters() if weight.ndim == 4 and not weight.is_contiguous()
+    }
+    last = {name for name, weight in wide.items() if weight.is_contiguous(memory_format=torch.channels_last)}
+    for name, weight in small.named_parameters():
+        if name in last:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Stream], dict[str, str]]:
+    """The units and, with `coupled`, the streams of a network; by other layer why it stays whole.
+
+    Raises NeuronMergingError where torch.fx cannot trace it.
+    """
+    units, left_out = survey(model)
+    if not coupled:
+        return units, left_out
+    alone = {unit.layer for unit in units}
+    shared, reasons = streams(model)
+    shared = [stream for stream in shared if not alone & set(stream.writers)]
+    written = {writer for stream in shared for writer in stream.writers}
+    written |= {place.module for stream in shared for place in stream.followers}
+    left_out = {layer: reasons.get(layer, why) for layer, why in left_out.items() if layer not in written}
+    return [*units, *shared], left_out
+
+
+def width(model: nn.Module, unit: Unit | Stream) -> int:
+    """How many neurons or channels a unit or stream has."""
+    return len(model.get_submodule(unit.layer).weight)
+
+
+def select(model: nn.Module, units: Sequence[Unit | Stream], widths: Sequence[int], criterion: str) -> list[Tensor]:
+    """Indices [P], ascending, that the criterion keeps of every unit and stream. Raises as network.choose."""
+    (alone, kept), _ = apart(units, widths)
+    chosen = iter(choose(model, alone, kept, criterion))
+    return [
+        next(chosen) if isinstance(unit, Unit) else choose_channels(model, unit, P, criterion)
+        for unit, P in zip(units, widths, strict=True)
+    ]
+
+
+def _weights(model: nn.Module, unit: Unit | Stream) -> Tensor:
+    """The weights [N, D] of a unit's neurons or of a stream's channels."""
+    if isinstance(unit, Unit):
+        return read(model, unit).W
+    return torch.cat([neurons(model, writer).W for writer in unit.writers], 1)
+
+
+def _cosine(W: Tensor, keep: Tensor) -> float:
+    """The mean cosine of dropped neurons of W [N, D] with the most similar kept one; NaN where none is dropped."""
+    drop = dropped(W, keep)
+    if not len(keep) or not len(drop):
+        return nan
+    return float(cosines(W, keep, drop).amax(0).mean())

@@ -1,0 +1,209 @@
+"""Inputs made up from the network itself: what restoration and the choice of widths look at instead of data (ours).
+
+Images with the edges and the colours of photographs (or noise, for a network that does not look at images) are moved one step
+along the gradient of a random class, so that they say a little of what the network tells apart.
+"""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from neuron_merging.config import ShrinkConfig
+from neuron_merging.counting import dtype
+from neuron_merging.errors import NeuronMergingError, said
+from neuron_merging.graph.interpreter import (
+    by_sample,
+    computing_in,
+    count_positions,
+    floats,
+    measure_statistics,
+    precision,
+)
+from neuron_merging.graph.tracing import CONVS, NORMS, Graph
+
+MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
+CHUNK = 64  # samples that are normalised together in the class step
+PART = 16  # samples that are transformed or painted together
+PINK, WHITE = 1.2, 0.15  # standard deviations of images and of white noise
+LEAVES = 3  # all dead leaves together have this many times the area of an image,
+SMALLEST = 4  # and radii from this many pixels (where it is less: an eighth of the side) to the whole side
+
+
+def make(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    samples: int | None = None,
+    *,
+    kind: str = "auto",
+    step: float = 0.4,
+    seed: int = 1,
+) -> Tensor:
+    """A probe [samples, *shape] for `model`, float32 on its device; the same for the same seed on a CPU.
+
+    kind: "leaves", "pink", "white", or "auto": dead leaves where the network normalises what it sees and the first layer is a
+    convolution, weak white noise elsewhere. samples: None for as many as `default_samples` says. step:
+    length of the class step in standard deviations of the samples, 0 for none.
+    Raises NeuronMergingError for an unknown kind, a shape that the network does not take, or a network that cannot be traced.
+    """
+    check(kind)
+    if kind == "auto":
+        kind = "leaves" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
+    if kind != "white" and len(shape) < 2:
+        raise NeuronMergingError(f"--probe {kind} is for images: an input of shape {list(shape)} has none; use white")
+    samples = samples or default_samples(model, shape)
+    random = torch.Generator().manual_seed(seed)
+    parameter = next(model.parameters())
+    x = PROBES[kind](samples, shape, random).to(parameter.device)
+    if step == 0:
+        return x
+    return x + (step * x.std() * _class_direction(model, x, random)).to(x)
+
+
+def inputs(
+    model: nn.Module, shape: tuple[int, ...], config: ShrinkConfig, images: Tensor | None = None, share: float = 1.0
+) -> Tensor:
+    """What a method looks at: the real images, or else `share` times as many made-up inputs as the config asks for."""
+    if images is not None:
+        return images.to(next(model.parameters()).device, dtype(model))
+    samples = round(share * (config.probe_samples or default_samples(model, shape)))
+    return make(model, shape, samples, kind=config.probe, seed=config.seed)
+
+
+def check(kind: str) -> None:
+    """Raises NeuronMergingError for an unknown kind."""
+    if kind not in KINDS:
+        raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(KINDS)}")
+
+
+def rule(kind: str) -> str:
+    """What a row calls a kind: for "auto" that which it chooses from, so that rows of another rule are other rows."""
+    return AUTO if kind == "auto" else kind
+
+
+def default_samples(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """How many samples of this shape a probe for `model` has where nothing else is said.
+
+    256, and as many more as a first layer that is linear needs to see 4096 rows: it may see one in every sample, or a token
+    in each of many places. Raises NeuronMergingError where the network does not take such samples.
+    """
+    if _convolves(model):
+        return 256
+    with said(f"{type(model).__name__} does not take inputs of shape {list(shape)}"):
+        first = next(iter(count_positions(model, shape).values()), 1)  # in the order of the calls
+    return max(256, 4096 // max(1, round(first)))
+
+
+def _convolves(model: nn.Module) -> bool:
+    """Whether the first layer that the forward pass calls is a convolution."""
+    network = Graph(model)
+    called = (network.module(node) for node in network.nodes)
+    return isinstance(next((m for m in called if isinstance(m, (*CONVS, nn.Linear))), None), CONVS)
+
+
+def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """[samples, C, …]: amplitude 1/f as in photographs, cut out of larger noise; channels correlated by 0.9, std `PINK`."""
+    channels, *sides = shape
+    large = [2 * side for side in sides]
+    axes = tuple(range(2, 2 + len(sides)))
+    white = torch.randn(samples, 1 + channels, *large, generator=random, **MADE)
+    amplitude = _frequency(large, 1.0)
+    corner = [torch.randint(0, side + 1, (1,), generator=random, device="cpu").item() for side in sides]
+    window = (..., *(slice(start, start + side) for start, side in zip(corner, sides)))
+    parts = (torch.fft.rfftn(part, dim=axes) * amplitude for part in white.split(PART))
+    noise = torch.cat([torch.fft.irfftn(part, s=large, dim=axes)[window] for part in parts])
+    return _scaled(_correlated(noise))
+
+
+def leaves(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """[samples, C, …]: dead leaves, discs of one colour that hide each other, on pink noise; channels and std as in `pink`.
+
+    Photographs have edges, which noise has not. In d dimensions radii are distributed as r^−(d+1), so that no scale is
+    preferred: the dead leaves model (Lee, Mumford & Huang, IJCV 2001).
+    """
+    channels, *sides = shape
+    d, most = len(sides), max(sides)
+    least = min(SMALLEST, most / 8)
+    unit = math.pi ** (d / 2) / math.gamma(d / 2 + 1)  # volume of a ball of radius 1
+    ball = unit * d * math.log(most / least) / (least**-d - most**-d)  # the mean
+    images = pink(samples, shape, random)
+    for part in images.split(PART):
+        for _ in range(math.ceil(LEAVES * math.prod(sides) / ball)):
+            share = torch.rand(len(part), generator=random, **MADE)
+            radii = (least**-d + share * (most**-d - least**-d)) ** (-1 / d)
+            centres = torch.stack([side * torch.rand(len(part), generator=random, **MADE) for side in sides], 1)
+            colours = PINK * _correlated(torch.randn(len(part), 1 + channels, generator=random, **MADE))
+            for leaf in zip(part.numpy(), centres.numpy(), radii.numpy(), colours.numpy()):
+                _paint(*leaf)
+    return _scaled(images)
+
+
+def _paint(image: np.ndarray, centre: np.ndarray, radius: np.float32, colour: np.ndarray) -> None:
+    """A disc of one colour [C] on an image [C, …], in place; only the box around it is looked at."""
+    box, squares = [slice(None)], []
+    for side, c in zip(image.shape[1:], centre):
+        box.append(slice(max(0, math.floor(c - radius)), min(side, math.ceil(c + radius))))
+        squares.append((np.arange(box[-1].start, box[-1].stop, dtype=np.float32) + 0.5 - c) ** 2)
+    inside = functools.reduce(np.add.outer, squares) < radius * radius
+    image[tuple(box)][:, inside] = colour[:, None]
+
+
+def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """[samples, …]: independent Gaussian values of std `WHITE`."""
+    return WHITE * torch.randn(samples, *shape, generator=random, **MADE)
+
+
+def _correlated(noise: Tensor) -> Tensor:
+    """[N, 1 + C, …] independent -> [N, C, …] with correlations of 0.9 between channels, of the same variance."""
+    return math.sqrt(0.9) * noise[:, :1] + math.sqrt(0.1) * noise[:, 1:]
+
+
+def _scaled(images: Tensor) -> Tensor:
+    """Every channel of [N, C, …] with a standard deviation of `PINK`."""
+    return PINK * images / images.std(dim=(0, *range(2, images.ndim)), keepdim=True)
+
+
+PROBES = {"leaves": leaves, "pink": pink, "white": white}
+KINDS = ("auto", *PROBES)
+AUTO = "auto: leaves or white"
+
+
+def _frequency(sides: list[int], power: float) -> Tensor:
+    """|f|^−power on the grid of rfftn, 0 at f = 0."""
+    grids = [torch.fft.fftfreq(side, **MADE) for side in sides[:-1]] + [torch.fft.rfftfreq(sides[-1], **MADE)]
+    f = sum(g**2 for g in torch.meshgrid(*grids, indexing="ij")).sqrt()
+    return torch.where(f > 0, f.clamp(min=1e-12) ** -power, 0)
+
+
+def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Tensor:
+    """The gradient of a random class's logit by every sample, smoothed (amplitude · f^−½), each of rms 1 (or 0).
+
+    0 everywhere where the outputs have none, such as classes instead of scores.
+    """
+    what = f"{type(model).__name__} does not take inputs of shape {list(x.shape)}"
+    with said(what):
+        x = x.to(precision(model, x))
+    model = computing_in(model, x.dtype)
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            measure_statistics(module, momentum=0.0)
+    gradients = []
+    for part in x.tensor_split(math.ceil(len(x) / CHUNK)):  # no chunk of one
+        part = part.clone().requires_grad_()
+        with said(what), torch.enable_grad():
+            output = model(part.clone())  # which it may overwrite
+            if not any(tensor.requires_grad for tensor in floats(output)):
+                return torch.zeros_like(x)
+            logits = by_sample(output)
+            chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random, device="cpu").to(logits.device)
+            gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
+    g = torch.cat(gradients)
+    sides = list(g.shape[2:])
+    if sides and min(sides) > 1:
+        axes = tuple(range(2, g.ndim))
+        spectrum = torch.fft.rfftn(g, dim=axes) * _frequency(sides, 0.5).to(g.device)
+        g = torch.fft.irfftn(spectrum, s=sides, dim=axes)
+    rms = g.flatten(1).pow(2).mean(1).sqrt().view(-1, *[1] * (g.ndim - 1))
+    return torch.where(rms > 0, g / rms, 0)
