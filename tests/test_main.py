@@ -553,7 +553,7 @@ def test_a_coupled_file_can_be_saved_again(tmp_path):
     save_checkpoint(tmp_path / "small", small, widths=[1, 2, 3], coupled=True)
     xs = torch.randn(2, 3, 32, 32)
     for file in ("small", "again"):
-        experiment = Experiment("ResNet", "cifar10", tmp_path / file, (20,))
+        experiment = Experiment(arch="ResNet", dataset="cifar10", pretrained=tmp_path / file, depth_wide=(20,))
         model, checkpoint = load(experiment)
         assert torch.equal(model.eval()(xs), small.eval()(xs))
         save_checkpoint(tmp_path / "again", model, widths=checkpoint.widths)

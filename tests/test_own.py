@@ -14,7 +14,8 @@ from experiments.experiment import Experiment
 from experiments.experiment import shrink as of_experiment
 from models import build
 from neuron_merging import benchmark as latency
-from neuron_merging import memory
+from neuron_merging import cli as cli_of_package
+from neuron_merging import images, loading, memory
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.export import export
 from neuron_merging.graph.tracing import units
@@ -616,7 +617,7 @@ def test_a_smaller_file_is_compared_with_what_it_was_made_from(cli, mine, monkey
 
 
 def test_an_experiment_can_be_coupled(pretrained):
-    experiment = Experiment("LeNet_300_100", "FashionMNIST", pretrained, (), "merge", coupled=True)
+    experiment = Experiment(pretrained=pretrained, compensation="merge", coupled=True)
     assert experiment.settings()["coupled"] is True
     shrunk = of_experiment(build("LeNet_300_100").eval(), experiment)
     assert shrunk.widths == [150, 50]  # nothing is shared in it
