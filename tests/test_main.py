@@ -202,7 +202,8 @@ def test_the_published_flags_are_all_there():
     assert main.parser().parse_args(["--lambda", "0.7"]).lamda == 0.7
 
 
-def test_help_names_everything_that_can_be_chosen(capsys):
+def test_help_names_everything_that_can_be_chosen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # no name is cut at the end of a line
     for options in (["--help"], ["--model", "x", "--help"]):
         with pytest.raises(SystemExit):
             main.main(options)

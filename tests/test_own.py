@@ -25,6 +25,7 @@ from tests.made import example, widths_of
 
 CODE = """
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 def small(classes=10, width=16):
@@ -360,7 +361,10 @@ BAD_COMMANDS = {
     "an input that does not run": ([*OWN[:4], "--input-size", "1,8,8", "--model-type", "merge", "--json", "-"], "does not run"),
     "an output of no format": ([*OWN, "--export", "small.bin"], "name a file that ends in .onnx, .pt2, .pt"),
     "no images": ([*OWN, "--evaluate", "--dataset", "imagefolder:gone"], "is no folder"),
-    "a broken image": ([*OWN[:2], "--model-args", "{\"classes\": 1}", *OWN[4:], "--evaluate", "--dataset", "imagefolder:torn"], f"{UNREADABLE}: torn/class/b.png: "),
+    "a broken image": (
+        [*OWN[:2], "--model-args", '{"classes": 1}', *OWN[4:], "--evaluate", "--dataset", "imagefolder:torn"],
+        f"{UNREADABLE}: torn/class/b.png: ",
+    ),
     "a broken image to look at": (
         [*OWN, "--model-type", "restore", "--calibrate", "torn", "--json", "-"], f"{UNREADABLE}: torn/class/b.png: "
     ),
