@@ -10,8 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
+try:
+    import torch
+    from torch import nn
+except ModuleNotFoundError as error:  # asked first: all that follows needs it
+    print(f"main.py: the package {error.name} is missing: run make demo once and use .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
 
 import data
 from experiments import experiment as xp
