@@ -20,7 +20,7 @@ lint: .venv/test ## ruff
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
 rows: .venv/runtime ## measure every experiment, of the paper and beyond, that results/rows.jsonl does not hold yet
-	@$(RUN) -m experiments.grid
+	@$(RUN) -m experiments.reproduce
 
 features: .venv/runtime ## measure the error of every feature map (results/features.jsonl)
 	@$(RUN) -m experiments.features
