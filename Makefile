@@ -20,7 +20,7 @@ lint: .venv/test ## ruff
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
 rows: .venv/runtime ## measure every experiment, of the paper and beyond, that results/rows.jsonl does not hold yet
-	@$(RUN) -m experiments.grid
+	@$(RUN) -m experiments.reproduce
 
 features: .venv/runtime ## measure the error of every feature map (results/features.jsonl)
 	@$(RUN) -m experiments.features
@@ -52,7 +52,7 @@ bench-train: .venv/runtime ## images a second of the trainer against the usual l
 	@$(RUN) -m experiments.bench_train
 
 clean: ## remove the environment, what demo and tests leave behind, and halves of files that a killed run left
-	rm -rf .venv results/demo .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv *.egg-info build dist results/demo .pytest_cache .hypothesis .ruff_cache
 	find . -name '.*.partial' -delete 2>/dev/null || true
 	rm -rf data/.download-*
 
@@ -61,14 +61,15 @@ clean: ## remove the environment, what demo and tests leave behind, and halves o
 	  { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "python's venv module is missing: on Debian and Ubuntu, apt install python3-venv" >&2; exit 2; }
 
-.venv/runtime: requirements.txt | .venv/bin/python
-	@echo "installing requirements.txt into .venv (a minute or two, once)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/runtime: pyproject.toml | .venv/bin/python
+	@echo "installing what pyproject.toml lists into .venv (a minute or two, once)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[experiments]'
 	@touch $@
 
-.venv/test: requirements-test.txt .venv/runtime
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
-	@touch $@
+.venv/test: pyproject.toml | .venv/bin/python
+	@echo "installing what pyproject.toml lists into .venv (a minute or two, once)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@ .venv/runtime
 
 .NOTPARALLEL: # rows before tables
 .PHONY: help demo test fuzz lint rows features reproduce tables check-tables manifest tuning zoo sketch bench bench-train clean

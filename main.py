@@ -12,10 +12,10 @@ from pathlib import Path
 
 try:
     import torch
-except ModuleNotFoundError:
-    print("main.py: PyTorch is missing: run make demo once and use .venv/bin/python, or pip install .", file=sys.stderr)
+    from torch import nn
+except ModuleNotFoundError as error:  # asked first: all that follows needs it
+    print(f"main.py: the package {error.name} is missing: run make demo once and use .venv/bin/python", file=sys.stderr)
     sys.exit(2)
-from torch import nn
 
 import data
 from experiments import experiment as xp

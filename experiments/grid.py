@@ -1,7 +1,6 @@
 """Which experiments the paper has, and a runner that measures those that are not measured yet."""
 
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ import torch
 from tqdm import tqdm
 
 from data import load
-from experiments import command, rows, settings
+from experiments import rows, settings
 from experiments.experiment import Experiment, measure
-from neuron_merging import memory
 from neuron_merging.checkpoint import sha256
-from neuron_merging.commandline import Parser, choose_device
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.widths.search import WidthSearch
 
@@ -126,41 +123,3 @@ def check_same(checkpoint: Path, before: str, measured: str) -> None:
     """Raises NeuronMergingError where a checkpoint's SHA-256 has changed: what is known of its units is of the one before."""
     if measured != before:
         raise NeuronMergingError(f"{checkpoint} was replaced while it was measured: run this again")
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiments of all checkpoints that are there, or of one network and checkpoint."""
-    from experiments import beyond, chosen  # which build on the grids
-
-    parser = Parser(prog="python -m experiments.grid", description=main.__doc__)
-    parser.add_argument("network", nargs="?", choices=GRIDS, help="[every network whose checkpoint is there]")
-    parser.add_argument("--pretrained", type=Path, help="another checkpoint of that network")
-    parser.add_argument(
-        "--paper",
-        action="store_true",
-        help="prune, merge and merge-derived only, neither restoration and its rivals nor chosen widths",
-    )
-    parser.add_argument("--data", type=Path, help="folder of the data sets [$NEURON_MERGING_DATA, or data]")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rows", type=Path, default=rows.ROWS, help="file the rows go to [%(default)s]")
-    args = parser.parse_args(argv)
-    if args.pretrained and (args.network is None or not args.pretrained.exists()):
-        raise NeuronMergingError(f"--pretrained {args.pretrained}: name a file that is there, and the network it is of")
-    device = choose_device(args.device)
-    memory.keep_freed()
-    for name, grid in GRIDS.items():
-        if args.network not in (None, name):
-            continue
-        if not (args.pretrained or grid.checkpoint).exists():
-            print(f"{grid.title}: no checkpoint yet ({grid.checkpoint.name})")
-            continue
-        ours = () if args.paper else (*beyond.experiments(grid), *chosen.experiments(grid))
-        wanted = [*grid.experiments(), *ours]
-        measured = run(grid, device, args.rows, args.pretrained, wanted, args.data)
-        print(f"{grid.title}: {len(measured)} rows in {args.rows}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

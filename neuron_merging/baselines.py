@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_merging.decompose import Decomposition, Neurons, dropped, effective
-from neuron_merging.errors import said
+from neuron_merging.errors import NeuronMergingError, missing, said
 from neuron_merging.graph.interpreter import measure_statistics
 from neuron_merging.graph.tracing import NORMS, Unit
 from neuron_merging.network import read, rebuild
@@ -108,7 +108,10 @@ def _scaled(neurons: Neurons) -> tuple[Tensor, Tensor]:
 
 def _clusters(neurons: Neurons, P: int, seed: int) -> Tensor:
     """Which of P clusters every neuron is in: [P, N] of zeros and ones."""
-    from sklearn.cluster import KMeans  # here: it takes long to import, and nothing else needs it
+    try:
+        from sklearn.cluster import KMeans  # here: it takes long to import, and nothing else needs it
+    except ModuleNotFoundError as error:
+        raise NeuronMergingError(f"fold: {missing(str(error.name))}") from error
 
     points = effective(neurons)
     with warnings.catch_warnings():

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -259,8 +258,3 @@ def main(
         return measured(lambda: run(args, datasets), lambda row: print_result(args, row, for_people(row)))
 
     return run_command(work, prog)
-
-
-def script() -> Any:
-    """The console command."""
-    sys.exit(main())

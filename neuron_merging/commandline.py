@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from neuron_merging.benchmark import compare, table
-from neuron_merging.errors import NeuronMergingError, ending, said
+from neuron_merging.errors import NeuronMergingError, ending, missing, said
 from neuron_merging.export import EXPORTS, ONNX, export
 from neuron_merging.files import check_writable, write_text
 
@@ -89,9 +89,9 @@ def check_shared(args: argparse.Namespace) -> None:
             raise NeuronMergingError(f"--{useless} is for results, and --summary has none: leave one of them out")
     if args.export and args.export.suffix not in EXPORTS:
         raise NeuronMergingError(f"--export {args.export}: name a file that ends in {', '.join(EXPORTS)}")
-    missing = [name for name in ONNX if find_spec(name) is None] if args.export else []
-    if missing and args.export.suffix == ".onnx":  # said before anything is measured
-        raise NeuronMergingError(f"--export {args.export} needs more packages: pip install {' '.join(missing)}")
+    for name in ONNX if args.export and args.export.suffix == ".onnx" else ():
+        if find_spec(name) is None:  # said before anything is measured
+            raise NeuronMergingError(f"--export {args.export}: {missing(name)}")
     append = getattr(args, "append", None)
     files = [args.save, append, args.export, None if args.json in (None, "-") else Path(args.json)]
     files = [path for path in files if path is not None]

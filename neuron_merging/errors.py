@@ -4,6 +4,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+EXTRAS = {"sklearn": "baselines", "onnx": "export", "onnxscript": "export", "onnxruntime": "export"}
+"""The extra of pyproject.toml that brings a package which not everybody needs."""
 
 
 class NeuronMergingError(Exception):
@@ -16,6 +20,16 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
+
+
+def missing(package: str) -> str:
+    """What to say where a package is not installed: of an installed neuron-merging or of a clone."""
+    extra, clone = EXTRAS.get(package), (Path(__file__).parents[1] / "pyproject.toml").exists()
+    if extra:
+        how = f"pip install -e '.[{extra}]'" if clone else f"pip install 'neuron-merging[{extra}]'"
+    else:
+        how = "run make demo once and use .venv/bin/python" if clone else f"pip install {package}"
+    return f"the package {package} is missing: {how}"
 
 
 def reason(error: Exception) -> str:
@@ -58,7 +72,7 @@ def ending(work: Callable[[], int], prefix: str = "") -> int:
         complain(f"{error.filename or 'output'}: {error.strerror or error}")
         return 2
     except ModuleNotFoundError as error:
-        complain(f"the package {error.name} is missing: run make demo once and use .venv/bin/python")
+        complain(missing(str(error.name)))
         return 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from neuron_merging.errors import NeuronMergingError, reason
+from neuron_merging.errors import NeuronMergingError, missing, reason
 from neuron_merging.files import write_atomically
 
 EXPORTS = {".onnx": "ONNX", ".pt2": "torch.export", ".pt": "TorchScript"}  # by the file's ending
@@ -45,9 +45,7 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
                 torch.stack([_off(again(x.clone()), model(x.clone())) for x in batches]).max().item()
             )  # NaN, if any is
         except ModuleNotFoundError as error:
-            raise NeuronMergingError(
-                f"{EXPORTS[path.suffix]} needs the package {error.name}: pip install {' '.join(ONNX)}"
-            ) from error
+            raise NeuronMergingError(f"{path}: {missing(str(error.name))}") from error
         except Exception as error:  # the exporters run the user's code and raise whatever it does
             raise NeuronMergingError(
                 f"{type(model).__name__} cannot be exported to {EXPORTS[path.suffix]}: {reason(error)}"

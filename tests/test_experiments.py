@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data import load
-from experiments import beyond, chosen, demo, features, figures, grid, manifest, rows, tables, tuning, zoo
+from experiments import beyond, chosen, demo, features, figures, grid, manifest, reproduce, rows, tables, tuning, zoo
 from experiments.experiment import load as load_checkpoint_of
 from experiments.experiment import measure
 from experiments.grid import GRIDS
@@ -369,7 +369,7 @@ def test_feature_errors_are_those_at_the_consumers():
 @pytest.mark.parametrize(("rows_file", "message"), [("features.jsonl", "is no file of these rows"), (".", "Is a dir")])
 def test_rows_that_are_none_end_in_one_line(tmp_path, capsys, rows_file, message):
     (tmp_path / "features.jsonl").write_text('{"errors": []}\n')
-    assert grid.main(["lenet", "--paper", "--rows", str(tmp_path / rows_file)]) == 2
+    assert reproduce.main(["lenet", "--paper", "--rows", str(tmp_path / rows_file)]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -600,4 +600,4 @@ def test_a_missing_package_is_one_line(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
     done = shell("--evaluate", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "PyTorch is missing: run make demo" in done.stderr
+    assert "the package torch is missing: run make demo" in done.stderr

@@ -461,7 +461,7 @@ def test_what_is_measured_is_told_where_the_rest_fails(cli, mine):
 def test_packages_that_an_export_needs_are_asked_for_before_anything_is_made(cli, mine, monkeypatch):
     monkeypatch.setattr("neuron_merging.commandline.find_spec", lambda name: None if name == "onnxscript" else name)
     said = cli(*OWN, "--model-type", "prune", "--save", "small.pt", "--export", "small.onnx")
-    assert said.code == 2 and "needs more packages: pip install onnxscript\n" in said.err
+    assert said.code == 2 and said.err.endswith("onnxscript is missing: pip install -e '.[export]'\n")
     assert not (mine / "small.pt").exists()
 
 
