@@ -219,7 +219,7 @@ def documents(measured: Sequence[Row]) -> dict[Path, str]:
         "\n## Widths\n\nChosen ones have no more parameters and MACs than uniform ones.\n\n"
         f"{table(measured, [AS_IT_IS, *WIDTHS])}\n"
     )
-    return {FOLDER / "TABLES.md": tables, DOCS: replaced(DOCS, BEGIN, END, f"{ablation}\n")}
+    return {FOLDER / "TABLES.md": tables, DOCS: replaced(DOCS.read_text(encoding="utf-8"), DOCS, BEGIN, END, f"{ablation}\n")}
 
 
 @command
