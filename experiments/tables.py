@@ -208,9 +208,9 @@ Every accuracy is in %, on the test set, without fine-tuning. For every network 
 - **In short**: the paper's number beside the measured one, and beside both what is ours.
 - **The paper's methods**: every criterion and ratio. `merge` is the published form of the method. `merge-derived` (ours) is the
   form that follows from its formulas.
-- **Beyond the paper**: `restore` (ours), and `lbyl` and `fold` from other papers, with the same number of neurons in every layer.
-  `fold` averages clusters of neurons, so no criterion selects its neurons. Columns with *512 images* looked at real, unlabelled
-  training images.
+- **Beyond the paper**: `restore` (ours), and `lbyl` and `fold` from other papers, with the same number of neurons in every
+  layer. `fold` averages clusters of neurons, so no criterion selects its neurons. Columns with *512 images* looked at real,
+  unlabelled training images.
 - **Widths chosen without data** (ours): `--widths auto` against uniform widths, which have at least as many parameters and
   MACs. *At most* is the largest size in that line. *Neurons too* also chooses which neurons stay (`--criterion auto`). *Blocks
   may go* also lets the choice leave out residual blocks (`--drop-blocks`).

@@ -411,7 +411,10 @@ def test_every_number_of_the_readme_s_tables_is_a_row_s_or_the_benchmark_s():
     readme = tables.documents(rows.load())[tables.README]
     results = readme.split(tables.BEGIN)[1].split(tables.END)[0]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines() if line[:2] == "| "][2:]
-    assert [cell[:2] for cell in cells[:2]] == [["LeNet-300-100, authors'", "50 %"], ["LeNet-300-100, authors'", "80 %"]]
+    assert [cell[:2] for cell in cells[:2]] == [
+        ["LeNet-300-100, authors'", "50 %"],
+        ["LeNet-300-100, authors'", "80 %"],
+    ]
     assert cells[1][2:5] == ["89.80", "66.76", "80.02"] and cells[1][-1] == "89.80 / 66.76 / 80.02"
     assert len(cells) == sum(map(len, tables.IN_README.values())) + len(tables.IN_README["LeNet_300_100"])
     accuracies = [row["accuracy"] for row in rows.load()]

@@ -70,8 +70,10 @@ def test_the_commands_are_those_the_program_has():
 
 
 def test_the_flags_and_methods_in_the_readme_are_there():
-    flags = {flag for parser in (main.parser(), cli.parser()) for action in parser._actions for flag in action.option_strings}
-    assert {flag for flag in re.findall(r"`(--[a-z-]+)", README)} <= flags
+    flags = {
+        flag for parser in (main.parser(), cli.parser()) for action in parser._actions for flag in action.option_strings
+    }
+    assert set(re.findall(r"`(--[a-z-]+)", README)) <= flags
     for name in re.findall(r"^\| `\"([a-z-]+)\"`", README, re.MULTILINE):
         assert name in METHODS
 
