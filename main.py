@@ -10,7 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    print("main.py: PyTorch is missing: run make demo once and use .venv/bin/python, or pip install .", file=sys.stderr)
+    sys.exit(2)
 from torch import nn
 
 import data
@@ -175,13 +179,13 @@ def labelled(args: argparse.Namespace, device: torch.device) -> Labelled | None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser().print_usage()
+        return 0
     if any(argument.partition("=")[0] == "--model" for argument in argv):
         return cli.main(argv, "main.py", labelled)
 
     def work() -> int:
-        if not argv:
-            parser().print_help()
-            return 0
         args = parser().parse_args(argv)
         check(args)
         return measured(lambda: run(args), lambda row: report(args, row))

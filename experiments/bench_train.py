@@ -80,7 +80,7 @@ def images_per_second(
         optimizer = sgd(model, replace(settings.recipe(arch), lr=0.01))
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    computing = arithmetic(device) if fast else nullcontext()
+    computing = arithmetic(device, winograd=True) if fast else nullcontext()
     count, start = 0, time.perf_counter()
     for number, (x, labels) in enumerate(feed(images, batch_size, device)):
         with computing:
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = {
         "batches": args.batches, "batch_size": size, "device": str(device), "threads": torch.get_num_threads(),
         "torch": versions()["torch"], "dtype": None if dtype is None else str(dtype),
-        "winograd": isinstance(arithmetic(device), Winograd), "rates": rates,
+        "winograd": isinstance(arithmetic(device, winograd=True), Winograd), "rates": rates,
     }  # fmt: skip
     text = document(report)
     write_text(RESULTS / "bench_train.json", json.dumps(report, indent=1) + "\n")

@@ -55,7 +55,7 @@ def parser() -> Parser:
         choices=settings.RECIPES,
         help="published (the paper's steps) or fast (one cycle, few epochs) [%(default)s]",
     )
-    add_flags(training, Recipe)
+    add_flags(training, Recipe, default=None)
     training.add_argument(
         "--resume", action="store_true", help="go on with an interrupted training: same options, same result"
     )

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from math import floor
 from pathlib import Path
 
@@ -80,31 +80,41 @@ class Recipe:
     first.
     """
 
-    epochs: int = option(None, "--epochs", type=int, help="how many")
-    lr: float = option(None, "--lr", type=float, help="learning rate")
-    weight_decay: float = option(None, "--weight-decay", "--wd", type=float, help="of weights, and of all else too")
+    epochs: int = option(MISSING, "--epochs", type=int, help="how many")
+    lr: float = option(MISSING, "--lr", type=float, help="learning rate")
+    weight_decay: float = option(
+        MISSING,
+        "--weight-decay",
+        "--wd",
+        type=float,
+        help="of weights, and of all else unless --norm-decay says otherwise",
+    )
     schedule: tuple[int, ...] = option(
-        None, "--schedule", type=int, nargs="+", metavar="EPOCH",
+        (),
+        "--schedule",
+        type=int,
+        nargs="+",
+        metavar="EPOCH",
         help="epochs at which the rate is multiplied by --gammas",
-    )  # fmt: skip
-    gammas: tuple[float, ...] = option(None, "--gammas", type=float, nargs="+", metavar="G", help="a factor for each")
-    batch_size: int = option(None, "--batch-size", type=int, help="images of a step")
-    momentum: float = option(None, "--momentum", type=float, help="of SGD")
+    )
+    gammas: tuple[float, ...] = option((), "--gammas", type=float, nargs="+", metavar="G", help="a factor for each")
+    batch_size: int = option(128, "--batch-size", type=int, help="images of a step")
+    momentum: float = option(0.9, "--momentum", type=float, help="of SGD")
     nesterov: bool = False
     label_smoothing: float = 0.0
     norm_decay: float | None = option(
         None, "--norm-decay", type=float, metavar="D", help="weight decay of BatchNorm and biases"
     )
     cutout: int = option(
-        None, "--cutout", type=int, metavar="PIXELS", help="hide a square of this side in every image [0]"
+        0, "--cutout", type=int, metavar="PIXELS", help="hide a square of this side in every image [0]"
     )
     one_cycle: bool = False
+    winograd: bool = False  # on CPUs: experiments/winograd.py
     sizes: Sizes = ()
 
 
-STEPS = {"batch_size": 128, "momentum": 0.9, "cutout": 0}
-LENET = Recipe(epochs=60, lr=0.1, weight_decay=1e-4, schedule=(15, 30, 45), gammas=(0.1, 0.1, 0.1), **STEPS)
-CIFAR = Recipe(epochs=200, lr=0.1, weight_decay=5e-4, schedule=(100, 150), gammas=(0.1, 0.1), **STEPS)
+LENET = Recipe(epochs=60, lr=0.1, weight_decay=1e-4, schedule=(15, 30, 45), gammas=(0.1, 0.1, 0.1))
+CIFAR = Recipe(epochs=200, lr=0.1, weight_decay=5e-4, schedule=(100, 150), gammas=(0.1, 0.1))
 RECIPES = ("published", "fast")
 
 
@@ -121,7 +131,7 @@ def recipe(arch: str, name: str = "published") -> Recipe:
     if name == "fast":
         return replace(
             published, epochs=30, lr=0.2, schedule=(), gammas=(), nesterov=True, label_smoothing=0.1,
-            norm_decay=0.0, one_cycle=True,
+            norm_decay=0.0, one_cycle=True, winograd=True,
             sizes=() if arch == "LeNet_300_100" else ((0.0, 0.5), (0.4, 0.75), (0.7, 1.0)),
         )  # fmt: skip
     raise NeuronMergingError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")

@@ -61,10 +61,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def arithmetic(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What training computes in: bfloat16 where it can; float32 and, on a CPU, Winograd's convolutions elsewhere."""
+def arithmetic(
+    device: torch.device, winograd: bool = False, share: float = 1.0
+) -> contextlib.AbstractContextManager[Any]:
+    """What training computes in: bfloat16 where the device has it, else float32.
+
+    winograd: on a CPU, Winograd's convolutions in float32 where they are the quicker ones: without bfloat16, and for images
+    whose sides are a smaller `share` of their own.
+    """
     dtype = autocast_dtype(device)
-    if dtype is None and device.type == "cpu":
+    if winograd and device.type == "cpu" and (dtype is None or share < 1):
         return Winograd()
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -168,7 +174,6 @@ def train(
     forward = torch.compile(parallel, dynamic=False) if compiled else parallel
     images, test = images.to(device), test.to(device)
     steps = math.ceil(len(images) / recipe.batch_size)
-    computing = arithmetic(device)
     saved_at = time.monotonic()
 
     def save() -> None:
@@ -189,6 +194,7 @@ def train(
             started, earlier = time.monotonic() - earlier, 0.0
             forward.train()
             share = image_share(recipe, epoch / recipe.epochs)
+            computing = arithmetic(device, recipe.winograd, share)
             bar = tqdm(
                 batches(images, recipe.batch_size, seed * 1_000_003 + epoch, (rank, world), share, step, recipe.cutout),
                 f"epoch {epoch + 1}/{recipe.epochs}", steps, initial=step, unit="batch", leave=False,
@@ -271,7 +277,7 @@ def _read_state(state: Path | None, identity: dict[str, Any]) -> dict[str, Any]:
         or not isinstance(saved["recipe"], dict)
     ):
         raise NeuronMergingError(f"{state} is not a training state: delete it and begin anew without --resume")
-    saved["recipe"] = {"cutout": 0} | saved["recipe"]  # which states of before there was one do not say
+    saved["recipe"] = {"cutout": 0, "winograd": saved["recipe"].get("one_cycle")} | saved["recipe"]  # of older states
     for key, value in identity.items():
         if saved[key] != value:
             raise NeuronMergingError(

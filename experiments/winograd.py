@@ -1,6 +1,6 @@
 """3 × 3 convolutions in float32 on a CPU with as little as a quarter of the products: Winograd's minimal filtering.
 
-For training where the hardware has no bfloat16 (train.py). A tile Y of the output, m × m, depends on a tile X of the input,
+For the fast recipe (training.py). A tile Y of the output, m × m, depends on a tile X of the input,
 (m + 2) × (m + 2), and on the filter W as Y = Aᵀ[(G W Gᵀ) ⊙ (Bᵀ X B)]A (Lavin & Gray, Fast Algorithms for Convolutional
 Neural Networks, CVPR 2016, equation 8). With the sum over the input channels, ⊙ is a product of matrices for each of the
 (m + 2)² places: (m + 2)² products a tile and pair of channels, where the definition takes 9 m².

@@ -7,7 +7,7 @@ flags, their help and how their text is read; `add_flags` and `from_flags` are t
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -40,7 +40,7 @@ def numbers_by_name(text: str) -> dict[str, float]:
         parts = [part.partition("=") for part in text.split(",")]
         return {name.strip(): float(value) for name, _, value in parts}
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=NUMBER,…, such as 'layer1.*=0.3'") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=NUMBER, with commas between several") from None
 
 
 def shares_text(budget: Mapping[str, float] | None) -> str | None:
@@ -165,11 +165,21 @@ class ShrinkConfig:
         return cls(**told | others)
 
 
-def add_flags(group: argparse._ActionsContainer, config: type, names: Sequence[str] = ()) -> None:
-    """Add the flags of a config's fields (those named, or all that have some) to a group of a parser."""
+def add_flags(
+    group: argparse._ActionsContainer, config: type, names: Sequence[str] = (), default: Any = MISSING
+) -> None:
+    """Add the flags of a config's fields (those named, or all that have some) to a group of a parser.
+
+    default: of all of them, instead of each field's own.
+    """
     for f in fields(config):
         if f.metadata.get("flags") and (not names or f.name in names):
-            how = {"dest": f.name, "default": f.default, "help": f.metadata["help"], **f.metadata["how"]}
+            how = {
+                "dest": f.name,
+                "default": f.default if default is MISSING else default,
+                "help": f.metadata["help"],
+                **f.metadata["how"],
+            }
             group.add_argument(*f.metadata["flags"], **how)
 
 

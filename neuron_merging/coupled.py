@@ -1,4 +1,4 @@
-"""TODO."""
+"""Channels that several layers share (ours): which are kept, what stands in for the others, and how layers are cut to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ def choose_channels(model: nn.Module, stream: Stream, P: int, criterion: str) ->
 def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float, strict: bool = True) -> list[Tensor]:
     """By reader the matrix Z [P, N] that it absorbs, when every dropped channel has its most similar kept one stand in for it.
 
-    Channels are as similar as the weights (cosine) with which all writers, each with the BatchNorm behind it, write them, and,
-    as a factor, as the way to the reader that treats them the least alike (`_way`): positive multiples of each other in all of
-    these are merged without loss. What scales channels on the way to a reader scales its Z. Less similar than t: pruned.
+    Similarity: the cosine of the stacked writer weights, each with the BatchNorm behind it, times the lowest similarity along
+    any path to a reader (`_way`). Channels that are positive multiples of each other in all of these are merged without loss.
+    What scales channels on the path to a reader scales its Z. Channels less similar than t are pruned.
     Where a positive scale does not pass: raises NeuronMergingError, or (not strict) merges only (nearly) exact twins.
     """
     if stream.obstacle and strict:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The paper's method on a whole network: choose neurons, compensate for the others, rebuild it smaller."""
 
 import copy
 from collections.abc import Sequence
@@ -7,12 +7,55 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from neuron_merging.blocks import drop as drop_block
+from neuron_merging import blocks
 from neuron_merging.decompose import COMPENSATIONS, CRITERIA, BatchNorm, Decomposition, Neurons, absorb, select
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.tracing import CONVS, Unit
 
 ROUNDING = torch.finfo(torch.float32).eps  # of γ, as a share of the largest in its layer
+
+
+def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str) -> list[Tensor]:
+    """Indices [P], ascending, of the `widths[i]` neurons of every unit that the criterion keeps.
+
+    Raises NeuronMergingError for an unknown criterion, weights that are NaN or infinite, and widths that are not between 1
+    (or 0, in a residual branch) and N.
+    """
+    if criterion not in CRITERIA:
+        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
+    _check_number(units, widths)
+
+    def one(unit: Unit, P: int) -> Tensor:
+        W = read(model, unit).W
+        check_width(unit.layer, P, len(W), least=0 if unit.branch else 1)
+        return select(W, P, criterion)
+
+    return [one(unit, P) for unit, P in zip(units, widths)]
+
+
+def compensate(
+    model: nn.Module,
+    units: Sequence[Unit],
+    keep: Sequence[Tensor],
+    compensation: str,
+    *,
+    t: float = 0.0,
+    lam: float = 1.0,
+) -> list[Decomposition]:
+    """What the kept neurons, `keep` ([P] each), can make of all neurons of every unit. Reads the original weights only.
+
+    t: least cosine similarity for a merge, 0 for none at all (negative ones merge too). lam: the paper's λ. Raises
+    NeuronMergingError for an unknown compensation, weights that are NaN or infinite, and a merge through an activation that
+    a positive scale does not pass.
+    """
+    _check_number(units, keep)
+    check_compensation(units, compensation)
+
+    def one(unit: Unit, kept: Tensor) -> Decomposition:
+        form = compensation if len(kept) else "prune"  # or nobody is left to merge with
+        return COMPENSATIONS[form](read(model, unit), kept, t=t, lam=lam)
+
+    return [one(unit, kept) for unit, kept in zip(units, keep)]
 
 
 def decompose(
@@ -25,52 +68,18 @@ def decompose(
     t: float = 0.0,
     lam: float = 1.0,
 ) -> list[Decomposition]:
-    """Select `widths[i]` neurons of every unit, and see what the others can be made of: `choose` and `compensate` in one.
-
-    Reads `model`'s original weights, changes nothing. t: least cosine similarity for a merge, 0 for none at all (negative
-    ones merge too); lam: the paper's λ. Raises NeuronMergingError for an unknown criterion or compensation, NaN weights,
-    widths that are not between 1 (or 0, in a residual branch) and N, and a merge through an activation that does not let a
-    positive scale pass.
-    """
-    _check(units, widths, compensation, criterion)
-
-    def one(unit: Unit, P: int) -> Decomposition:
-        seen = read(model, unit)
-        return _part(seen, _pick(unit, seen, P, criterion), compensation, t, lam)
-
-    return [one(unit, P) for unit, P in zip(units, widths)]
+    """`choose` and `compensate` in one; arguments and errors are theirs."""
+    check_compensation(units, compensation)
+    return compensate(model, units, choose(model, units, widths, criterion), compensation, t=t, lam=lam)
 
 
-def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str) -> list[Tensor]:
-    """Indices [P], ascending, of the `widths[i]` neurons of every unit that the criterion keeps; raises as `decompose`."""
-    _check(units, widths, criterion=criterion)
-    return [_pick(unit, read(model, unit), P, criterion) for unit, P in zip(units, widths)]
-
-
-def compensate(
-    model: nn.Module,
-    units: Sequence[Unit],
-    keep: Sequence[Tensor],
-    compensation: str,
-    *,
-    t: float = 0.0,
-    lam: float = 1.0,
-) -> list[Decomposition]:
-    """Decompose every unit for the neurons `keep` ([P] each); t, lam and what it raises: as of `decompose`."""
-    _check(units, keep, compensation)
-    return [_part(read(model, unit), kept, compensation, t, lam) for unit, kept in zip(units, keep)]
-
-
-def _check(units: Sequence[Unit], each: Sequence, compensation: str = "prune", criterion: str | None = None) -> None:
-    if criterion is not None and criterion not in CRITERIA:
-        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
+def _check_number(units: Sequence[Unit], each: Sequence) -> None:
     if len(each) != len(units):
         raise NeuronMergingError(f"{len(each)} widths for {len(units)} units")
-    check_compensation(units, compensation)
 
 
 def check_compensation(units: Sequence[Unit], compensation: str) -> None:
-    """Raises NeuronMergingError for an unknown compensation, or one that an activation behind some unit does not let pass."""
+    """Raises NeuronMergingError for an unknown compensation, or one that does not pass an activation behind some unit."""
     if compensation not in COMPENSATIONS:
         raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(COMPENSATIONS)}")
     bent = next((unit for unit in units if unit.activation), None)
@@ -85,16 +94,6 @@ def check_width(layer: str, P: int, N: int, least: int = 1) -> None:
     """Raises NeuronMergingError where P of N neurons of a layer cannot be kept."""
     if not least <= P <= N:
         raise NeuronMergingError(f"{P} of {N} neurons cannot be kept in {layer}: give {least} to {N}")
-
-
-def _pick(unit: Unit, seen: Neurons, P: int, criterion: str) -> Tensor:
-    check_width(unit.layer, P, len(seen.W), least=0 if unit.branch else 1)
-    return select(seen.W, P, criterion)
-
-
-def _part(seen: Neurons, keep: Tensor, compensation: str, t: float, lam: float) -> Decomposition:
-    kind = compensation if len(keep) else "prune"  # or nobody is left to merge with
-    return COMPENSATIONS[kind](seen, keep, t=t, lam=lam)
 
 
 def read(model: nn.Module, unit: Unit) -> Neurons:
@@ -142,18 +141,18 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
     """
     if len(parts) != len(units):
         raise NeuronMergingError(f"{len(parts)} decompositions for {len(units)} units")
-    left = [(unit, part) for unit, part in zip(units, parts) if len(part.keep)]
-    replaced = [model.get_submodule(name).weight for unit, _ in left for name in (unit.layer, unit.next)]
+    thinned = [(unit, part) for unit, part in zip(units, parts) if len(part.keep)]
+    replaced = [model.get_submodule(name).weight for unit, _ in thinned for name in (unit.layer, unit.next)]
     shared = {id(w): nn.Parameter(w.detach(), w.requires_grad) for w in replaced}  # else copied, only to be replaced
     small = copy.deepcopy(model, shared)
-    for unit, part in left:
+    for unit, part in thinned:
         for name in filter(None, (unit.layer, unit.bn)):
             cut(small.get_submodule(name), part.keep)
-    for unit, part in left:
+    for unit, part in thinned:
         _absorb(small, unit, part)
     for unit, part in zip(units, parts):
         if not len(part.keep):
-            drop_block(small, unit)
+            blocks.drop(small, unit)
     return small
 
 

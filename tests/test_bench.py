@@ -19,7 +19,7 @@ def test_the_benchmark_of_a_small_network(monkeypatch):
     monkeypatch.setattr(bench, "STARTS", {"python main.py --help": ["--help"]})
     monkeypatch.setattr(bench, "IMAGES", {"small": 64})
     monkeypatch.setattr(bench, "peak", partial(bench.peak, 64))
-    monkeypatch.setattr("latency.SECONDS", 0.02)
+    monkeypatch.setattr("neuron_merging.benchmark.SECONDS", 0.02)
     report = bench.measured(SMALL, widths=(8, 16, 32))
     assert [m["kind"] for m in report["merging"]] == ["prune", "merge", "merge-derived"]
     # The loop gave the same, or `merging` had raised.
@@ -75,7 +75,8 @@ def test_memory_that_the_system_does_not_tell_is_left_out(monkeypatch):
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_command_keeps_the_memory_that_it_frees(keeps):
     work = f"""if True:
-        import ctypes, re, memory
+        import ctypes, re
+        from neuron_merging import memory
         held = lambda: int(re.search(r"VmRSS:\\s*(\\d+)", memory.STATUS.read_text())[1]) * 1024
         if {keeps}:
             memory.keep_freed()

@@ -19,7 +19,8 @@ from tests.conftest import ROOT
 from tests.made import same
 
 TRAIN = """
-import io, os, signal, sys, torch, data, main, train
+import io, os, signal, sys, torch, data, main
+from experiments import training as train
 from tests.made import images
 
 def killed_at(call, function, before):
@@ -89,7 +90,7 @@ def test_a_write_that_is_killed_leaves_the_old_file(tmp_path):
     path.write_bytes(b"old")
     code = """
 import os, pathlib, signal, sys
-from files import write_atomically
+from neuron_merging.files import write_atomically
 def write(file):
     file.write(b"new" * 100_000)
     file.flush()

@@ -298,7 +298,7 @@ def cli_quiet(capsys, tmp_path, monkeypatch):
     import main
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("latency.SECONDS", 0.01)
+    monkeypatch.setattr("neuron_merging.benchmark.SECONDS", 0.01)
     for place in ("data.load", "data.loader.load"):  # no download, no 10,000 images
         monkeypatch.setattr(place, lambda name, split, root: images(name, 40))
     monkeypatch.setattr(sys, "path", [*sys.path])

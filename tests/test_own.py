@@ -25,6 +25,7 @@ from tests.made import example, widths_of
 
 CODE = """
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 def small(classes=10, width=16):
@@ -360,7 +361,10 @@ BAD_COMMANDS = {
     "an input that does not run": ([*OWN[:4], "--input-size", "1,8,8", "--model-type", "merge", "--json", "-"], "does not run"),
     "an output of no format": ([*OWN, "--export", "small.bin"], "name a file that ends in .onnx, .pt2, .pt"),
     "no images": ([*OWN, "--evaluate", "--dataset", "imagefolder:gone"], "is no folder"),
-    "a broken image": ([*OWN, "--evaluate", "--dataset", "imagefolder:torn"], f"{UNREADABLE}: torn/class/b.png: "),
+    "a broken image": (
+        [*OWN[:2], "--model-args", '{"classes": 1}', *OWN[4:], "--evaluate", "--dataset", "imagefolder:torn"],
+        f"{UNREADABLE}: torn/class/b.png: ",
+    ),
     "a broken image to look at": (
         [*OWN, "--model-type", "restore", "--calibrate", "torn", "--json", "-"], f"{UNREADABLE}: torn/class/b.png: "
     ),
@@ -387,11 +391,11 @@ BAD_COMMANDS = {
         [*OWN, "--model-type", "merge", "--pruning-ratio", "0.99", "--json", "-"], "leaves no neuron of 16 in 0"
     ),
     "ratios of nothing": ([*OWN, "--ratios", "0=0.5", "--json", "-"], "give --model-type too"),
-    "no data set": ([*OWN, "--evaluate"], "give imagefolder:DIR"),
-    "ratios": ([*OWN, "--ratios", "0", "--json", "-"], "give a share for every layer"),
+    "no data set": ([*OWN, "--evaluate"], "give --dataset imagefolder:DIR"),
+    "ratios": ([*OWN, "--ratios", "0", "--json", "-"], "give NAME=NUMBER"),
     "too few images": ([*OWN, "--model-type", "restore", "--calibrate", "gone:9", "--json", "-"], "there is no folder gone"),
     "ratios and widths": ([*OWN, "--ratios", "0=0.5", "--widths", "3,4", "--json", "-"], "give one of them"),
-    "rows of its own": ([*OWN, "--json", "-", "--append", "rows.jsonl"], "--append is for the rows of --arch"),
+    "rows of its own": ([*OWN, "--json", "-", "--append", "rows.jsonl"], "unrecognized arguments: --append"),
     "budget of uniform widths": (
         [*OWN, "--model-type", "merge", "--budget", "params=0.3", "--json", "-"], "--budget and --drop-blocks are for"
     ),
@@ -401,7 +405,7 @@ BAD_COMMANDS = {
     ),
     "a data set of other classes": (
         ["--model", "mine:gray", "--input-size", "1,28,28", "--evaluate", "--dataset", "FashionMNIST"],
-        "the data set has 10 classes, the network 7 outputs",
+        "FashionMNIST has 10 classes, the network 7 outputs",
     ),
     "both shares": (
         [*OWN, "--ratios", "3=0.5", "--pruning-ratio", "0.5", "--json", "-"], "--ratios stands instead of --pruning-ratio"
@@ -413,8 +417,8 @@ BAD_COMMANDS = {
          "--model-type", "restore", "--calibrate", "pictures:2", "--json", "-"],
         "images are channels, height, width",
     ),
-    "published flags": ([*OWN, "--pretrained", "x", "--json", "-"], "with --model give --weights"),
-    "own flags": (["--weights", "x"], "belong to --model"),
+    "published flags": ([*OWN, "--pretrained", "x", "--json", "-"], "unrecognized arguments: --pretrained"),
+    "own flags": (["--weights", "x"], "unrecognized arguments: --weights"),
     "untraceable": (["--model", "mine:branches", "--summary"], "cannot be traced by torch.fx (mine.py, line"),
 }  # fmt: skip
 
@@ -455,7 +459,7 @@ def test_what_is_measured_is_told_where_the_rest_fails(cli, mine):
 
 
 def test_packages_that_an_export_needs_are_asked_for_before_anything_is_made(cli, mine, monkeypatch):
-    monkeypatch.setattr("options.find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr("neuron_merging.commandline.find_spec", lambda name: None if name == "onnxscript" else name)
     said = cli(*OWN, "--model-type", "prune", "--save", "small.pt", "--export", "small.onnx")
     assert said.code == 2 and "needs more packages: pip install onnxscript\n" in said.err
     assert not (mine / "small.pt").exists()

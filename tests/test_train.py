@@ -341,7 +341,8 @@ def test_two_processes_give_the_update_of_one(tmp_path, monkeypatch):
 
 
 MAIN = """
-import sys, torch, data, main, train
+import sys, torch, data, main
+from experiments import training as train
 from tests.made import images
 data.load = lambda name, split, root: images(name, 60 if split == "train" else 40)
 
@@ -369,7 +370,7 @@ def test_torchrun_trains_one_network_and_saves_it_once(tmp_path):
         assert torch.equal(value, two[name]) and torch.equal(value, saved.state_dict[name]), name
 
 
-@pytest.mark.parametrize("options", [["--evaluate"], ["--summary"], ["--model", "torch.nn:Identity", "--summary"]])
+@pytest.mark.parametrize("options", [["--evaluate"], ["--summary"]])
 def test_torchrun_is_for_training(cli, monkeypatch, options):
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -483,7 +484,7 @@ def test_a_row_is_of_the_network_as_the_file_holds_it(cli, fashion, tmp_path, mo
     def without_the_last(model, *args, stored=checkpoint.stored):
         return {name: torch.zeros_like(w) if name.startswith("ip3") else w for name, w in stored(model, *args).items()}
 
-    for place in ("models.stored", "models.checkpoint.stored"):
+    for place in ("main.stored", "neuron_merging.checkpoint.stored"):
         monkeypatch.setattr(place, without_the_last)
     row = cli(*options, "--save", tmp_path / "x", "--json", "-").row
     assert row["correct"] == int((images("FashionMNIST", 40).labels == 0).sum())

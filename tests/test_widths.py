@@ -397,7 +397,7 @@ def test_a_block_left_out_is_a_constant(arch, tmp_path):
         assert cost(widths)[0] == count_parameters(small)  # a constant instead of the consumer and its BatchNorm
         save_checkpoint(tmp_path / "small.pth.tar", small, widths=widths)
         checkpoint = load_checkpoint(tmp_path / "small.pth.tar")
-        again = load_weights(build(name, depth, widths=widths), checkpoint).eval()
+        again = load_weights(build(name, depth), checkpoint).eval()
         assert torch.equal(again(x), small(x))
 
 

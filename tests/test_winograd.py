@@ -154,7 +154,7 @@ def trained(monkeypatch, least: int, dtype: torch.dtype | None) -> tuple[nn.Modu
         nn.BatchNorm2d(16),
     ]
     model = nn.Sequential(*layers, nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    recipe = settings.Recipe(epochs=1, lr=0.1, weight_decay=1e-4, batch_size=32)
+    recipe = settings.Recipe(epochs=1, lr=0.1, weight_decay=1e-4, batch_size=32, winograd=True)
     train.train(model, images("cifar10"), images("cifar10", 50, 1), recipe, device=CPU, say=lambda line: None)
     return model, len(calls)
 

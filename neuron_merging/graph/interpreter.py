@@ -134,7 +134,7 @@ class Walk:
         return computes_as(type(self.modules[node.target])) if node.op == "call_module" else node.target
 
     def addition(self, node: fx.Node, bn: str | None) -> tuple[fx.Node, fx.Node] | None:
-        """`trace.addition` in this graph."""
+        """`tracing.addition` in this graph."""
         return addition(node, bn, self.kind)
 
 

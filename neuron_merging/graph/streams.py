@@ -1,6 +1,6 @@
 """Channels that several layers write or read: residual streams, concatenations, what passes depthwise convolutions (ours).
 
-The paper prunes what one layer writes and one other reads (trace.py). Here the graph is read as a system of channel spaces:
+The paper prunes what one layer writes and one other reads (tracing.py). Here the graph is read as a system of channel spaces:
 a convolution or linear layer opens a new one; elementwise operations, BatchNorm, pooling and depthwise convolutions stay in
 it; a sum or product makes two spaces one; a concatenation puts spaces side by side. A space that is neither an input nor an
 output of the network, and that nothing unknown touches, can lose channels: every writer loses rows, every follower

@@ -1,7 +1,7 @@
 """Restoration (ours, not the paper's): all kept neurons together rebuild what the dropped ones gave, without data.
 
 The original network (the teacher) and the smaller one (the student) run side by side over a probe made up from the network
-itself (probe.py). In the order of the forward pass every layer that lost inputs or neurons is fitted anew to what the
+itself (synthetic.py). In the order of the forward pass every layer that lost inputs or neurons is fitted anew to what the
 teacher computes there, by ridge regression on what the *student* sees there:
 
     W = W₀ + (R Uᵀ / n) (A + Λ)⁻¹,   R = T − W₀ U,   A = U Uᵀ / n,   Λ = λ diag(A) + λ/10 · mean(diag(A)) I
