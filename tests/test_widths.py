@@ -27,7 +27,9 @@ from neuron_merging.restore.lockstep import restore
 from neuron_merging.shrink import shrink as of_network
 from neuron_merging.synthetic import inputs
 from neuron_merging.widths import curves as W
+from neuron_merging.widths.consumer import Consumer
 from neuron_merging.widths.cost import Cost
+from neuron_merging.widths.output import sensitivities
 from neuron_merging.widths.search import allocate
 from tests.made import of_a_layer, same, shape_of, smaller, widths_of, with_statistics
 
@@ -68,7 +70,7 @@ def seen(n=400, neurons=6, taps=3, outputs=5, ridge=0.03):
     weights = torch.randn(outputs, neurons * taps, generator=random, dtype=torch.float64)
     slope = torch.rand(outputs, generator=random, dtype=torch.float64) + 0.5
     columns = torch.arange(neurons * taps).view(taps, neurons).T
-    return W._Seen(U.clone(), weights, slope, columns, ridge), U, weights, slope, columns
+    return Consumer(U.clone(), weights, slope, columns, ridge), U, weights, slope, columns
 
 
 def brute_force(U, weights, slope, columns, penalty, keep):
@@ -129,7 +131,7 @@ def test_the_greedy_order_takes_what_explains_most():
     assert order == kept
     U[:, columns[order[1]]] = U[:, columns[order[0]]]
     weights[:, columns[order[1]]] = weights[:, columns[order[0]]]
-    twins = W._Seen(U, weights, slope, columns, 1e-6).greedy().tolist()
+    twins = Consumer(U, weights, slope, columns, 1e-6).greedy().tolist()
     assert twins[-1] in order[:2]
 
 
@@ -149,9 +151,9 @@ def test_sensitivity_is_the_change_of_the_output_when_one_unit_alone_is_thinned(
     x, found = torch.randn(300, 10), units(model)
     held_out, walk = x[:100], Walk(model)
     with torch.no_grad():
-        looks = W._Looks(model, walk, found, "l2-norm", of_a_layer("prune"), 0.03)
+        looks = W._Measuring(model, walk, found, "l2-norm", of_a_layer("prune"), 0.03)
         looks.run(x[100:])
-        made = W._sensitivity(walk, found, looks.thinned, held_out)
+        made = sensitivities(walk, found, looks.thinned, held_out)
     for i, k in itertools.product(range(2), (2, 4, 8, 12)):
         widths = [16, 16]
         widths[i] = k
