@@ -280,51 +280,62 @@ def document(report: Measured) -> str:
     wide = report["growth"][len(report["growth"]) // 2]["width"]
     return f"""# Benchmark
 
-Made by `make bench`, with random weights of the published shapes; {report["threads"]} threads,
+Made by `make bench`, on networks of the published shapes with random weights. {report["threads"]} threads,
 {report["processor"]}, PyTorch {report["versions"]["torch"]}.
+Every time stands beside that of something else, measured in the same run.
 
 ## Merging
 
-`decompose` and `rebuild` (median of runs after one to warm up), l1-norm, half of every unit's neurons, against the same by
-a loop over neurons in NumPy (experiments/literal.py, run once), both checked to give the same. *Of the product*: of the time of
-the one large thing that the formulas ask for, the float64 matrix product of kept and dropped neurons. Memory: the most held
-meanwhile, over that of all weights.
+Half of every unit's neurons are dropped, by l1-norm. A *unit* is a layer that loses neurons, with the layer that reads them.
+
+- *decompose + rebuild*: from the network to the smaller one. The median of several runs, after one to warm up.
+- *literal loop*: the same result by a loop over neurons in NumPy (experiments/literal.py), run once. Both are checked to agree.
+  *Ratio*: how much longer the loop takes.
+- *of the product*: the time as a multiple of one float64 matrix product of kept and dropped neurons. The formulas cannot do
+  without it.
+- *memory of the weights*: the most memory held meanwhile, as a multiple of the network's weights.
 
 {markdown(["network", "compensation", "units", "decompose + rebuild s", *of_loop, *of_product], merged, 2)}
 
-A single layer with as many inputs as neurons, and a BatchNorm, merged:
+One layer by itself, with as many inputs as neurons and a BatchNorm, merged:
 
 {markdown(["width", "decompose + rebuild s", *of_loop, *of_product], grown, 0)}
 
 ![Seconds against width](figures/growth.png)
 
-Seconds grow with the power {slopes["ours"]:.2f} of the width, the loop's with {slopes["loop"]:.2f} (from width {wide} on);
-the work of the matrix product grows with the power 3, the layer itself with 2.
+Seconds grow with the power {slopes["ours"]:.2f} of the width, those of the loop with {slopes["loop"]:.2f}
+(from width {wide} on). The work of the matrix product grows with the power 3, the layer itself with 2.
 
 ## Restoration (ours)
 
-l2-norm, half of every unit's neurons, VGG-16 with the paper's widths; everything else at its default.
-Operations: matrix products and convolutions, the Cholesky factors not counted. The peak is that of a float32 matrix
-product of side 2048, {report["gemm_peak"] / 1e9:.0f} · 10⁹ operations a second in this run. Memory: the whole process.
+Half of every unit's neurons are dropped, by l2-norm; VGG-16 has the paper's widths. Everything else is at its default.
+
+- *probe s*: making the inputs up. *restore s*: restoration itself. Add the two.
+- *10⁹ operations*: those of matrix products and convolutions. Cholesky factors are not counted.
+- *of the GEMM peak*: operations per second, as a share of a float32 matrix product of side 2048, which did
+  {report["gemm_peak"] / 1e9:.0f} · 10⁹ in this run.
+- *peak memory*: of the whole process.
 
 {markdown(["network", "probe s", "restore s", "10⁹ operations", "of the GEMM peak", "peak memory MB"], restored)}
 
 ## What it buys
 
-The same widths. Left of parameters, MACs and file; latency of one image and throughput of batches of 64 (`--benchmark`:
-medians, both networks in turn), as the networks are, without fusing anything. Time falls less than MACs do where a layer is
-too small to keep the machine busy.
+The same widths. *Parameters*, *MACs* and *file* are the shares that are left. *Latency* is for one image, *images/s* for
+batches of 64: medians, both networks in turn (`--benchmark`). Nothing is fused. Small layers do not keep the machine busy, so
+time falls less than MACs do.
 
 {markdown(["network", "parameters", "MACs", "file", "latency ms", "smaller", "faster", "images/s", "smaller", "faster"], sizes)}
 
 ## Evaluation
 
-Images a second in float32, against the usual loop: a DataLoader with two workers, ToTensor, Normalize, batches of 128.
-Where it is more than 100 % of the peak, the network's own convolutions run faster than that of a matrix product.
+Images per second in float32. The *usual loop* is a DataLoader with two workers, ToTensor, Normalize and batches of 128. Above
+100 % of the peak, a network's convolutions run faster than the matrix product.
 
 {markdown(["network", "images", "usual loop, images/s", "ours", "ratio", "of the GEMM peak", both], evaluated)}
 
 ## Starting
+
+Seconds of a whole process.
 
 {markdown(["command", "s"], [[f"`{name}`", f"{taken:.2f}"] for name, taken in report["starting"].items()])}
 """

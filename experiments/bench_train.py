@@ -106,13 +106,14 @@ def document(report: dict[str, Any]) -> str:
     header = ["network", "usual loop, images/s", "trainer", "--compile", "fast recipe"]
     table = markdown([*header, *(f"{name}, ratio" for name in header[2:])], lines)
     precision = report["dtype"] or "float32 (no bfloat16 here)"
-    convolutions = ", wide 3 × 3 convolutions by Winograd's\nalgorithm (winograd.py)," if report["winograd"] else ""
+    winograd = ", wide 3 × 3 convolutions by Winograd's algorithm\n  (experiments/winograd.py),"
+    convolutions = winograd if report["winograd"] else ""
     return (
         "# Training speed\n\nMade by `make bench-train`: {batches} batches of {batch_size} on {device}, {threads} threads,"
-        " PyTorch {torch}.\n*Usual loop*: a DataLoader with two workers, in float32.\n"
-        "The trainer computes in {precision}{convolutions} and keeps the memory that it frees (memory.py).\n"
-        "*Trainer* and *--compile*: at full size, as the published recipe trains.\n"
-        "*Fast recipe*: over a whole training by it, which shows smaller images at first (not compiled).\n\n{table}\n"
+        " PyTorch {torch}.\n\n- *Usual loop*: a DataLoader with two workers, in float32.\n"
+        "- The trainer computes in {precision}{convolutions} and keeps the memory that it frees (neuron_merging/memory.py).\n"
+        "- *Trainer* and *--compile* see images at full size, as the published recipe does.\n"
+        "- *Fast recipe* is the rate over a whole training, which shows smaller images first (not compiled).\n\n{table}\n"
     ).format(**report, precision=precision, convolutions=convolutions, table=table)
 
 

@@ -35,22 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw it."""
     Parser(prog="python -m experiments.sketch", description=main.__doc__).parse_args(argv)
     figure, axis = plt.subplots(figsize=(9.6, 3.7), layout="constrained")
-    for y, name, color, stream in ((2.4, "teacher", BLUE, "r_t"), (0.6, "student", GREEN, "r_s")):
+    for y, name, color, stream in (
+        (2.4, "original, the teacher", BLUE, "r_t"),
+        (0.6, "smaller network, the student", GREEN, "r_s"),
+    ):
         label = f"{name} ({'all' if color == BLUE else 'kept'} neurons)"
-        axis.text(3.85, y + 0.4, label, color=color, fontsize=10)
+        axis.text(2.95, y + 0.4, label, color=color, fontsize=10)
         for x, text in ((2.2, "pruned layer"), (4.6, "BatchNorm, ReLU"), (7.0, "consumer")):
             box(axis, x, y, text, color)
         box(axis, 9.2, y, "+", color, 0.5)
         for start, end in ((1.0, 1.45), (2.95, 3.85), (5.35, 6.25), (7.75, 8.95), (9.45, 10.1)):
             arrow(axis, (start, y), (end, y), color)
         axis.plot([1.15, 1.15, 9.2, 9.2], [y, y - 0.5, y - 0.5, y - 0.28], color=color, linewidth=1)
-        axis.text(5.2, y - 0.47, f"stream ${stream}$", fontsize=8, color=color, va="bottom")
-    axis.text(0.35, 1.5, "probe X", ha="center", va="center", fontsize=10)
-    arrow(axis, (0.35, 1.7), (0.95, 2.35))
-    arrow(axis, (0.35, 1.3), (0.95, 0.65))
+        axis.text(5.2, y - 0.47, f"residual stream ${stream}$", fontsize=8, color=color, va="bottom")
+    axis.text(0.4, 1.5, "made-up\ninputs X", ha="center", va="center", fontsize=10)
+    arrow(axis, (0.35, 1.8), (0.95, 2.35))
+    arrow(axis, (0.35, 1.2), (0.95, 0.65))
     for x, text in (
-        (2.2, "fit on patches of the stream\nto what the kept neurons gave"),
-        (7.0, "fit on patches of the kept\nactivations to T + (r_t − r_s)/s"),
+        (2.2, "fitted on windows of its input\nto what the kept neurons gave"),
+        (7.0, "fitted on windows of the kept\nneurons to T + (r_t − r_s)/s"),
     ):
         arrow(axis, (x + 0.55, 2.12), (x + 0.55, 0.88), RED, "--")
         axis.text(x + 0.65, 1.42, text.replace("r_t − r_s", "$r_t - r_s$"), color=RED, fontsize=8, va="center")

@@ -1,5 +1,6 @@
-"""Tables from result rows: results/TABLES.md, the README's results section and the figures; `--check` only compares."""
+"""Tables from result rows: results/TABLES.md, two tables of the README, and the figures; `--check` only compares."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,16 @@ from neuron_merging.files import write_text
 TABLES = rows.RESULTS / "TABLES.md"
 FIGURES = rows.RESULTS / "figures"
 README = rows.RESULTS.parent / "README.md"
+BENCH = rows.RESULTS / "bench.json"
 BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
-CHECKPOINTS = {"authors'": "the one that the paper's authors published", "ours": "the one in `pretrained/`"}
+BEGIN_COSTS, END_COSTS = "<!-- costs: made by `make tables` -->", "<!-- end of costs -->"
+CHECKPOINTS = {"authors'": "the file that the paper's authors published", "ours": "the file in `pretrained/`"}
+IN_README = {  # the ratios that the README shows of a network; None: the paper's widths, which have no ratio
+    "LeNet_300_100": (0.5, 0.8),
+    "VGG": (None, 0.3),
+    "ResNet": (0.3, 0.5),
+    "WideResNet": (0.3, 0.5),
+}
 
 
 def checkpoint(row: Row) -> str | None:
@@ -65,56 +74,112 @@ def full_table(measured: Sequence[Row]) -> str:
     return markdown(header, lines, right_from=3)
 
 
-COLUMNS = {  # of the README's tables: type, and how the widths were found (beside what the paper has)
+COLUMNS = {  # of the short tables: type, and how the widths were found
     "prune": ("prune", "uniform"),
     "merge": ("merge", "uniform"),
     "restore (ours)": ("restore", "uniform"),
     "restore, chosen widths (ours)": ("restore", "auto"),
 }
+Line = tuple[str, str, float | None, str]
+"""Of a short table: its label, and the criterion, ratio and rule for widths (uniform or published) of its rows."""
+
+
+def lines_of(grid: Grid) -> list[Line]:
+    """The lines of a network's short table: one for every ratio.
+
+    A network whose widths the paper fixes has one for every criterion instead, and then one for every uniform ratio.
+    """
+    if not grid.fixed:
+        return [(rows.percent(ratio), grid.criterion, ratio, "published") for ratio in grid.ratios]
+    lines: list[Line] = [(name, name, None, "published") for name in CRITERIA]
+    for ratio in grid.uniform_ratios:
+        lines.append((f"{grid.criterion}, {rows.percent(ratio)} of every layer", grid.criterion, ratio, "uniform"))
+    return lines
+
+
+def rows_of(measured: Sequence[Row], column: str, line: Line) -> list[Row]:
+    """The rows (one for every seed) behind a cell of a short table."""
+    kind, rule = COLUMNS[column]
+    _, criterion, ratio, uniform = line
+    return [
+        row for row in measured
+        if (row["type"], row["criterion"], row["ratio"]) == (kind, criterion, ratio)
+        and row["widths_rule"] == (uniform if rule == "uniform" else rule)
+        and not (row.get("calibrate") or row.get("budget") or row.get("drop_blocks"))
+    ]  # fmt: skip
+
+
+def papers_number(found: Sequence[Row]) -> str:
+    """What the paper has for the rows of a cell; nothing where it has nothing."""
+    number = rows.published().get(rows.published_key(found[0])) if found else None
+    return "" if number is None else f"{number:.2f}"
 
 
 def short_table(grid: Grid, measured: Sequence[Row]) -> str:
-    """The README's table of one network and checkpoint: published beside measured, then what is ours; a line for every ratio.
-
-    A network whose widths the paper fixes has a line for every criterion instead, and then one for every uniform ratio.
-    """
-    paper = rows.published()
+    """One network and checkpoint: published accuracy beside the measured one, then what is ours; lines as of `lines_of`."""
     original = next(row for row in measured if row["type"] == "original")
-    criterion = grid.criterion
-    if grid.fixed:
-        cells = [(name, name, None, "published") for name in CRITERIA]
-        cells += [
-            (f"{criterion}, {rows.percent(ratio)} of every layer", criterion, ratio, "uniform")
-            for ratio in grid.uniform_ratios
-        ]
-    else:
-        cells = [(rows.percent(ratio), criterion, ratio, "published") for ratio in grid.ratios]
     lines: dict[str, dict[str, str]] = {}
-    for label, criterion, ratio, given in cells:
-        line = lines.setdefault(label, {})
-        for column, (kind, rule) in COLUMNS.items():
-            found = [
-                row for row in measured
-                if (row["type"], row["criterion"], row["ratio"]) == (kind, criterion, ratio)
-                and row["widths_rule"] == (given if rule == "uniform" else rule)
-                and not (row.get("calibrate") or row.get("budget") or row.get("drop_blocks"))
-            ]  # fmt: skip
-            line[column] = beyond.cell(found)
-            if found and rows.published_key(found[0]) in paper:
-                line[f"{column}: paper"] = f"{paper[rows.published_key(found[0])]:.2f}"
-    lines = {label: line for label, line in lines.items() if any(line.values())}
+    for line in lines_of(grid):
+        cells = {}
+        for column in COLUMNS:
+            found = rows_of(measured, column, line)
+            cells |= {f"{column}: paper": papers_number(found), column: beyond.cell(found)}
+        if any(cells.values()):
+            lines[line[0]] = cells
     header = [c for name in COLUMNS for c in (f"{name}: paper", name) if any(line.get(c) for line in lines.values())]
     header = header or ["measured"]  # nothing else is, yet
-    known = paper.get(rows.published_key(original))
+    known = papers_number([original])
     beside = any(name.endswith(": paper") for name in header)
-    baseline = "original" if known is None or beside else f"original (paper: {known:.2f})"
-    theirs, own = "" if known is None else f"{known:.2f}", f"{original['accuracy']:.2f}"
-    first = {name: theirs if name.endswith(": paper") else own for name in header}
-    table = {baseline: first} | lines
+    baseline = f"original (paper: {known})" if known and not beside else "original"
+    own = f"{original['accuracy']:.2f}"
+    first = {name: known if name.endswith(": paper") else own for name in header}
     title = "criterion" if grid.fixed else "dropped"
+    table = {baseline: first} | lines
     return markdown(
         [title, *header], [[label, *(line.get(name, "") for name in header)] for label, line in table.items()]
     )
+
+
+def readme_lines(grid: Grid, measured: Sequence[Row], whose: str) -> list[list[str]]:
+    """The README's lines for one network and checkpoint, and the paper's numbers at their end."""
+    original = next(row for row in measured if row["type"] == "original")
+    name = f"{grid.title.split()[0]}, {whose}"
+    table = []
+    for line in lines_of(grid):
+        if line[1] != grid.criterion or line[2] not in IN_README[grid.arch]:
+            continue
+        found = {column: rows_of(measured, column, line) for column in COLUMNS}
+        numbers = [papers_number(of) or "–" for of in ([original], found["prune"], found["merge"])]
+        paper = "" if set(numbers) == {"–"} else " / ".join(numbers)
+        dropped = "the paper's widths" if line[2] is None else rows.percent(line[2])
+        cells = [beyond.cell(of) for of in found.values()]
+        if any(cells):
+            table.append([name, dropped, f"{original['accuracy']:.2f}", *cells, paper])
+    return table
+
+
+def costs(by_grid: dict[Grid, list[Row]]) -> str:
+    """The README's table of seconds and memory: from the benchmark, and from the rows for the choice of widths."""
+    report = json.loads(BENCH.read_text(encoding="utf-8"))
+    lines = []
+    for grid, measured in by_grid.items():
+        network = grid.title.split()[0]
+        merged, restored, bought = (
+            next((m for m in report[part] if m["network"] == network and m.get("kind", "merge") == "merge"), None)
+            for part in ("merging", "restoration", "bought")
+        )
+        if not (merged and restored and bought):
+            continue
+        chosen_rows = [row for row in ours(measured) if (row["type"], chosen.rule(grid, row)) == ("restore", "auto")]
+        rates = [bought[name]["images_per_second"] for name in ("smaller", "original")]
+        taken = restored["probe"] + restored["restore"]
+        lines.append(
+            [network, f"{1000 * merged['ours']:.0f} ms", f"{taken:.1f} s",
+             "" if restored["peak_mb"] is None else f"{restored['peak_mb'] / 1000:.1f} GB",
+             f"{beyond.seconds(chosen_rows, 'seconds_widths')} s", f"{rates[0] / rates[1]:.2f} ×"]
+        )  # fmt: skip
+    header = ["network", "`merge`", "`restore`", "memory of `restore`", "choosing widths", "speed of the result"]
+    return markdown(header, lines) + "\n"
 
 
 def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
@@ -138,38 +203,46 @@ INTRODUCTION = """# Results
 
 Made by `make tables` from `rows.jsonl` and `published.csv`; never edited by hand.
 
-Accuracy on the test set in %, without fine-tuning. `merge` is the published form of the method, `merge-derived` the form
-that follows from the formulas (ours). The tables *beyond the paper* have `restore` (ours), `lbyl` and `fold` (other
-people's; fold's clusters have no criterion) at the same kept widths; whatever looked at real images says so. The tables
-*widths chosen without data* (ours) compare widths from `--widths auto` with uniform ones of at least as many parameters and
-MACs (*at most*: the largest of all compensations and seeds); *neurons too*: and those kept that explain most
-(`--criterion auto`); *blocks may go*: and whole residual blocks may be left out (`--drop-blocks`). Where there is a ±, it is
-half the range of three seeds. A cell is empty where nothing was measured: rivals have one criterion a network. Without
-BatchNorm (LeNet) `prune-bn`, `merge-bn` and `merge-derived` are the same as `prune` and `merge`. Seconds are medians over
-the seeds, on the machine that measured: of restoration with its probe; of the choice of widths, which serves all budgets of a
-network, and of that and restoration together. The first row of a run includes what PyTorch needs to start. A row is not
-measured again when the code gets faster: how fast it is today, `make bench` says (BENCH.md).
+Every accuracy is in %, on the test set, without fine-tuning. For every network there are up to four kinds of tables:
+
+- **In short**: the paper's number beside the measured one, and beside both what is ours.
+- **The paper's methods**: every criterion and ratio. `merge` is the published form of the method. `merge-derived` (ours) is the
+  form that follows from its formulas.
+- **Beyond the paper**: `restore` (ours), and `lbyl` and `fold` from other papers, with the same number of neurons in every
+  layer. `fold` averages clusters of neurons, so no criterion selects its neurons. Columns with *512 images* looked at real,
+  unlabelled training images.
+- **Widths chosen without data** (ours): `--widths auto` against uniform widths, which have at least as many parameters and
+  MACs. *At most* is the largest size in that line. *Neurons too* also chooses which neurons stay (`--criterion auto`). *Blocks
+  may go* also lets the choice leave out residual blocks (`--drop-blocks`).
+
+How to read them:
+
+- *a ± b* is the mean of three seeds and half of their range.
+- An empty cell was not measured. `lbyl`, `fold` and the columns with images are measured for one criterion of each network.
+- LeNet has no BatchNorm: there `prune-bn`, `merge-bn` and `merge-derived` are the same as `prune` and `merge`.
+- Seconds are medians over the seeds, on the machine that measured. Those of `restore` include making its inputs up; one choice
+  of widths serves all budgets of a network. The first row of a run includes the time that PyTorch needs to start. A row is not
+  measured again when the code gets faster: today's speed is in [BENCH.md](BENCH.md).
 """
 
 
 def documents(everything: Sequence[Row]) -> dict[Path, str]:
-    """What TABLES.md and README.md have to say."""
+    """The text of TABLES.md and of README.md."""
     by_grid = {grid: measured for grid in GRIDS.values() if (measured := of_grid(grid, everything))}
     versions = {row["versions"]["torch"] for measured in by_grid.values() for row in measured}
-    tables = [INTRODUCTION, *(f"- checkpoint *{name}*: {what}" for name, what in CHECKPOINTS.items())]
-    tables += [f"- PyTorch {' and '.join(sorted(versions))}", ""]
-    summary = []
+    tables = [INTRODUCTION, *(f"- Checkpoint *{name}*: {what}." for name, what in CHECKPOINTS.items())]
+    tables += [f"- Measured with PyTorch {' and '.join(sorted(versions))}.", ""]
+    summary: list[list[str]] = []
     for grid, measured in by_grid.items():
-        tables += [f"## {grid.title}", "", full_table(papers(measured)), ""]
+        tables += [f"## {grid.title}", ""]
         by_checkpoint = {name: [row for row in measured if checkpoint(row) == name] for name in CHECKPOINTS}
         for name, of_checkpoint in by_checkpoint.items():
             if any(row["type"] == "original" for row in of_checkpoint):
                 about = "the paper's widths and uniform ones" if grid.fixed else grid.criterion
-                title = f"**{grid.title}**, {about}, {name.replace('ours', 'our')} checkpoint (accuracy in %)"
-                summary += [title, "", short_table(grid, of_checkpoint), ""]
-        figures = drawn(grid, measured)
-        for name in [name for name in figures if name.endswith("_beyond")] or list(figures)[:1]:
-            summary += [f"![{figures[name]}](results/figures/{name}.png)", ""]
+                tables += [f"### In short: {grid.title}, {about}, checkpoint *{name}*", ""]
+                tables += [short_table(grid, of_checkpoint), ""]
+                summary += readme_lines(grid, of_checkpoint, name)
+        tables += [f"### The paper's methods: {grid.title}", "", full_table(papers(measured)), ""]
         for name, of_checkpoint in by_checkpoint.items():
             found = {"Beyond the paper": beyond, f"Widths chosen without data, {grid.criterion}": chosen}
             for title, module in found.items():
@@ -177,9 +250,13 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
                 if lines:
                     text = markdown(header, lines, 2 if module is beyond else 1)
                     tables += [f"### {title}: {grid.title}, checkpoint *{name}*", "", text, ""]
-        for name, title in figures.items():
+        for name, title in drawn(grid, measured).items():
             tables += [f"![{title}](figures/{name}.png)", ""]
-    return {TABLES: "\n".join(tables), README: replaced(README, BEGIN, END, "\n".join(summary))}
+    header = ["network, checkpoint", "dropped", "original", *COLUMNS, "paper: original / prune / merge"]
+    readme = README.read_text(encoding="utf-8")
+    readme = replaced(readme, README, BEGIN, END, markdown(header, summary, 2) + "\n")
+    readme = replaced(readme, README, BEGIN_COSTS, END_COSTS, costs(by_grid))
+    return {TABLES: "\n".join(tables), README: readme}
 
 
 def drawn(grid: Grid, measured: Sequence[Row]) -> dict[str, str]:
@@ -212,9 +289,8 @@ def draw(grid: Grid, measured: Sequence[Row]) -> None:
         work[name.removeprefix(grid.figure)]([FIGURES / f"{name}.{ending}" for ending in ("png", "svg")])
 
 
-def replaced(path: Path, begin: str, end: str, content: str) -> str:
-    """The text of a file with what stands between two marker lines replaced. Raises NeuronMergingError without them."""
-    text = path.read_text(encoding="utf-8")
+def replaced(text: str, path: Path, begin: str, end: str, content: str) -> str:
+    """The text of `path` with what stands between two marker lines replaced. Raises NeuronMergingError without them."""
     if begin not in text or end not in text:
         raise NeuronMergingError(f"{path.name} has lost the lines {begin} and {end}")
     return f"{text.split(begin)[0]}{begin}\n{content}{end}{text.split(end)[1]}"

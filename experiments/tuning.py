@@ -209,17 +209,32 @@ def documents(measured: Sequence[Row]) -> dict[Path, str]:
     current = {key(row) for row in wanted()}  # the others are of another checkpoint, or of settings that are no more
     measured = [row for row in measured if key(row) in current]
     ablation = table(measured, list(ABLATIONS))
-    tables = (
-        "# How the settings of restoration and of the choice of widths were chosen\n\nMade by `make tuning` from `rows.jsonl`."
-        f" Accuracy in % on {IMAGES:,} *training* images, mean of {len(SEEDS)} probe\nseeds ± half the range;"
-        " one change at a time against the first line. ResNet-20 (l2-norm) never saw these images;\nLeNet-300-100"
-        f" (l1-norm) was trained on them.\n\n## Ablation\n\n{ablation}\n\n## Settings\n\nDead leaves are what ResNet-20 has in"
-        " the first line too, white noise what LeNet-300-100 has: what differs is rounding, on\nanother machine."
-        f"\n\n{table(measured, list(SWEEP))}\n"
-        "\n## Widths\n\nChosen ones have no more parameters and MACs than uniform ones.\n\n"
-        f"{table(measured, [AS_IT_IS, *WIDTHS])}\n"
-    )
-    return {FOLDER / "TABLES.md": tables, DOCS: replaced(DOCS, BEGIN, END, f"{ablation}\n")}
+    tables = f"""# How settings were chosen
+
+Made by `make tuning` from `rows.jsonl`, for restoration and the choice of widths. Accuracy in % on {IMAGES:,} *training*
+images: the mean of {len(SEEDS)} seeds ± half of their range. ResNet-20 (l2-norm) never saw these images; LeNet-300-100
+(l1-norm) was trained on them. Every line changes one thing of the first line of the first table.
+[docs/restore.md](../../docs/restore.md) and [docs/widths.md](../../docs/widths.md) explain what the lines change.
+
+## One part left out
+
+{ablation}
+
+## Other settings
+
+ResNet-20 sees dead leaves in the first line too, LeNet-300-100 white noise: their lines here differ from it by rounding on
+another machine only.
+
+{table(measured, list(SWEEP))}
+
+## Widths
+
+Chosen widths have at most the parameters and MACs of uniform ones.
+
+{table(measured, [AS_IT_IS, *WIDTHS])}
+"""
+    docs = replaced(DOCS.read_text(encoding="utf-8"), DOCS, BEGIN, END, f"{ablation}\n")
+    return {FOLDER / "TABLES.md": tables, DOCS: docs}
 
 
 @command

@@ -44,12 +44,19 @@ LARGEST = 1e9  # parameters; the largest of torchvision's, 645 M, takes 16 GB of
 
 INTRODUCTION = f"""# torchvision's networks, made smaller
 
-Made by `make zoo` from `zoo/rows.jsonl`. Random weights, small inputs; of every unit's neurons and every stream's channels
-{RATIO:.0%} are dropped (`coupled=True`). A cell: the share of the parameters that is left, and the seconds; *no*: a merge does
-not pass what is between (the rows have the reason); **wrong**: outputs of another shape or not finite, no fewer parameters, or
-a network that was not left as it was. *error at 0 %*: the largest change of an output when nothing is dropped, the worst of
-the three; *error of twins*: when half of all channels are twins and merging, or restoration, drops those; all relative to the
-largest output."""
+Made by `make zoo` from `zoo/rows.jsonl`. It shows what can be dropped in networks that this project was not written for. The
+weights are random, so there are no accuracies. Inputs are small.
+
+- {RATIO:.0%} of the neurons of every *unit* and of the channels of every *stream* are dropped (`coupled=True`). A unit is a
+  layer with the one layer that reads its neurons. A stream is channels that several layers write or read.
+- *Left out*: layers that stay whole; the reasons are counted at the end.
+- *prune, merge, restore*: the share of the parameters that is left, and the seconds. **Wrong** would mean: outputs of another
+  shape or not finite, no fewer parameters, or an original that was changed. *No*: merging cannot pass an operation in
+  between (the rows have the reason).
+- *Error at 0 %*: the largest change of an output when nothing is dropped, of the three methods. Errors are shares of the
+  largest output.
+- *Error of twins*: half of all channels are made copies of others, and merging or restoration drops the copies. Nothing should
+  change."""
 
 
 def networks() -> list[str]:

@@ -139,16 +139,19 @@ def test_tables_and_figures_are_written_where_they_belong(tmp_path, monkeypatch)
     monkeypatch.setattr(tables, "GRIDS", {"lenet": GRIDS["lenet"]})
     for name, place in (("TABLES", "TABLES.md"), ("README", "README.md"), ("FIGURES", "figures")):
         monkeypatch.setattr(tables, name, tmp_path / place)
-    tables.README.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    marks = [tables.BEGIN, tables.END, tables.BEGIN_COSTS, tables.END_COSTS]
+    tables.README.write_text("before\n{}\nold\n{}\nafter\n{}\nold\n{}\nend\n".format(*marks))
     assert tables.main([]) == tables.main(["--check"]) == 0
-    before, between, after = re.split(f"{re.escape(tables.BEGIN)}|{re.escape(tables.END)}", tables.README.read_text())
-    assert (before, after) == ("before\n", "\nafter\n")
-    assert "old" not in between and "**LeNet-300-100 on FashionMNIST**" in between and "VGG" not in between
-    assert "88.69" in between and "88.69" in tables.TABLES.read_text()  # merge, half of the neurons, as in the paper
+    parts = re.split("|".join(map(re.escape, marks)), tables.README.read_text())
+    assert parts[::2] == ["before\n", "\nafter\n", "\nend\n"]
+    results, costs = parts[1::2]
+    for between in (results, costs):
+        assert "old" not in between and "| LeNet-300-100" in between and "VGG" not in between
+    assert "88.69" in results and "88.69" in tables.TABLES.read_text()  # merge, half of the neurons, as in the paper
     names = {f"LeNet_300_100_FashionMNIST{of}" for of in ("", "_beyond", "_size", "_widths")}
     assert {path.name for path in tables.FIGURES.iterdir()} == {f"{n}.{end}" for n in names for end in ("png", "svg")}
     assert all(path.stat().st_size > 5000 for path in tables.FIGURES.iterdir())
-    shown = re.findall(r"\((?:results/)?figures/(\w+)\.png\)", between + tables.TABLES.read_text())
+    shown = re.findall(r"\(figures/(\w+)\.png\)", tables.TABLES.read_text())
     assert set(shown) == names
 
 
@@ -305,6 +308,7 @@ def test_the_demo_prints_published_beside_measured_and_draws(tmp_path, monkeypat
         (row["type"], row["criterion"], row["ratio"]): row["accuracy"] for row in rows.load(tmp_path / "rows.jsonl")
     }
     assert float(by_ratio["70"][5]) == measured["merge", "l1-norm", 0.7] > measured["prune", "l1-norm", 0.7]
+    assert float(by_ratio["80"][6]) > 80 > float(by_ratio["80"][5])  # restoration, where a training's chance decides
     assert (tmp_path / "LeNet_300_100_FashionMNIST.png").stat().st_size > 10_000
 
 
@@ -400,6 +404,26 @@ def test_choices_of_widths_are_listed_once_and_find_their_column(name):
     assert len({rows.key(about | {"checkpoint_sha256": ""}) for about in listed}) == len(listed)
     rules = {chosen.rule(grid, about) for about in listed}
     assert rules == set(chosen.RULES) - (set() if grid.blocks else {"auto, blocks may go"})
+
+
+def test_every_number_of_the_readme_s_tables_is_a_row_s_or_the_benchmark_s():
+    """A line for every network, checkpoint and ratio of `IN_README`; the paper's numbers beside."""
+    readme = tables.documents(rows.load())[tables.README]
+    results = readme.split(tables.BEGIN)[1].split(tables.END)[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines() if line[:2] == "| "][2:]
+    assert [cell[:2] for cell in cells[:2]] == [
+        ["LeNet-300-100, authors'", "50 %"],
+        ["LeNet-300-100, authors'", "80 %"],
+    ]
+    assert cells[1][2:5] == ["89.80", "66.76", "80.02"] and cells[1][-1] == "89.80 / 66.76 / 80.02"
+    assert len(cells) == sum(map(len, tables.IN_README.values())) + len(tables.IN_README["LeNet_300_100"])
+    accuracies = [row["accuracy"] for row in rows.load()]
+    for line in cells:
+        assert all(float(number) in accuracies for number in line[2:5])
+    measured = json.loads(tables.BENCH.read_text())
+    costs = readme.split(tables.BEGIN_COSTS)[1].split(tables.END_COSTS)[0]
+    for found in measured["restoration"]:
+        assert f"| {found['network']} |" in costs and f"| {found['probe'] + found['restore']:.1f} s |" in costs
 
 
 def test_a_table_of_published_widths_has_uniform_ones_below():
