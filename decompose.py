@@ -45,11 +45,24 @@ class Neurons:
 
     W: [N, D] float64, a neuron or flattened filter a row; without BatchNorm the bias is appended as the last column.
     bn: the BatchNorm behind the layer (a bias of the layer is part of its μ), or None. relu: a ReLU follows.
+    biased: whether the last column of W is a bias.
     """
 
     W: Tensor
     bn: BatchNorm | None
     relu: bool
+    biased: bool = False
+
+    @property
+    def constants(self) -> Tensor:
+        """What neurons give that are the same for every input, by a filter of zeros or γ = 0: [N], NaN for the others."""
+        filters = self.W[:, :-1] if self.biased else self.W
+        constant = (filters == 0).all(1)
+        z = self.W[:, -1] if self.biased else torch.zeros_like(self.W[:, 0])
+        if self.bn is not None:
+            constant |= self.bn.gamma == 0
+            z = self.bn.beta - self.bn.gain * self.bn.mu  # with γ = 0 just β
+        return torch.where(constant, z.relu() if self.relu else z, torch.nan)
 
 
 @dataclass(frozen=True)

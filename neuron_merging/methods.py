@@ -13,7 +13,7 @@ from neuron_merging.decompose import COMPENSATIONS, Decomposition, Neurons, prun
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.streams import Stream, apart
 from neuron_merging.graph.tracing import Unit
-from neuron_merging.network import check_compensation, compensate, read, rebuild
+from neuron_merging.network import check_compensation, compensate, read, rebuild, with_constants
 from neuron_merging.restore import Options, restore
 
 Units = Sequence[Unit | Stream]
@@ -77,7 +77,7 @@ def _compensated(
 
 
 def _layer_compensated(name: str, neurons: Neurons, keep: Tensor, config: ShrinkConfig) -> Decomposition:
-    return COMPENSATIONS[name](neurons, keep, t=config.threshold, lam=config.lamda)
+    return with_constants(COMPENSATIONS[name](neurons, keep, t=config.threshold, lam=config.lamda), neurons)
 
 
 def _restored(

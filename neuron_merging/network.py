@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from neuron_merging import blocks
-from neuron_merging.decompose import COMPENSATIONS, CRITERIA, BatchNorm, Decomposition, Neurons, absorb, select
+from neuron_merging.decompose import (
+    COMPENSATIONS,
+    CRITERIA,
+    BatchNorm,
+    Decomposition,
+    Neurons,
+    absorb,
+    dropped,
+    prune,
+    ranked,
+)
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.tracing import CONVS, Unit
 
@@ -26,9 +36,9 @@ def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], crite
     _check_number(units, widths)
 
     def one(unit: Unit, P: int) -> Tensor:
-        W = read(model, unit).W
-        check_width(unit.layer, P, len(W), least=0 if unit.branch else 1)
-        return select(W, P, criterion)
+        neurons = read(model, unit)
+        check_width(unit.layer, P, len(neurons.W), least=0 if unit.branch else 1)
+        return order(neurons, criterion)[:P].sort().values
 
     return [one(unit, P) for unit, P in zip(units, widths)]
 
@@ -52,10 +62,36 @@ def compensate(
     check_compensation(units, compensation)
 
     def one(unit: Unit, kept: Tensor) -> Decomposition:
-        form = compensation if len(kept) else "prune"  # or nobody is left to merge with
-        return COMPENSATIONS[form](read(model, unit), kept, t=t, lam=lam)
+        neurons = read(model, unit)
+        if not len(kept):  # nobody is left to merge with
+            return prune(neurons, kept, t=t, lam=lam)
+        part = COMPENSATIONS[compensation](neurons, kept, t=t, lam=lam)
+        return part if unit.activation else with_constants(part, neurons)
 
     return [one(unit, kept) for unit, kept in zip(units, keep)]
+
+
+def order(neurons: Neurons, criterion: str) -> Tensor:
+    """Indices [N], the neurons that the criterion keeps longest first; those that are constant come last."""
+    scores = CRITERIA[criterion](neurons.W)
+    return ranked(scores.where(neurons.constants.isnan(), -1))
+
+
+def with_constants(part: Decomposition, neurons: Neurons) -> Decomposition:
+    """The decomposition in which dropped neurons that are constant become a shift, which the next layer absorbs.
+
+    Exact but for borders that the next layer pads with zeros, where it sees 0 instead of the constant.
+    """
+    dead = dropped(neurons.W, part.keep)
+    constants = neurons.constants[dead]
+    dead, constants = dead[~constants.isnan()], constants[~constants.isnan()]
+    if not constants.any():
+        return part
+    Z = part.Z.clone()
+    Z[:, dead] = 0
+    shift = torch.zeros_like(Z[0]) if part.shift is None else part.shift.clone()
+    shift[dead] = constants
+    return Decomposition(part.keep, Z, shift)
 
 
 def decompose(
@@ -110,7 +146,9 @@ def neurons(
     W = layer.weight.detach().flatten(1).double()
     bias = W.new_zeros(len(W)) if layer.bias is None else layer.bias.detach().double()
     if bn is None:
-        return Neurons(W if layer.bias is None else torch.cat([W, bias[:, None]], 1), None, relu)
+        if layer.bias is None:
+            return Neurons(W, None, relu)
+        return Neurons(torch.cat([W, bias[:, None]], 1), None, relu, biased=True)
     norm = batchnorm(model.get_submodule(bn), part)
     check_finite(bn, norm.gamma, norm.beta, norm.mu, norm.var)
     return Neurons(W, replace(norm, mu=norm.mu - bias), relu)

@@ -22,6 +22,7 @@ from neuron_merging.counting import count_macs, dtype
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.tracing import CONVS, DROPOUT, NORMS, Tracer, addition, computes_as
 
+ROUNDING = 1e-12  # of a channel's squared mean: a variance below it is that of a constant
 EXACT = 2 * 10**8  # multiply-accumulates that float64 does in no time
 
 
@@ -113,8 +114,10 @@ class Walk:
         mean, var = y.new_zeros(y.shape[1]), y.new_ones(y.shape[1])
         F.batch_norm(y, mean, var, training=True, momentum=1.0)  # on CPUs many times faster than torch.var_mean
         var *= 1 - y.shape[1] / y.numel()  # of the values themselves, not an estimate from them
-        dead = bn.running_var < 1e-8
-        self.statistics[name] = bn.running_mean.where(dead, mean), bn.running_var.where(dead, var)
+        # Constant channels stay what they are. ε scales with the variance, so that exact multiples stay exact multiples.
+        dead = (bn.running_var < 1e-8) | (var <= ROUNDING * mean.pow(2)) | (var == 0)
+        scaled = var * (1 + bn.eps / bn.running_var) - bn.eps
+        self.statistics[name] = bn.running_mean.where(dead, mean), bn.running_var.where(dead, scaled)
 
     def normalise(self, name: str, y: Tensor) -> Tensor:
         """What the BatchNorm `name` makes of y on the probe."""

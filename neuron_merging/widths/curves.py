@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from neuron_merging.decompose import CRITERIA, Decomposition, Neurons, ranked
+from neuron_merging.decompose import Decomposition, Neurons
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.interpreter import Walk, steps, walk_through
 from neuron_merging.graph.tracing import Unit
 from neuron_merging.linalg import channel, matrix, rows
+from neuron_merging.network import order as kept_order
 from neuron_merging.network import read
 from neuron_merging.widths.consumer import Consumer, Thinned, absorbed, columns_by_neuron, computed_widths
 from neuron_merging.widths.output import Output, in_walk_precision, sensitivities
@@ -135,7 +136,7 @@ class _Measuring:
         self.variance[i] = float(slope.pow(2) @ variances(y, layer))
         U, _ = rows(layer, x, y)
         seen = Consumer(U, matrix(layer).double(), slope, columns_by_neuron(layer, N), self.ridge)
-        order = seen.greedy() if self.criterion == "auto" else ranked(CRITERIA[self.criterion](neurons.W))
+        order = seen.greedy() if self.criterion == "auto" else kept_order(neurons, self.criterion)
         measured = sorted({round(share * N) for share in MEASURED})
         if self.decompose is None:
             error, thinned = seen.regressed(order, measured)
