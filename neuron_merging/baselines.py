@@ -1,4 +1,4 @@
-"""Rivals of merging and restoration, for comparison: other people's compensations, with the same kept widths.
+"""Other people's compensations, to compare with: they keep as many neurons as merging and restoration do.
 
 lbyl: every dropped filter as a ridge combination of all kept ones ("Look before you leap", arXiv 2502.08474).
 fold: filters clustered, each cluster one filter, with a data-free repair of its variance (arXiv 2502.10216).
@@ -30,7 +30,7 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
     For filter p with X = W[keep]ᵀ, y = w_p and g = γ_p/σ_p:
         α = (XᵀX + λ₁ g² a aᵀ + λ₂ diag(k²))⁻¹ (Xᵀy + λ₁ g (g μ_p − β_p) a)
     with a_j = μ_j − σ_j β_j / γ_j and k_j = (γ_p/γ_j)(σ_j/σ_p), and Z[:, p] = k ∘ α. Without BatchNorm a = 0, k = 1.
-    Kept filters that their BatchNorm makes nothing of (γ_j = 0) have no part in it; λ₂ k² is a little above 0 everywhere.
+    Kept filters with γ_j = 0 are left out of the combination; λ₂ k² is kept a little above 0.
     """
     W, N = neurons.W, len(neurons.W)
     drop = dropped(W, keep)
@@ -41,7 +41,7 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
     if neurons.bn is not None:
         gamma, beta, mu, _, sigma = neurons.bn.of(keep)
         usable = gamma.abs() > 1e-6
-        X = X * usable[:, None]  # a filter that the BatchNorm makes nothing of stands in for nobody
+        X = X * usable[:, None]
         a = torch.where(usable, mu - sigma * beta / gamma, 0)
         gamma_p, beta_p, mu_p, _, sigma_p = neurons.bn.of(drop)
         g, b = gamma_p / sigma_p, gamma_p * mu_p / sigma_p - beta_p  # [Q]

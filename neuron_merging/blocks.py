@@ -1,4 +1,4 @@
-"""Dropping whole residual blocks (ours): a branch that has lost all its neurons is a constant added to the stream."""
+"""Dropping whole residual blocks (ours): a branch without neurons only adds a constant."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from neuron_merging.graph.tracing import CONVS, Unit, put_module
 
 
 class _Sized(nn.Module):
-    """Something in the place of a convolution or linear layer, with outputs of the same size."""
+    """Stands in the place of a convolution or linear layer; its outputs have the same size."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class _Sized(nn.Module):
 
 
 class Silence(_Sized):
-    """A layer without neurons: a single channel of zeros, so that what comes behind it has something to work on."""
+    """A layer without neurons. It gives a single channel of zeros, so that what follows can run."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, …] → [B, 1, …], or [B, …, 1]"""
@@ -48,7 +48,7 @@ class Constant(_Sized):
 
 @torch.no_grad()
 def drop(model: nn.Module, unit: Unit) -> None:
-    """Put what a unit's branch gives when none of its neurons fires, a constant, in its place, in `model` itself."""
+    """Replace a unit's branch, in `model` itself, by the constant that it gives when all its neurons give 0."""
     consumer = model.get_submodule(unit.next)
     value = consumer.weight.new_zeros(len(consumer.weight)) if consumer.bias is None else consumer.bias.detach().clone()
     if unit.next_bn is not None:

@@ -70,8 +70,8 @@ def _written(
 class _Way:
     """What followers do to channels.
 
-    gain [N]: by how much each is scaled. scale [P, Q]: by what a kept channel m is to be multiplied to be the dropped n, 0
-    where that is not positive all the way. alike [P, Q]: 1 where every follower does to n what it does to m, but for a scale.
+    gain [N]: the factor of each channel. scale [P, Q]: the factor that turns a kept channel m into the dropped n, 0 where it is
+    not positive along the whole path. alike [P, Q]: 1 where every follower treats n as it treats m, up to a factor.
     """
 
     gain: Tensor
@@ -80,10 +80,10 @@ class _Way:
 
 
 def _way(model: nn.Module, places: Sequence[Place], strength: Tensor, keep: Tensor, drop: Tensor) -> _Way:
-    """The way of channels, of this strength [N] where it begins, through `places`.
+    """What the followers at `places` do to channels that have this strength [N] in front of them.
 
-    A follower treats two channels as alike as the cosine of (strength, constant) behind it says: a positive multiple has its
-    constant multiplied too. A depthwise convolution scales by the norm of its filters, and is as alike as their cosine as well.
+    Similarity behind a follower: the cosine of the pairs (strength, constant), since a positive multiple has its constant
+    multiplied too. A depthwise convolution scales by the norm of its filters; their cosine is a factor of the similarity.
     """
 
     def scaled() -> Tensor:
@@ -110,7 +110,7 @@ def _way(model: nn.Module, places: Sequence[Place], strength: Tensor, keep: Tens
 
 
 def _both(cos: Tensor, alike: Tensor) -> Tensor:
-    """The product; two opposites do not make one alike."""
+    """The product of two similarities; two negative ones stay negative."""
     return torch.where((cos < 0) & (alike < 0), -cos * alike, cos * alike)
 
 

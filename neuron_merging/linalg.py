@@ -15,19 +15,19 @@ POSITIONS = 128  # output positions that are looked at, for every feature of a p
 
 
 def channel(layer: nn.Module, y: Tensor) -> int:
-    """Which dimension of y, what `layer` gives, is that of its neurons."""
+    """The dimension of the neurons in y, the output of `layer`."""
     return 1 if isinstance(layer, CONVS) else y.ndim - 1
 
 
 def rows(layer: nn.Module, x: Tensor, y: Tensor, positions: int = POSITIONS) -> tuple[Tensor, Tensor]:
-    """What `layer` sees, a copy [n, F], and the outputs y that belong to it, [n, M], at as many positions as a fit looks at."""
+    """The input patches of `layer`, a copy [n, F], and its outputs there, [n, M], at the positions that a fit uses."""
     chosen = places(layer, y, positions)
     seen = patches(x, layer, chosen) if isinstance(layer, CONVS) else x.flatten(0, -2)[chosen]
     return seen, outputs(layer, y, chosen)
 
 
 def places(layer: nn.Module, y: Tensor, positions: int = POSITIONS) -> Tensor:
-    """The positions [n] of y, what `layer` gives, that a fit looks at: of very many always the same random ones."""
+    """The positions [n] of y, the output of `layer`, that a fit uses: all, or always the same random ones of very many."""
     count, features = y.numel() // y.shape[channel(layer, y)], layer.weight[0].numel()
     most = max(min(positions * features, ENTRIES // features), len(y))  # as many as samples, at least
     chosen = torch.arange(count, device="cpu")
@@ -37,12 +37,12 @@ def places(layer: nn.Module, y: Tensor, positions: int = POSITIONS) -> Tensor:
 
 
 def outputs(layer: nn.Module, y: Tensor, chosen: Tensor) -> Tensor:
-    """What `layer` gives, y, at the positions `chosen`: [n, M]."""
+    """y, the output of `layer`, at the positions `chosen`: [n, M]."""
     return y.movedim(channel(layer, y), -1).flatten(0, -2)[chosen]
 
 
 def patches(x: Tensor, conv: nn.Module, chosen: Tensor) -> Tensor:
-    """What a convolution sees at the output positions `chosen` [n] of x [B, C, …]: [n, K·C], tap by tap."""
+    """The patches of x [B, C, …] that a convolution sees at the output positions `chosen` [n]: [n, K·C], tap by tap."""
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     x = F.pad(x, conv._reversed_padding_repeated_twice, mode).movedim(1, -1).contiguous()
     sides = x.shape[1:-1]
@@ -67,7 +67,7 @@ def as_weight(W: Tensor, layer: nn.Module) -> Tensor:
 
 
 def centre(U: Tensor) -> Tensor:
-    """Take the mean [F] off the columns of U [n, F], in place, and return it."""
+    """Subtract the mean [F] from the columns of U [n, F], in place, and return it."""
     mean = U.mean(0)
     U -= mean
     return mean
@@ -113,7 +113,7 @@ def gram(U: Tensor) -> Tensor:
 class Ridge:
     """Ridge regression on the rows of U [n, F], in float64 but for the products over n; any number of targets.
 
-    Takes the mean [F] off U itself: of neurons that hardly vary, the products would lose what they have to tell.
+    Subtracts the mean [F] from U itself: without that, float32 products would lose neurons that hardly vary.
     """
 
     def __init__(self, U: Tensor, ridge: float) -> None:
@@ -131,7 +131,7 @@ class Ridge:
         self.factor = cholesky(kernel)
 
     def forget(self) -> "Ridge":
-        """Let go of the rows, which are many; calls have to bring their own."""
+        """Free the rows, which take most of the memory; later calls have to bring their own."""
         self.U = None
         return self
 

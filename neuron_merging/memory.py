@@ -13,10 +13,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed() -> None:
-    """Let this process keep the memory that it frees, for what it makes next. Where the C library is not glibc: nothing.
+    """Let this process keep the memory that it frees. Without glibc it does nothing.
 
-    As it comes, glibc hands large tensors back to the system, which clears the pages of the next ones anew. For commands,
-    not for a library: it holds for the whole process.
+    By default glibc gives large tensors back to the system, which clears the pages of the next ones again. For commands, not
+    for a library: it changes the whole process.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -25,7 +25,7 @@ def keep_freed() -> None:
 
 
 def reset(device: torch.device) -> bool:
-    """Begin to measure. False where the system (not Linux, not CUDA) cannot forget an earlier peak: `peak` includes it."""
+    """Start to measure the peak. False if the system cannot forget an earlier peak, as only Linux and CUDA can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True

@@ -1,7 +1,7 @@
-"""Inputs made up from the network itself: what restoration and the choice of widths look at instead of data (ours).
+"""Made-up inputs, called the probe: restoration and the choice of widths run the network on them instead of data (ours).
 
-Images with the edges and the colours of photographs (or noise, for a network that does not look at images) are moved one step
-along the gradient of a random class, so that they say a little of what the network tells apart.
+Images have edges and colours like photographs (dead leaves); a network that does not take images gets noise. Each input is then
+moved one step along the gradient of a random class (the class step), so that the inputs differ in what the network tells apart.
 """
 
 import functools
@@ -24,12 +24,12 @@ from neuron_merging.graph.interpreter import (
 )
 from neuron_merging.graph.tracing import CONVS, NORMS, Graph
 
-MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the process makes tensors of elsewhere
+MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the default dtype and device of the process are
 CHUNK = 64  # samples that are normalised together in the class step
 PART = 16  # samples that are transformed or painted together
 PINK, WHITE = 1.2, 0.15  # standard deviations of images and of white noise
-LEAVES = 3  # all dead leaves together have this many times the area of an image,
-SMALLEST = 4  # and radii from this many pixels (where it is less: an eighth of the side) to the whole side
+LEAVES = 3  # area of all leaves of an image together, as a multiple of the image's
+SMALLEST = 4  # pixels, or an eighth of the side where that is less: the least radius of a leaf; the largest is the side
 
 
 def make(
@@ -79,15 +79,15 @@ def check(kind: str) -> None:
 
 
 def rule(kind: str) -> str:
-    """What a row calls a kind: for "auto" that which it chooses from, so that rows of another rule are other rows."""
+    """The name of a kind in a result row: "auto" is written with its rule, so that a later rule makes other rows."""
     return AUTO if kind == "auto" else kind
 
 
 def default_samples(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """How many samples of this shape a probe for `model` has where nothing else is said.
+    """How many samples a probe for `model` has by default.
 
-    256, and as many more as a first layer that is linear needs to see 4096 rows: it may see one in every sample, or a token
-    in each of many places. Raises NeuronMergingError where the network does not take such samples.
+    256. If the first layer is linear, as many as give it 4096 rows: it sees one row a sample, or one for each of many tokens.
+    Raises NeuronMergingError where the network does not take such samples.
     """
     if _convolves(model):
         return 256
@@ -118,10 +118,10 @@ def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tenso
 
 
 def leaves(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    """[samples, C, …]: dead leaves, discs of one colour that hide each other, on pink noise; channels and std as in `pink`.
+    """[samples, C, …]: dead leaves, discs of one colour that cover each other, on pink noise; channels and std as in `pink`.
 
-    Photographs have edges, which noise has not. In d dimensions radii are distributed as r^−(d+1), so that no scale is
-    preferred: the dead leaves model (Lee, Mumford & Huang, IJCV 2001).
+    Unlike noise, they have edges. In d dimensions radii are distributed as r^−(d+1), so that no scale is preferred: the dead
+    leaves model (Lee, Mumford & Huang, IJCV 2001).
     """
     channels, *sides = shape
     d, most = len(sides), max(sides)
@@ -180,7 +180,7 @@ def _frequency(sides: list[int], power: float) -> Tensor:
 def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Tensor:
     """The gradient of a random class's logit by every sample, smoothed (amplitude · f^−½), each of rms 1 (or 0).
 
-    0 everywhere where the outputs have none, such as classes instead of scores.
+    0 if the outputs have no gradient, for example if the network returns classes instead of scores.
     """
     what = f"{type(model).__name__} does not take inputs of shape {list(x.shape)}"
     with said(what):

@@ -1,13 +1,13 @@
-"""Adaptation, a part of restoration (ours): a pruned layer moves to where its consumer's output lacks less.
+"""Adaptation, a part of restoration (ours): a pruned layer is moved so that the error of its consumer shrinks.
 
-A kept neuron need not stay what it was. With u what the pruned layer gives, y(u) what the consumer behind it makes of that,
-R = s (T − y) what is missing there (centred; s: the slope of the BatchNorm behind, T: the target) and J = s ∂y/∂u,
+Kept neurons need not keep their weights. u: output of the pruned layer. y(u): output of its consumer. R = s (T − y): the
+consumer's error, centred (s: the slope of the BatchNorm behind, T: the target). J = s ∂y/∂u. Then
 
     d = the regression of Jᵀ R on what the pruned layer sees,    η = ⟨R, J d⟩ / ‖J d‖²,
 
-the layer is moved by η d: a step of steepest descent for ‖R‖² among what the layer can compute, as far as the error, taken as
-linear in u, falls. Both derivatives are products with autograd's graph; J is never built. Where little is missing the layer
-stays as it is: the probe is not data, and its details are not worth a change. Nor is a layer moved that sees the probe itself.
+and the layer is moved by η d: a step of steepest descent for ‖R‖² among what the layer can compute. η is the best length if the
+error is linear in u. Both derivatives are products with autograd's graph; J is never built. A small error is left alone: the
+probe is not data, and its details are not worth a change. A layer that sees the probe itself is not moved.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from neuron_merging.linalg import channel
 
-LITTLE = 0.02  # of the variance of the consumer's output
+LITTLE = 0.02  # an error below this share of the variance of the consumer's output is left alone
 
 
 def adapt(
@@ -31,11 +31,11 @@ def adapt(
     regress: Callable[[Tensor], dict[str, Tensor]],
     little: float = LITTLE,
 ) -> bool:
-    """Move the weight and bias of `layer`, which sees x [B, …], by η d; False where little is missing, and nothing is done.
+    """Move the weight and bias of `layer`, which sees x [B, …], by η d. Returns False if the error is too small for that.
 
-    between: what stands between the layer and its consumer. target: T, as the consumer's output. slope: s [M], or None
-    for 1. regress: the weight and bias with which the layer comes nearest to an output of its own. little: a share of the
-    variance of T, in units of s.
+    between: from the layer's output to the consumer's input. target: T, shaped as the consumer's output. slope: s [M], or
+    None for 1. regress: the weight and bias with which the layer comes nearest to a given output. little: the error that is
+    left alone, as a share of the variance of s T.
     """
     neurons = channel(consumer, target)
     others = [dim for dim in range(target.ndim) if dim != neurons]

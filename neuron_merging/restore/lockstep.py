@@ -1,15 +1,15 @@
 """Restoration (ours, not the paper's): all kept neurons together rebuild what the dropped ones gave, without data.
 
-The original network (the teacher) and the smaller one (the student) run side by side over a probe made up from the network
-itself (synthetic.py). In the order of the forward pass every layer that lost inputs or neurons is fitted anew to what the
+The original network (the teacher) and the smaller one (the student) run side by side over the probe: inputs made up from the
+network itself (synthetic.py). In the order of the forward pass, every layer that lost inputs or neurons is fitted to what the
 teacher computes there, by ridge regression on what the *student* sees there:
 
     W = W₀ + (R Uᵀ / n) (A + Λ)⁻¹,   R = T − W₀ U,   A = U Uᵀ / n,   Λ = λ diag(A) + λ/10 · mean(diag(A)) I
 
 with U [F, n] the student's centred input patches, T [M, n] the teacher's centred output and W₀ the weights after plain
-pruning and the folding of exact multiples. The intercept goes into the next BatchNorm or the bias. A pruned layer then moves
-to where its consumer's output lacks less (adapt.py). Kept neurons, widths and topology are those of pruning and merging. The
-walk is over the traced graph: no architecture is named here.
+pruning and after exact multiples were merged. The intercept goes into the next BatchNorm or the bias. Then the pruned layer in
+front of a fitted consumer is moved so that the consumer's error shrinks (adapt.py). Kept neurons, widths and topology are those
+of pruning and merging. The traced graph decides the order: no architecture is named here.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,22 +32,22 @@ from neuron_merging.linalg import POSITIONS, Ridge, as_weight, channel, matrix, 
 from neuron_merging.network import read, rebuild
 from neuron_merging.restore.adapt import LITTLE, adapt
 
-ROUNDING = 1e-6  # of a neuron's largest output: what is left over below it is not fitted
+ROUNDING = 1e-6  # of a neuron's largest output: residuals below it are rounding, and are not fitted
 
 
 @dataclass(frozen=True)
 class Options:
-    """What restoration does: one set for all networks and ratios. The switches are there to be ablated."""
+    """The steps of restoration: one setting for all networks and ratios. The switches are for ablations (docs/restore.md)."""
 
     ridge: float = RIDGE  # λ
-    patches: bool = True  # regress on the whole receptive patch; else only mix channels
+    patches: bool = True  # regress on the whole receptive field; else on the channels at one place
     probe_statistics: bool = True  # BatchNorms normalise the probe with its own statistics; else with the running ones
     closed_loop: bool = True  # regress on what the student sees; else on the teacher's kept activations
-    repair: bool = True  # a consumer that feeds a stream makes up for the error that the stream carries already
+    repair: bool = True  # a layer that is added to a residual stream also corrects the error that the stream has there
     refit: bool = True  # fit the pruned layers too, not only their consumers
-    relu_steps: int = 2  # further fits of a pruned layer that leave out what the ReLU cuts off
-    adaptations: int = 2  # steps by which a pruned layer moves to where its consumer's output lacks less
-    positions: int = POSITIONS  # of an output that a fit looks at, for every feature, by lot
+    relu_steps: int = 2  # further fits of a pruned layer, without errors that the ReLU behind it removes
+    adaptations: int = 2  # steps in which a pruned layer is moved to reduce the error of its consumer
+    positions: int = POSITIONS  # random output positions that a fit uses, for every feature
 
 
 def restore(
@@ -84,9 +84,9 @@ def restore(
 
 
 def _start(model: nn.Module, unit: Unit, keep: Tensor) -> Decomposition:
-    """Where the regression starts from: pruning, with (nearly) exact multiples of kept neurons folded into them.
+    """The weights that the regression starts from: pruned, with (nearly) exact multiples of kept neurons merged into them.
 
-    Where a scale does not pass the activation, only (nearly) exact twins are.
+    Behind an activation that a positive scale does not pass, only (nearly) exact twins are merged.
     """
     neurons = read(model, unit)
     if not len(keep):
@@ -98,7 +98,7 @@ def _start(model: nn.Module, unit: Unit, keep: Tensor) -> Decomposition:
 
 
 class _Lockstep:
-    """One pass of teacher and student over the traced graph, node by node, fitting the student's layers on the way."""
+    """One pass of teacher and student over the traced graph, node by node, which fits the student's layers on the way."""
 
     def __init__(
         self,
@@ -119,23 +119,25 @@ class _Lockstep:
         self.producer = {unit.next: unit.layer for unit, _ in alone}
         self.consumers = {*self.producer, *(reader.module for stream, _ in coupled for reader in stream.readers)}
         self.pruned = {unit.layer for unit, kept in alone if len(kept) < len(teacher.get_submodule(unit.layer).weight)}
-        self.solvers: dict[str, Ridge] = {}  # of pruned layers, for what they see; their rows have been let go
-        self.between: dict[fx.Node, list[fx.Node]] = {}  # by consumer: its pruned layer, and all up to the consumer
-        self.t: dict[fx.Node, Any] = {}
-        self.s: dict[fx.Node, Any] = {}
+        self.solvers: dict[
+            str, Ridge
+        ] = {}  # of pruned layers: the factored regression on what they see, without its rows
+        self.between: dict[fx.Node, list[fx.Node]] = {}  # by consumer: the pruned layer in front, and the nodes between
+        self.t: dict[fx.Node, Any] = {}  # what the teacher has at each node
+        self.s: dict[fx.Node, Any] = {}  # what the student has
         self.fitted: set[str] = set()
 
     def run(self) -> None:
         """Fit every layer; afterwards the student is ready for use."""
         graph = self.teacher.graph
-        summands = {}  # by consumer what its output is added to
+        summands = {}  # by consumer the node that its output is added to
         for node in graph.nodes:
             consumes = node.op == "call_module" and node.target in self.consumers
-            found = consumes and self.teacher.addition(node, self.norm[node.target])
-            summands[node] = found[0] if found else None
+            addition = consumes and self.teacher.addition(node, self.norm[node.target])
+            summands[node] = addition[0] if addition else None
             if consumes and self.producer.get(node.target) in self.pruned:
                 path = _between(self.producer[node.target], node)
-                if self._learned(path[0]):  # else it sees the probe itself, which is made up
+                if self._learned(path[0]):  # a layer that sees the made-up inputs themselves is not moved
                     self.between[node] = path
         order = _order(graph, summands)
         for node in steps(order, self.t, self.s, sources=lambda node: self._read(node, summands)):
@@ -189,7 +191,7 @@ class _Lockstep:
             self._adapt(node, target)
 
     def _regress(self, name: str, layer: nn.Module, x: Tensor, target: Tensor, aware: Callable | None = None) -> None:
-        """Fit a layer that sees x to the target; `aware` makes a better one of a prediction and the target, both [n, M]."""
+        """Fit a layer that sees x to the target. aware: from a prediction and the target [n, M] to that of the next fit."""
         U, T = rows(layer, x, target, self.options.positions)
         solve, W0 = Ridge(U, self.options.ridge), matrix(layer)
         before = U @ W0.T
@@ -208,18 +210,18 @@ class _Lockstep:
             self.solvers[name] = solve.forget()
 
     def _adapt(self, node: fx.Node, target: Tensor) -> None:
-        """Move the pruned layer in front of the consumer at `node`, and fit the consumer to what it then sees.
+        """Move the pruned layer in front of the consumer at `node`, then fit the consumer to what it sees now.
 
-        From its weights as they are then, and to the target itself, whatever a ReLU makes of it.
+        That fit starts from the consumer's present weights and takes the target as it is, without `_relu_aware`.
         """
         first, *between = self.between[node]
         (seen,), (source,) = first.all_input_nodes, node.all_input_nodes
         modules, bn, x = self.student.modules, self.norm[node.target], self.s[seen]
         layer, consumer = modules[first.target], modules[node.target]
         solve = self.solvers.pop(first.target, None)
-        if solve is None:  # it sees what it saw in the teacher, and was not fitted
+        if solve is None:  # it sees what the teacher sees, so it was not fitted
             solve = Ridge(rows(layer, x, layer(x), self.options.positions)[0], self.options.ridge)
-        if solve.dual:  # fewer positions than features: it would learn the probe by heart
+        if solve.dual:  # fewer positions than features: it would overfit the probe
             return
         slope = None if bn is None else self.teacher.slope(bn)[self.keep.get(node.target, slice(None))]
         bare = layer.bias is None
@@ -268,7 +270,7 @@ class _Lockstep:
         return [*_sources(node, summands), *(source for inner in again for source in inner.all_input_nodes)]
 
     def _relu_aware(self, y: Tensor, T: Tensor, bn: str | None, kept: Tensor) -> Tensor:
-        """A target that a ReLU cannot tell from T [n, M], as near to the student's prediction y [n, M] as can be."""
+        """The target nearest to the student's prediction y [n, M] that a ReLU maps to the same as T [n, M]."""
         if bn is None:
             return torch.where(T > 0, T, y.clamp(max=0))
         slope = self.teacher.slope(bn)[kept]
@@ -286,7 +288,7 @@ class _Lockstep:
         return self.teacher.kind(readers[0]) in RELU
 
     def _error(self, summand: fx.Node, bn: str | None, kept: Tensor | None, layer: nn.Module) -> Tensor:
-        """The summand's error, teacher − student, as the output of the layer that is added to it has to make up for it."""
+        """Teacher − student at the summand, in units of the output of the layer that is added to it."""
         whole = self.t[summand] if kept is None else _of_kept(self.t[summand], kept, layer)
         error = whole - self.s[summand]
         if bn is None:
@@ -296,7 +298,7 @@ class _Lockstep:
         return error * inverse.view(-1, *[1] * (error.ndim - 2))
 
     def _mixed(self, name: str, x_t: Tensor, x_s: Tensor) -> Tensor:
-        """The consumer's weights when every input neuron is rebuilt from the kept ones at the same place: [M, F]."""
+        """The consumer's weights [M, F] if every dropped neuron is a mixture of the kept ones at the same place."""
         layer, whole = self.student.modules[name], self.teacher.modules[name]
         if isinstance(layer, CONVS):
             U, T = (x.movedim(1, -1).flatten(0, -2) for x in (x_s, x_t))
@@ -309,7 +311,7 @@ class _Lockstep:
         return W.transpose(1, 2).flatten(1) if isinstance(layer, CONVS) else W.flatten(1)
 
     def _settle(self) -> None:
-        """Put intercepts where a network without restoration has room for them: into the next BatchNorm's running mean."""
+        """Move the intercepts of layers that had no bias into the running mean of the BatchNorm behind them."""
         for name in self.fitted:
             layer, bn = self.student.modules[name], self.norm[name]
             if bn is not None and self.teacher.modules[name].bias is None:
@@ -374,5 +376,5 @@ def _between(first: str, node: fx.Node) -> list[fx.Node]:
 
 
 def _sources(node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
-    """What has to be computed before `node`: what it reads and, of a consumer, the summand that it repairs."""
+    """The nodes to compute before `node`: those that it reads and, of a consumer, the summand that it repairs."""
     return [*node.all_input_nodes, *filter(None, [summands.get(node)])]
