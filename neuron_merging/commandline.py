@@ -20,6 +20,7 @@ from neuron_merging.benchmark import compare, table
 from neuron_merging.errors import NeuronMergingError, ending, missing, said
 from neuron_merging.export import EXPORTS, ONNX, export
 from neuron_merging.files import check_writable, write_text
+from neuron_merging.ratios import meant
 
 Row = dict[str, Any]
 
@@ -68,7 +69,7 @@ def add_machine_flags(group: argparse._ActionsContainer) -> None:
 def check_shared(args: argparse.Namespace) -> None:
     """What is wrong with flags that both command lines have. Raises NeuronMergingError."""
     if isinstance(args.ratio, float) and not 0 <= args.ratio < 1:
-        raise NeuronMergingError(f"--pruning-ratio {args.ratio} is outside [0, 1){_meant(args.ratio)}")
+        raise NeuronMergingError(f"--pruning-ratio {args.ratio} is outside [0, 1){meant(args.ratio)}")
     if args.test_batch_size is not None and args.test_batch_size < 1:
         raise NeuronMergingError(f"--test-batch-size {args.test_batch_size} has to be at least 1")
     if not 0 <= args.seed < 2**32:
@@ -99,11 +100,6 @@ def check_shared(args: argparse.Namespace) -> None:
         check_writable(path)
     if len({path.resolve() for path in files}) < len(files):
         raise NeuronMergingError("--save, --append, --export and --json are to be different files")
-
-
-def _meant(ratio: float) -> str:
-    """50 is half of a hundred, most likely."""
-    return f": {ratio / 100:g}?" if 1 < ratio < 100 else ""
 
 
 def warn_of_nothing(args: argparse.Namespace, silent: bool) -> None:
