@@ -4,7 +4,7 @@ Without data, without training: see decompose.py for the paper's methods, restor
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import nan
@@ -14,14 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from neuron_merging import memory, synthetic
-from neuron_merging.checks import check_copies, check_vectors, check_weights, input_shape, network_macs
+from neuron_merging.checks import (
+    check_copies,
+    check_vectors,
+    check_weights,
+    input_shape,
+    likely_shape,
+    network_macs,
+    out_of_inference,
+    take_modes,
+)
 from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
 from neuron_merging.counting import count_parameters
 from neuron_merging.coupled import choose_channels
 from neuron_merging.decompose import CRITERIA, cosines, dropped
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.streams import Stream, apart, streams
-from neuron_merging.graph.tracing import Unit, survey
+from neuron_merging.graph.tracing import CONVS, Tracer, Unit, survey
 from neuron_merging.methods import METHODS, NEED_IMAGES, check_units
 from neuron_merging.network import choose, neurons, read
 from neuron_merging.ratios import uniform_widths, without
@@ -113,13 +122,16 @@ def shrink(
     _check_inputs(config, shape, images)
     check_weights(model)
     check_copies(model)
-    macs = None if shape is None else network_macs(model, shape)
+    model = out_of_inference(model)
+    macs = None
+    if shape is not None:
+        macs = network_macs(model, shape, example_input if isinstance(example_input, Tensor) else None)
+        check_copies(model, shape)
     memory.reset(device)
     start = time.perf_counter()
     units, left_out = _units(model, config)
     full = [width(model, unit) for unit in units]
-    if shape is not None:
-        check_vectors(model, units, shape)
+    check_vectors(model, units, shape)
     kept = full
     if config.budget is None:
         multiple = config.multiple if config.widths == "uniform" else 1
@@ -148,15 +160,33 @@ def shrink(
         torch.cuda.synchronize(device)
     seconds, peak_mb = time.perf_counter() - start, memory.peak(device)
     _lay_out(model, small)
+    modes = {name: module.training for name, module in model.named_modules()}
+    take_modes(small, {module: modes.get(name, model.training) for name, module in small.named_modules()})
+    after = _check_runs(model, small, shape)
     centroids = config.compensation == "fold"
     cosine = [nan if centroids else _cosine(_weights(model, unit), index) for unit, index in zip(units, keep)]
     report = Report(
         units, list(kept), full, cosine, left_out,
         (count_parameters(model), count_parameters(small)),
-        None if shape is None else (macs, network_macs(small, shape)),
+        None if macs is None else (macs, after),
         seconds, seconds_widths, peak_mb, search,
     )  # fmt: skip
     return small, report
+
+
+def _check_runs(model: nn.Module, small: nn.Module, shape: tuple[int, ...] | None) -> int | None:
+    """Run what is left of a network once, on an input that the network runs on, if one is known or found; its MACs.
+
+    Raises NeuronMergingError where it does not run.
+    """
+    tried = likely_shape(model) if shape is None else shape
+    if tried is None:
+        return None
+    try:
+        return network_macs(small, tried)
+    except NeuronMergingError as error:
+        other = "give example_input" if shape is None else "leave coupled out, or ignore what it was cut in"
+        raise NeuronMergingError(f"what is left of {type(model).__name__} does not run: {other} ({error})") from error
 
 
 def summarize(
@@ -283,15 +313,34 @@ def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Strea
     Raises NeuronMergingError where torch.fx cannot trace it.
     """
     units, left_out = survey(model)
+    unseen = _unseen(model, {unit.layer for unit in units} | {unit.next for unit in units} | left_out.keys())
     if not coupled:
-        return units, left_out
+        return units, left_out | unseen
     alone = {unit.layer for unit in units}
     shared, reasons = streams(model)
     shared = [stream for stream in shared if not alone & set(stream.writers)]
     written = {writer for stream in shared for writer in stream.writers}
     written |= {place.module for stream in shared for place in stream.followers}
     left_out = {layer: reasons.get(layer, why) for layer, why in left_out.items() if layer not in written}
-    return [*units, *shared], left_out
+    return [*units, *shared], left_out | unseen
+
+
+def _unseen(model: nn.Module, seen: Collection[str]) -> dict[str, str]:
+    """Why the graph does not have the convolutions and linear layers that are not `seen` in it."""
+    tracer, modules = Tracer(), dict(model.named_modules())
+    lists = (nn.ModuleList, nn.ModuleDict)
+    closed = [
+        name for name, module in modules.items()
+        if name and tracer.is_leaf_module(module, name) and not isinstance(module, (*lists, *CONVS, nn.Linear))
+    ]  # fmt: skip
+    reasons = {}
+    for name, module in modules.items():
+        if name not in seen and isinstance(module, (*CONVS, nn.Linear)):
+            around = next((outer for outer in closed if name.startswith(f"{outer}.")), None)
+            reasons[name] = "the forward pass never calls it in evaluation" if around is None else (
+                f"it is inside {around} ({type(modules[around]).__name__}), which is not looked into"
+            )  # fmt: skip
+    return reasons
 
 
 def width(model: nn.Module, unit: Unit | Stream) -> int:
