@@ -53,6 +53,18 @@ class Checkpoint:
         return widths if isinstance(widths, list) and all(type(width) is int for width in widths) else None
 
     @property
+    def made_by(self) -> str | None:
+        """The method that made the network smaller, where the file is ours and says one."""
+        kind = self.about.get("type")
+        return kind if isinstance(kind, str) and kind != "original" and "command" in self.about else None
+
+    def history(self, names: Sequence[str]) -> dict[str, Any]:
+        """Of these names what the file says, in plain values, of how its network was made smaller, where it was."""
+        plain = (str, int, float, list, dict)
+        about = self.about if self.made_by else {}
+        return {name: about[name] for name in names if isinstance(about.get(name), plain)}
+
+    @property
     def accuracy(self) -> float | None:
         """What the file says of its accuracy in %, on its `split` or else the test set, if it says anything sensible."""
         acc = self.about.get("acc")

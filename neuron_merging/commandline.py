@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from neuron_merging.benchmark import compare, table
+from neuron_merging.config import CHOSEN_WIDTHS
 from neuron_merging.errors import NeuronMergingError, ending, missing, said
 from neuron_merging.export import EXPORTS, ONNX, export
 from neuron_merging.files import check_writable, write_text
@@ -78,13 +79,14 @@ def check_shared(args: argparse.Namespace) -> None:
         raise NeuronMergingError(
             "--multiple is for widths that a ratio or a budget leaves: a list of --widths is as it is"
         )
-    if args.compensation == "original" and not args.summary:
-        flags = ("ratios", "ignore", "budget", "calibrate", "drop_blocks", "coupled")
+    if args.compensation == "original":
+        flags = ("budget", "calibrate", "drop_blocks", *(() if args.summary else ("ratios", "ignore", "coupled")))
         useless = next((name.replace("_", "-") for name in flags if getattr(args, name, None)), None)
+        useless = f"widths {args.widths}" if args.summary and args.widths in CHOSEN_WIDTHS else useless
         if useless:
             raise NeuronMergingError(f"--{useless} says how to make a network smaller: give --model-type too")
     if args.summary:
-        flags = ("save", "export", "benchmark", "append")
+        flags = ("evaluate", "retrain", "resume", "save", "export", "benchmark", "append")
         useless = next((name for name in flags if getattr(args, name, None)), None)
         if useless:
             raise NeuronMergingError(f"--{useless} is for results, and --summary has none: leave one of them out")

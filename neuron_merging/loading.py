@@ -47,7 +47,7 @@ def called(flag: str, spec: str, example: str, **keywords: Any) -> Any:
 
 def _is_spec(text: str) -> bool:
     module, _, name = text.partition(":")
-    return all(part.isidentifier() for part in (*module.split("."), name))
+    return not module.endswith(".py") and all(part.isidentifier() for part in (*module.split("."), name))
 
 
 def _meant(spec: str) -> str | None:

@@ -38,6 +38,7 @@ from neuron_merging.widths.curves import HELD_OUT
 from neuron_merging.widths.search import WidthSearch
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
+SUMMARY_SAMPLES = 8  # made-up inputs that show what restoration would leave, but for its numbers
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Report:
     units, widths, full: the prunable units with their kept and original widths. cosine: by unit the mean over the dropped
     neurons of their cosine with the most similar kept one (NaN where there is none, or the method keeps no neurons but
     centroids). left_out: by layer that stays whole, why. params, macs: original and now (macs None where no input is known).
-    seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb: the most memory held, in MB. search: what was
-    measured for that choice; it gives widths for other budgets, and another call takes it as `search`.
+    seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb: the most memory held meanwhile, in MB, by the
+    whole process, or on `device`. search: what was measured for that choice; it gives widths for other budgets, and another
+    call takes it as `search`.
     """
 
     units: list[Unit | Stream]
@@ -62,6 +64,7 @@ class Report:
     seconds_widths: float | None
     peak_mb: float
     search: WidthSearch | None = None
+    device: str = "cpu"
 
     def __str__(self) -> str:
         """A table for people."""
@@ -73,11 +76,21 @@ class Report:
                 f"{name:<{wide}}  {kept:>6} of {full:<6} {'' if cosine != cosine else f'{cosine:6.3f}'}".rstrip()
             )
         lines += [f"{layer} stays whole: {why}" for layer, why in self.left_out.items()]
-        for label, size in (("parameters", self.params), ("MACs", self.macs)):
-            if size is not None:
-                lines.append(f"{label:<12}{size[0]:>16,} -> {size[1]:,} ({100 * (size[1] / size[0] - 1):+.1f} %)")
+        lines += _sizes(self.params, self.macs)
         choice = "" if self.seconds_widths is None else f" ({self.seconds_widths:.2f} s of it for the choice)"
-        return "\n".join([*lines, f"{self.seconds:.2f} s{choice}, peak memory {self.peak_mb:,.0f} MB"])
+        return "\n".join([*lines, f"{self.seconds:.2f} s{choice}, {memory.held(self.peak_mb, self.device)}"])
+
+
+def _sizes(params: tuple[int, int] | None, macs: tuple[int, int] | None) -> list[str]:
+    """Lines for people: parameters and MACs before and after."""
+    lines = []
+    for label, size in (("parameters", params), ("MACs", macs)):
+        if size is None:
+            lines.append(f"{label:<12}not counted: give example_input (--input-size)")
+        else:
+            change = f" ({100 * (size[1] / size[0] - 1):+.1f} %)" if size[0] else ""
+            lines.append(f"{label:<12}{size[0]:>16,} -> {size[1]:,}{change}")
+    return lines
 
 
 def _name(unit: Unit | Stream) -> str:
@@ -112,10 +125,7 @@ def shrink(
     budget, multiple and drop_blocks.
     Raises NeuronMergingError that names the layer and says why, where something cannot be done.
     """
-    try:
-        config = replace(config or ShrinkConfig(), **options | ({} if ratio is None else {"ratio": ratio}))
-    except TypeError as error:
-        raise NeuronMergingError(f"shrink: {str(error).partition(') ')[2] or error}") from error
+    config = _configured(config, ratio, options)
     check_names(config)
     device = _device(model)
     shape = input_shape(example_input, images)
@@ -169,7 +179,7 @@ def shrink(
         units, list(kept), full, cosine, left_out,
         (count_parameters(model), count_parameters(small)),
         None if macs is None else (macs, after),
-        seconds, seconds_widths, peak_mb, search,
+        seconds, seconds_widths, peak_mb, search, str(device),
     )  # fmt: skip
     return small, report
 
@@ -189,38 +199,57 @@ def _check_runs(model: nn.Module, small: nn.Module, shape: tuple[int, ...] | Non
         raise NeuronMergingError(f"what is left of {type(model).__name__} does not run: {other} ({error})") from error
 
 
+def _configured(config: ShrinkConfig | None, ratio: Ratio | None, options: dict[str, Any]) -> ShrinkConfig:
+    try:
+        return replace(config or ShrinkConfig(), **options | ({} if ratio is None else {"ratio": ratio}))
+    except TypeError as error:
+        raise NeuronMergingError(f"shrink: {str(error).partition(') ')[2] or error}") from error
+
+
 def summarize(
     model: nn.Module,
     ratio: Ratio | None = None,
     *,
-    coupled: bool = False,
-    ignore: Sequence[str] = (),
-    multiple: int = 1,
     compensation: str = "original",
+    example_input: Tensor | Sequence[int] | None = None,
+    images: Tensor | None = None,
+    config: ShrinkConfig | None = None,
+    **options: Any,
 ) -> str:
-    """What of a network can lose neurons, with a ratio (or widths, as of `shrink`) how many, and why the rest cannot.
+    """What of a network can lose neurons, and why the rest cannot.
 
-    compensation: by which; "original" for none. Raises NeuronMergingError for numbers and names that make no sense, and
-    where the compensation has no form for a unit.
+    With a ratio (or widths, as of `shrink`), or widths that are chosen, also how many neurons, parameters and MACs would be
+    left. compensation: by which; "original" for none. The rest: as of `shrink`. Raises NeuronMergingError as that does.
     """
-    config = ShrinkConfig(multiple=multiple)
-    if compensation != "original":
-        check_names(replace(config, compensation=compensation))
+    named = compensation != "original"
+    config = _configured(config, ratio, options | {"compensation": compensation if named else "prune"})
+    check_names(config)
     check_weights(model)
-    units, left_out = without(model, *prunable(model, coupled), ignore)
-    if compensation != "original":
+    model = out_of_inference(model)
+    units, left_out = without(model, *prunable(model, config.coupled), config.ignore)
+    if named:
         check_units(compensation, units)
-    full = [width(model, unit) for unit in units]
-    counts = [str(n) for n in full]
-    if ratio is not None:
-        kept = uniform_widths(model, ratio, units, full, left_out, multiple)
-        counts = [f"{k} of {n}" for k, n in zip(kept, full)]
-    return "\n".join(
-        [
-            *(f"{_name(unit)}: {count}" for unit, count in zip(units, counts)),
-            *(f"{layer} stays whole: {why}" for layer, why in left_out.items()),
-        ]
-    )
+    counts, sizes = [str(width(model, unit)) for unit in units], []
+    chosen = config.widths in CHOSEN_WIDTHS
+    if units and (chosen or ratio is not None):
+        report = _would_be(model, config, example_input, images)
+        counts = [f"{kept} of {full}" for kept, full in zip(report.widths, report.full)]
+        unseen = example_input is None and METHODS[config.compensation].looks and METHODS[config.compensation].adds_bias
+        sizes = _sizes(None if unseen else report.params, report.macs)  # it adds biases where inputs show a need
+    whole = [f"{layer} stays whole: {why}" for layer, why in left_out.items()]
+    return "\n".join([*(f"{_name(unit)}: {count}" for unit, count in zip(units, counts)), *whole, *sizes])
+
+
+def _would_be(
+    model: nn.Module, config: ShrinkConfig, example_input: Tensor | Sequence[int] | None, images: Tensor | None
+) -> Report:
+    """The report of `shrink`, with its widths and sizes. Where a ratio gives the widths, no more is done than these need."""
+    if config.widths not in CHOSEN_WIDTHS:
+        method = METHODS[config.compensation]
+        itself = method.adds_bias and (example_input is not None or not method.looks)  # others leave what prune leaves
+        kind, images = config.compensation if itself else "prune", None
+        config = replace(config, criterion="l1-norm", compensation=kind, probe_samples=SUMMARY_SAMPLES)
+    return shrink(model, example_input=example_input, images=images, config=config)[1]
 
 
 def check_names(config: ShrinkConfig) -> None:
