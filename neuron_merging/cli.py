@@ -116,6 +116,7 @@ def check(args: argparse.Namespace) -> None:
     silent = args.compensation is None
     args.compensation = args.compensation or "original"
     args.widths = "uniform" if args.widths == "published" else args.widths
+    args.evaluate = args.evaluate or bool(args.evaluate_with)
     if not args.model:
         raise NeuronMergingError("--model names nothing: give module:callable, such as torchvision.models:resnet18")
     if not (args.summary or args.evaluate or args.save or args.export or args.benchmark or args.json):
@@ -128,7 +129,6 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--ratios stands instead of --pruning-ratio and --budget: give one of them")
     if args.input_size is None and not args.summary:
         raise NeuronMergingError("--model needs --input-size, the shape of one input, such as 3,224,224")
-    args.evaluate = args.evaluate or bool(args.evaluate_with)
     _check_data(args)
     check_shared(args)
     warn_of_nothing(args, silent)
