@@ -179,9 +179,14 @@ def _needed_inputs(model: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in several]
 
 
+def _first(model: nn.Module) -> nn.Module | None:
+    """The first layer that says something of the inputs."""
+    return next((m for m in model.modules() if isinstance(m, (*CONVS, nn.Linear, nn.Embedding))), None)
+
+
 def likely_shape(model: nn.Module) -> tuple[int, ...] | None:
     """A shape of inputs that a network runs on, by its first layer; None where none is found."""
-    first = next((m for m in model.modules() if isinstance(m, (*CONVS, nn.Linear, nn.Embedding))), None)
+    first = _first(model)
     if isinstance(first, CONVS):
         shapes = [(first.in_channels, *[side] * len(first.kernel_size)) for side in SIDES]
     else:
@@ -200,17 +205,21 @@ def check_vectors(model: nn.Module, units: Sequence[Unit | Stream], shape: tuple
         if inputs[0].ndim > 2:
             raise NeuronMergingError(f"{name} normalises places, not what {layer} gives at each: ignore {layer}")
 
-    hooks = []
-    for unit in units:
-        if isinstance(unit, Stream) and isinstance(model.get_submodule(unit.layer), nn.Linear):
-            for name in {place.module for place in unit.followers}:
-                hook = partial(check, unit.layer, name)
-                hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
-                if shape is None:
-                    hooks.pop().remove()
-                    raise NeuronMergingError(
-                        f"{name} may normalise places or what {unit.layer} gives at each: give example_input, which shows it"
-                    )
+    places = [
+        (unit.layer, name)
+        for unit in units if isinstance(unit, Stream) and isinstance(model.get_submodule(unit.layer), nn.Linear)
+        for name in {place.module for place in unit.followers}
+    ]  # fmt: skip
+    if places and shape is None:
+        shape = (
+            likely_shape(model) if isinstance(_first(model), CONVS) else None
+        )  # a linear layer takes inputs of any rank
+        if shape is None:
+            layer, name = places[0]
+            raise NeuronMergingError(
+                f"{name} may normalise places or what {layer} gives at each: give example_input, which shows it"
+            )
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(check, layer, name)) for layer, name in places]
     try:
         if hooks:
             count_macs(model, shape)

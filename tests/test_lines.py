@@ -611,3 +611,38 @@ def test_rows_of_a_pruned_file_are_json(cli, nets):
     assert cli(*NET, "--model-type", "prune", "--ratios", "0=0.5", "--save", "small.pt").code == 0
     row = cli("--model", "nets:net", *NET[2:], "--weights", "small.pt", "--json", "-").row
     assert json.loads(json.dumps(row)) == row and row["ratio"] == {"0": 0.5} and row["type"] == "prune"
+
+
+def test_a_head_behind_convolutions_needs_no_example():
+    """There a BatchNorm behind a linear layer can only be of features: images have no places left."""
+    head = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head).eval()
+    small, _ = shrink(model, 0.5, coupled=True, compensation="prune")
+    assert small[4].out_features == 6 and small(IMAGE).shape == (2, 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gradient_that_cannot_be_had_is_no_wrong_shape():
+    """The class step does without: through a checkpoint of the old kind, and where a layer passes no gradient."""
+
+    class Old(nn.Sequential):
+        def forward(self, x):
+            return self[3:](torch.utils.checkpoint.checkpoint(self[:3], x, use_reentrant=True))
+
+    for model in (Old(*small_net()).eval(), nn.Sequential(Hard(), *small_net()).eval()):
+        assert shrink(model, 0.5, example_input=(3, 8, 8), probe_samples=32)[1].widths == [8, 4]
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+class Hard(nn.Module):
+    def forward(self, x):
+        return Sign.apply(x) if isinstance(x, torch.Tensor) else x.sign()
