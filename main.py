@@ -6,7 +6,8 @@ python main.py --arch LeNet_300_100 --pretrained FILE --model-type merge --crite
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from experiments import rows, settings, training
 from experiments.options import check, experiment_of, from_scratch, parser, recipe
 from experiments.report import for_people
 from neuron_merging import cli, memory
-from neuron_merging.checkpoint import save_checkpoint, sha256, stored
+from neuron_merging.checkpoint import Checkpoint, save_checkpoint, sha256, stored
 from neuron_merging.commandline import (
     Row,
     choose_device,
@@ -59,11 +60,14 @@ def run(args: argparse.Namespace) -> tuple[Row, Callable[[], Row]]:
 
 def summary(args: argparse.Namespace, experiment: xp.Experiment) -> str:
     """What of the network can be pruned, and how much of it the experiment would leave."""
-    network = xp.load(experiment)[0] if args.pretrained else experiment.network()
+    network = (xp.load(experiment)[0] if args.pretrained else experiment.network()).eval()
     units, _ = prunable(network, args.coupled)
     given = args.ratio is not None or not isinstance(args.widths, str) or args.compensation != "original"
-    kept = xp.kept_widths(network, units, experiment) if given and not experiment.rule_chooses and units else None
-    return summarize(network, kept, coupled=args.coupled, multiple=args.multiple, compensation=args.compensation)
+    kept = xp.kept_widths(network, units, experiment) if given and units else None
+    return summarize(
+        network, kept, compensation=args.compensation, example_input=settings.NETWORKS[experiment.arch].shape,
+        images=xp.calibration(experiment, args.data) if experiment.chooses else None, config=experiment.plain(),
+    )  # fmt: skip
 
 
 def evaluate(
@@ -78,8 +82,9 @@ def evaluate(
     if args.save:
         shrunk.model.load_state_dict(stored(shrunk.model))
     row = xp.row(experiment, checkpoint, shrunk, images, device, args.test_batch_size)
+    row |= _made_before(row, checkpoint)
     if args.save:
-        save(args.save, shrunk.model, row)
+        save(args.save, shrunk.model, row, checkpoint if args.compensation == "original" else None)
     if args.benchmark and shrunk.widths is None:  # the file may hold a smaller network already
         model = experiment.network().eval()
     shape = settings.NETWORKS[experiment.arch].shape
@@ -89,7 +94,8 @@ def evaluate(
 def train(args: argparse.Namespace, experiment: xp.Experiment, device: torch.device) -> Row:
     """Train the original network from scratch or from --pretrained, or fine-tune what the experiment leaves of it."""
     torch.manual_seed(args.seed)
-    target = args.save or HERE / "saves" / trained_name(args, experiment)
+    model, start = (None, None) if from_scratch(args) else xp.load(experiment)
+    target = args.save or HERE / "saves" / trained_name(args, experiment, start)
     check_writable(target)
     state, curve = (target.with_name(target.name + ending) for ending in (".state", ".csv"))
     if not args.resume:
@@ -100,10 +106,9 @@ def train(args: argparse.Namespace, experiment: xp.Experiment, device: torch.dev
         if args.save is None and target.exists():
             raise NeuronMergingError(f"{target} is there already: give --save FILE, or delete it first")
     remove_partials(target)
-    if from_scratch(args):
-        start, shrunk = None, xp.Shrunk(experiment.network(), None, 0.0)
+    if start is None:
+        shrunk = xp.Shrunk(experiment.network(), None, 0.0)
     else:
-        model, start = xp.load(experiment)
         shrunk = xp.shrink(placed(model, device), experiment, xp.calibration(experiment, args.data))
     splits = ("fit", "val") if args.split == "val" else ("train", "test")
     images, test = (data.load(experiment.dataset, split, args.data) for split in splits)
@@ -117,36 +122,62 @@ def train(args: argparse.Namespace, experiment: xp.Experiment, device: torch.dev
         if rank == 0:  # the others wait: where one of them ends badly, torchrun ends them all
             shrunk.model.load_state_dict(stored(shrunk.model))  # what is measured is what is saved
             row = xp.row(experiment, start, shrunk, test, device, args.test_batch_size)
-            before = start.about if start else {}
-            earlier = before.get("epochs")
+            row |= _made_before(row, start)
+            earlier = start and start.about.get("epochs")
             epochs = last["epoch"] + (earlier if isinstance(earlier, int) else 0)  # a file of others' may say anything
-            save(target, shrunk.model, row | {"epochs": epochs}, before.get("command"))
+            save(target, shrunk.model, row | {"epochs": epochs}, start)
             print(f"saved {target}", file=sys.stderr)
+            print(_two_accuracies(last, row, device), end="", file=sys.stderr)
             state.unlink(missing_ok=True)
     if rank > 0:
         sys.exit(0)
     return row | {"checkpoint": target.name, "checkpoint_sha256": sha256(target)}
 
 
-def trained_name(args: argparse.Namespace, experiment: xp.Experiment) -> str:
-    """The name of the file that training writes."""
+def _made_before(row: Row, start: Checkpoint | None) -> Row:
+    """The method by which a network that this run leaves as it is was made smaller before, if it was."""
+    known = start is not None and row["type"] == "original" and start.made_by
+    return {"checkpoint_type": known} if known else {}
+
+
+def _two_accuracies(last: Row, row: Row, device: torch.device) -> str:
+    """Why the accuracy of the last epoch is not that of the saved network, as a line, where it is not."""
+    if last["test_accuracy"] == row["accuracy"]:
+        return ""
+    computed = str(training.autocast_dtype(device) or torch.float32).removeprefix("torch.")
+    size = "" if last["image_share"] == 1 else f", on images of {last['image_share']:.0%} of their size"
+    return (
+        f"the epoch's test accuracy, {last['test_accuracy']:.2f} %, is of the training's arithmetic ({computed}{size});"
+        f" the table's, {row['accuracy']:.2f} %, of the file in float32 on whole images\n"
+    )
+
+
+def trained_name(args: argparse.Namespace, experiment: xp.Experiment, start: Checkpoint | None) -> str:
+    """The name of the file that training writes. start: what it begins with, which may be smaller already."""
     name = settings.checkpoint_name(args.arch, experiment.depth_wide, experiment.dataset)
-    if from_scratch(args):
+    if start is None:
         return name
-    parts = [args.compensation]
-    if args.compensation != "original":
-        ratio = experiment.effective_ratio
-        parts += [args.criterion, "widths" if ratio is None else str(ratio)]
-    return name.replace("original", "_".join([*parts, "retrained"]))
+    made = {"type": args.compensation, "criterion": args.criterion, "ratio": experiment.effective_ratio}
+    if args.compensation == "original":
+        made = {"type": "original"} | start.history(made)
+    ratio = made.get("ratio")
+    parts = [made["type"]]
+    if made["type"] != "original":
+        parts += [made.get("criterion"), "widths" if ratio is None else str(ratio)]
+    return name.replace("original", "_".join([*filter(None, parts), "retrained"]))
 
 
-def save(path: Path, model: nn.Module, row: Row, before: str | None = None) -> None:
+def save(path: Path, model: nn.Module, row: Row, start: Checkpoint | None = None) -> None:
     """Write the network with what makes it reloadable and what is known of it, and the commands that made it.
 
-    `before`: the command that made the network which this one was trained from.
+    start: the file that its training began with, whose network may have been made smaller by an earlier command.
     """
-    known = description(row, SAVED)
-    known["command"] = " && ".join(filter(None, (before, known["command"])))
+    known, before = description(row, SAVED), None
+    if start is not None:
+        before = start.about.get("command")
+        if row["type"] == "original":
+            known |= start.history(("type", "criterion", "ratio", "coupled"))
+    known["command"] = " && ".join(filter(None, (isinstance(before, str) and before, known["command"])))
     save_checkpoint(path, model, acc=row["accuracy"], **known)
 
 
@@ -164,16 +195,24 @@ def labelled(args: argparse.Namespace, device: torch.device) -> Labelled | None:
     if args.dataset not in data.DATASETS:
         return None
     dataset, size = data.DATASETS[args.dataset], args.test_batch_size or 256
+    mean, std = args.mean or dataset.mean, args.std or dataset.std
     if args.input_size != dataset.shape:
         raise NeuronMergingError(
             f"--dataset {args.dataset} has images of {','.join(map(str, dataset.shape))}: --input-size says something else"
         )
     images = data.load(args.dataset, args.split, args.data or settings.data_folder()).to(device)
+    images = replace(images, dataset=replace(dataset, mean=mean, std=std))
+    scale = f"pixels in [0, 1], normalised with mean {_numbers(mean)} and standard deviation {_numbers(std)}"
+    asked = "" if args.mean else ": other ones are given by --mean and --std"
     parts = [images[start : start + size] for start in range(0, len(images), size)]
     return Labelled(
         lambda: ((part.normalised(part.pixels), part.labels) for part in parts), math.ceil(len(images) / size),
-        dataset.classes, f"{args.dataset} has {dataset.classes} classes", {"split": args.split},
+        dataset.classes, f"{args.dataset} has {dataset.classes} classes", {"split": args.split, "transforms": scale + asked},
     )  # fmt: skip
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
 
 
 def main(argv: list[str] | None = None) -> int:

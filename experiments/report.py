@@ -2,6 +2,7 @@
 
 from neuron_merging.commandline import Row, exports_for_people
 from neuron_merging.config import CHOSEN_WIDTHS
+from neuron_merging.memory import held
 
 
 def for_people(row: Row) -> str:
@@ -11,13 +12,14 @@ def for_people(row: Row) -> str:
     network = " ".join([row["arch"], "-".join(map(str, row["depth_wide"]))]).strip()
     shrunk = row["type"] != "original"
     title = f"{network} on {row['dataset']}: {row['type'] if shrunk else row['checkpoint']}"
+    kind = row["type"] if shrunk else row.get("checkpoint_type", "measured")
     if shrunk:
         chosen = f"ratio {row['ratio']}" if row["ratio"] is not None else row.get("budget")
         chosen = chosen or f"widths {','.join(map(str, row['widths']))}"
         title += "".join(f", {part}" for part in (row["criterion"], chosen) if part)
         if row["calibrate"]:
             title += f", looking at {row['calibrate']}"
-    lines = [title, f"{'':<12}{'original':>16}{row['type'] if shrunk else 'measured':>16}"]
+    lines = [title, f"{'':<12}{'original':>16}{kind:>16}"]
     if row["widths_rule"] in CHOSEN_WIDTHS:
         widths = ",".join(map(str, row["widths"]))
         lines.insert(1, f"{'widths':<12}{widths}   (chosen in {row['seconds_widths']:.1f} s)")
@@ -27,7 +29,7 @@ def for_people(row: Row) -> str:
     for label, key in (("parameters", "params"), ("MACs", "macs")):
         original, now = row[f"{key}_original"], row[key]
         lines.append(f"{label:<12}{original:>16,}{now:>16,}   {100 * (now / original - 1):+.1f} %")
-    peak = "" if row["peak_mb"] is None else f"   peak memory {row['peak_mb']:,.0f} MB"
+    peak = "" if row["peak_mb"] is None else f"   {held(row['peak_mb'], row['device'])}"
     lines.append(f"{'decompose':<12}{'':>16}{row['seconds_decompose']:>14.3f} s{peak}")
     lines.append(f"{'evaluate':<12}{'':>16}{row['seconds_evaluate']:>14.3f} s   on {row['device']}")
     return "\n".join([*lines, *exports_for_people(row)])

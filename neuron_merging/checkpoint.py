@@ -1,21 +1,37 @@
 """Checkpoints: dicts with at least `state_dict`, as the published ones; read without running anything they contain."""
 
+import argparse
 import hashlib
 import json
 import math
+import re
 import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from numbers import Real
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from neuron_merging.blocks import drop
-from neuron_merging.errors import NeuronMergingError
+from neuron_merging.errors import NeuronMergingError, said
 from neuron_merging.files import write_atomically
 from neuron_merging.graph.tracing import CONVS, NORMS, units
 
+KEYS = (  # under which others save a state_dict; where a file has several, the first of these is read
+    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "net_state_dict", "weights", "params",
+    "module", "ema", "model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "params_ema", "ema_model",
+)  # fmt: skip
+WRAPPERS = {"module", "_orig_mod"}  # in names, also of parts of a network: of nn.DataParallel and torch.compile
+AVERAGED = "n_averaged"  # a count that torch.optim.swa_utils.AveragedModel saves with the weights
+HARMLESS = [  # values that stand beside the weights in many files, and that reading makes without running anything of theirs
+    argparse.Namespace, PosixPath, np.dtype,
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")},
+]  # fmt: skip
 SAFETENSORS, ABOUT = ".safetensors", "neuron_merging"  # the ending, and the key of what else is known
 HALF_ABOVE = 16 * 2**20  # bytes of float32 weights above which a file is stored in half precision
 REMAINS = 1e-6  # of the norm of a layer's weights: what half precision may take from a small neuron
@@ -37,36 +53,41 @@ class Checkpoint:
         return widths if isinstance(widths, list) and all(type(width) is int for width in widths) else None
 
     @property
+    def made_by(self) -> str | None:
+        """The method that made the network smaller, where the file is ours and says one."""
+        kind = self.about.get("type")
+        return kind if isinstance(kind, str) and kind != "original" and "command" in self.about else None
+
+    def history(self, names: Sequence[str]) -> dict[str, Any]:
+        """Of these names what the file says, in plain values, of how its network was made smaller, where it was."""
+        plain = (str, int, float, list, dict)
+        about = self.about if self.made_by else {}
+        return {name: about[name] for name in names if isinstance(about.get(name), plain)}
+
+    @property
     def accuracy(self) -> float | None:
         """What the file says of its accuracy in %, on its `split` or else the test set, if it says anything sensible."""
         acc = self.about.get("acc")
-        acc = float(acc) if isinstance(acc, int | float | Tensor) and torch.as_tensor(acc).numel() == 1 else math.nan
+        acc = float(acc) if isinstance(acc, Real | Tensor) and torch.as_tensor(acc).numel() == 1 else math.nan
         return acc if math.isfinite(acc) else None
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read `path` with weights_only=True; half-precision weights are cast up to float32.
 
-    Raises NeuronMergingError for a file that is missing, not a checkpoint, cut short, or holds NaN, Inf or variances below 0.
+    The weights are a state_dict, or what is under one of the usual `KEYS`; what stands beside them is `about`.
+    Raises NeuronMergingError for a file that is missing, not a checkpoint, cut short, made of more than tensors and plain
+    values, or holds NaN, Inf or variances below 0.
     """
     path = Path(path)
     digest = sha256(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch.load has to say of an odd file is said below
-            read = _read_safetensors if path.suffix == SAFETENSORS else _read
-            loaded = read(path)
-    except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
-        raise NeuronMergingError(
-            f"{path} is not a checkpoint that can be read: cut short, damaged, or not made of plain tensors"
-        ) from error
-    about = dict(loaded) if isinstance(loaded, dict) else {}
-    weights = about.pop("state_dict", None)
-    if weights is None:  # a bare state_dict, as `torch.save(model.state_dict(), …)` writes it
-        weights, about = about, {}
-    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
-    if not named or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise NeuronMergingError(f"{path} holds no state_dict of tensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch.load has to say of an odd file is said below
+        try:
+            loaded = (_read_safetensors if path.suffix == SAFETENSORS else _read)(path)
+        except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
+            raise NeuronMergingError(f"{path} is not a checkpoint that can be read: {_unreadable(error)}") from error
+    weights, about = _opened(path, loaded)
     odd = next((name for name, w in weights.items() if w.layout != torch.strided or w.is_quantized), None)
     if odd is not None:
         raise NeuronMergingError(f"{path}: {odd} is a sparse or quantised tensor, which this program does not read")
@@ -81,7 +102,52 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(HARMLESS):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unreadable(error: Exception) -> str:
+    """Why torch.load refused a file, and what to do."""
+    if "TorchScript" in str(error):
+        return "it is a TorchScript archive; save the state_dict() of the network that it was made of"
+    refused = re.search(r"(?:GLOBAL|class) ([\w.]+\.\w+)", str(error))
+    if refused is None:
+        return "cut short, damaged, or not made of plain tensors"
+    return (
+        f"beside tensors it holds {refused[1]}, which only code of others could make again; where you trust that,"
+        " read it with torch.load(FILE, weights_only=False) and save the network's state_dict() alone with torch.save"
+    )
+
+
+def _opened(path: Path, loaded: Any, depth: int = 3) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state_dict in what a file holds, `depth` dicts down at most, and what stands beside it.
+
+    Raises NeuronMergingError, which names what is there, where there is none.
+    """
+    if _is_state_dict(loaded):  # as `torch.save(model.state_dict(), …)` writes it
+        return loaded, {}
+    entries = loaded if isinstance(loaded, dict) else {}
+    known = [key for key in KEYS if isinstance(entries.get(key), dict) and entries[key]] if depth else []
+    if known:
+        if len(known) > 1:
+            warnings.warn(f"{path} holds {', '.join(known)}: {known[0]} is read; save another alone", stacklevel=3)
+        weights, about = _opened(path, entries[known[0]], depth - 1)
+        return weights, {name: value for name, value in entries.items() if name != known[0]} | about
+    odd_first = sorted(entries.items(), key=lambda entry: isinstance(entry[1], Tensor))
+    found = ", ".join(f"{str(name)[:40]} ({type(value).__name__})" for name, value in odd_first[:6])
+    raise NeuronMergingError(
+        f"{path} holds no state_dict of tensors, alone or under a usual key, but {found or type(loaded).__name__}"
+        f"{_and_more(odd_first[5:])}: save the network's state_dict() alone"
+    )
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Tensors by name, one at least."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(w, Tensor) for name, w in value.items())
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -101,12 +167,12 @@ def sha256(path: Path) -> str:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Copy the checkpoint's weights into `model` and return it; every name and shape has to fit.
+    """Copy the checkpoint's weights into `model` and return it; every name and shape has to fit (names as of `unwrapped`).
 
     Where the file holds a pruned network, `model` is cut to its shapes (`fit`).
     Raises NeuronMergingError that names the first mismatch of each kind.
     """
-    weights = checkpoint.state_dict
+    weights = unwrapped(checkpoint.state_dict, model.state_dict())
     if "widths" in checkpoint.about:
         fit(model, weights)
     expected = model.state_dict()
@@ -127,8 +193,29 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.path} does not fit {type(model).__name__}: {'; '.join(problems)};"
             " is it a file of another network (--arch, --depth-wide, --dataset, --model-args)?"
         )
-    model.load_state_dict(weights, strict=False)
+    with said(f"{checkpoint.path} cannot be loaded into {type(model).__name__}"):
+        model.load_state_dict(weights, strict=False)
     return model
+
+
+def unwrapped(weights: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """`weights` without what a wrapper put into their names, if so more of them are `names` of the network.
+
+    Such as module. (nn.DataParallel), _orig_mod. (torch.compile) and model. or net. (the attribute of a training module): what
+    all names begin with, and `WRAPPERS` anywhere.
+    """
+    candidates = [weights]
+    for wrappers in (set(), WRAPPERS):
+        paths = {name: [part for part in name.split(".") if part not in wrappers] for name in weights}
+        paths.pop(AVERAGED, None)
+        while paths and all(paths.values()):
+            renamed = {".".join(path): weights[name] for name, path in paths.items()}
+            if len(renamed) == len(paths):
+                candidates.append(renamed)
+            if len({path[0] for path in paths.values()}) > 1:
+                break
+            paths = {name: path[1:] for name, path in paths.items()}
+    return max(candidates, key=lambda renamed: sum(name in names for name in renamed))  # of equals the first
 
 
 def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
@@ -138,6 +225,7 @@ def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     that only the file has is made; a block that the file has as a constant is left out. What still does not fit is for
     `load_weights` to say.
     """
+    weights = unwrapped(weights, model.state_dict())
     if any(name.endswith(".value") for name in weights):
         for unit in units(model):
             if f"{unit.next}.value" in weights:
@@ -196,7 +284,7 @@ def _halved(w: Tensor) -> Tensor:
     return half if (lost <= torch.maximum(1e-3 * neurons, REMAINS * neurons.norm())).all() else w
 
 
-def _and_more(names: list[str]) -> str:
+def _and_more(names: Sequence[Any]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 

@@ -1,19 +1,27 @@
 """What a network has to be before anything is made of it: complete, finite, copyable, and able to run on its input."""
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from functools import partial
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
-from neuron_merging.counting import count_macs
+from neuron_merging.counting import count_macs, dtype
 from neuron_merging.errors import NeuronMergingError, said
 from neuron_merging.graph.streams import Stream
-from neuron_merging.graph.tracing import NORMS, Unit, check_wrapper
+from neuron_merging.graph.tracing import CONVS, NORMS, WRAPPERS, Unit, check_wrapper
 from neuron_merging.network import check_finite
+
+SIDES = (32, 224)  # of images that a network is tried on where nobody says which it takes
+INSIDE = WRAPPERS | {"AveragedModel": "its .module"}  # by class of a wrapper, what of it can be traced
+OPAQUE = ("OptimizedModule", "RecursiveScriptModule", "TopLevelTracedModule")  # nor as a part of a network
 
 
 def check_sizes(model: nn.Module) -> None:
@@ -25,9 +33,16 @@ def check_sizes(model: nn.Module) -> None:
 
 def check_weights(model: nn.Module) -> None:
     """Raises NeuronMergingError where a parameter or a running statistic is NaN or infinite (or a variance below 0), or
-    there is none yet, or the network is wrapped in something else.
+    there is none yet, or the network, or a part that cannot even be run while it is traced, is wrapped in something else.
     """
     check_wrapper(model)
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in (OPAQUE if name else INSIDE) and next(module.parameters(), None) is not None:
+            what, where = (f"{name} ({kind})", ", in its place") if name else (kind, "")
+            raise NeuronMergingError(
+                f"{what} cannot be traced by torch.fx: give the network inside, {INSIDE[kind]}{where}"
+            )
     check_sizes(model)
     for name, module in model.named_modules():
         values = list(module.parameters(recurse=False))
@@ -41,11 +56,13 @@ def check_weights(model: nn.Module) -> None:
             raise NeuronMergingError(f"{name} ({type(module).__name__}) has variances below 0")
 
 
-def check_copies(model: nn.Module) -> None:
-    """Raises NeuronMergingError where a network cannot be copied, and names the tensor that stands in the way, if it is one."""
+def check_copies(model: nn.Module, shape: tuple[int, ...] | None = None) -> None:
+    """Raises NeuronMergingError where a network cannot be copied, and names the tensor that stands in the way, if it is one;
+    or where, on inputs of this shape, a copy gives something else than the network does.
+    """
     try:
         with said(f"{type(model).__name__} cannot be copied", typed=True):
-            copy.deepcopy(model)
+            copied = copy.deepcopy(model).eval()
     except NeuronMergingError as error:
         for name, module in model.named_modules():
             for attribute, value in (vars(module) | module._buffers).items():
@@ -55,28 +72,154 @@ def check_copies(model: nn.Module) -> None:
                         " it, or remove what torch.nn.utils.prune or weight_norm left"
                     ) from error
         raise
-
-
-def network_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates for one input. Raises NeuronMergingError where the network does not run on such a one."""
-    with said(f"{type(model).__name__} does not run on an input of shape {list(shape)}"):
-        return count_macs(model, shape)
+    off = 0.0 if shape is None else _difference(model, copied, shape)
+    if off > 0.01:
+        raise NeuronMergingError(
+            f"a copy of {type(model).__name__} (copy.deepcopy) gives other outputs than the network, off by {off:.1%}:"
+            " a hook or something else of it is not copied"
+        )
 
 
 @torch.no_grad()
-def check_vectors(model: nn.Module, units: Sequence[Unit | Stream], shape: tuple[int, ...]) -> None:
-    """Raises NeuronMergingError where a BatchNorm1d behind a linear layer has inputs [B, L, C]: it normalises L, not C."""
+def _difference(model: nn.Module, copied: nn.Module, shape: tuple[int, ...]) -> float:
+    """How far the outputs of two networks in evaluation are apart on one input; 0 where there are none that can be compared."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *shape, generator=random, dtype=torch.float32, device="cpu")
+    with contextlib.suppress(Exception), _as_before(model):  # whether it runs is checked elsewhere
+        x = x.to(next(model.parameters()).device, dtype(model))
+        wanted, again, found = (_tensors(network.eval()(x.clone())) for network in (model, model, copied))
+        return _off(found, wanted) if _off(again, wanted) <= 0.01 else 0.0
+    return 0.0
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf.double() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _off(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest relative error of outputs; infinite where there are others."""
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted]:
+        return float("inf")
+    errors = ((a - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(found, wanted))
+    return max((float(error) for error in errors), default=0.0)
+
+
+@contextlib.contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Undo afterwards what a forward pass may leave in a network: modes, attributes, buffers."""
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    try:
+        yield
+    finally:
+        take_modes(model, modes)
+        for module, before in attributes.items():
+            vars(module).update(before)
+            for name in vars(module).keys() - before:
+                del vars(module)[name]
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def take_modes(model: nn.Module, modes: dict[nn.Module, bool]) -> None:
+    """Let every module be in training or evaluation mode again, also one that is another network in each."""
+    model.train(not modes[model])
+    for module, mode in modes.items():  # a network comes before its parts
+        if module.training != mode:
+            module.train(mode)
+        module.training = mode
+
+
+def out_of_inference(model: nn.Module) -> nn.Module:
+    """`model`, or a copy of it where it was made under torch.inference_mode: tensors of that cannot be worked with."""
+    if not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        return model
+    check_copies(model)
+    copied = copy.deepcopy(model)
+    take_modes(copied, {module: before.training for module, before in zip(copied.modules(), model.modules())})
+    return copied
+
+
+def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | None = None) -> int:
+    """Multiply-accumulates for one input. Raises NeuronMergingError where the network does not run on such a one.
+
+    example: inputs that the shape was read from.
+    """
+    what = f"{type(model).__name__} does not run on an input of shape {list(shape)}"
+    try:
+        with said(what):
+            return count_macs(model, shape)
+    except NeuronMergingError as error:
+        needed = _needed_inputs(model)
+        if len(needed) > 1:
+            raise NeuronMergingError(
+                f"{type(model).__name__} takes {len(needed)} inputs ({', '.join(needed)}), and only one can be made up:"
+                " prune and merge do without, leave example_input out"
+            ) from error
+        if len(shape) > 1 and runs(model, shape[1:]):
+            raise NeuronMergingError(f"{what}: give it without the batch: {shape[1:]}") from error
+        if example is not None and runs(model, tuple(example.shape)):
+            raise NeuronMergingError(f"{what}: example_input is a batch of inputs, give example_input[None]") from error
+        raise
+
+
+def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a network runs on one input of this shape."""
+    with contextlib.suppress(Exception):
+        count_macs(model, shape)
+        return True
+    return False
+
+
+def _needed_inputs(model: nn.Module) -> list[str]:
+    """The names of the inputs that a forward pass cannot do without."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in several]
+
+
+def _first(model: nn.Module) -> nn.Module | None:
+    """The first layer that says something of the inputs."""
+    return next((m for m in model.modules() if isinstance(m, (*CONVS, nn.Linear, nn.Embedding))), None)
+
+
+def likely_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """A shape of inputs that a network runs on, by its first layer; None where none is found."""
+    first = _first(model)
+    if isinstance(first, CONVS):
+        shapes = [(first.in_channels, *[side] * len(first.kernel_size)) for side in SIDES]
+    else:
+        shapes = [(getattr(first, "in_features", 16),)] if first else []
+    return next((shape for shape in shapes if runs(model, shape)), None)
+
+
+@torch.no_grad()
+def check_vectors(model: nn.Module, units: Sequence[Unit | Stream], shape: tuple[int, ...] | None) -> None:
+    """Raises NeuronMergingError where a BatchNorm1d behind a linear layer has inputs [B, L, C]: it normalises L, not C.
+
+    shape: of an input; None where it is not known, which is said too if there is such a BatchNorm.
+    """
 
     def check(layer: str, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if inputs[0].ndim > 2:
             raise NeuronMergingError(f"{name} normalises places, not what {layer} gives at each: ignore {layer}")
 
-    hooks = []
-    for unit in units:
-        if isinstance(unit, Stream) and isinstance(model.get_submodule(unit.layer), nn.Linear):
-            for name in {place.module for place in unit.followers}:
-                hook = partial(check, unit.layer, name)
-                hooks.append(model.get_submodule(name).register_forward_pre_hook(hook))
+    places = [
+        (unit.layer, name)
+        for unit in units if isinstance(unit, Stream) and isinstance(model.get_submodule(unit.layer), nn.Linear)
+        for name in {place.module for place in unit.followers}
+    ]  # fmt: skip
+    if places and shape is None:
+        shape = (
+            likely_shape(model) if isinstance(_first(model), CONVS) else None
+        )  # a linear layer takes inputs of any rank
+        if shape is None:
+            layer, name = places[0]
+            raise NeuronMergingError(
+                f"{name} may normalise places or what {layer} gives at each: give example_input, which shows it"
+            )
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(check, layer, name)) for layer, name in places]
     try:
         if hooks:
             count_macs(model, shape)
@@ -86,17 +229,23 @@ def check_vectors(model: nn.Module, units: Sequence[Unit | Stream], shape: tuple
 
 
 def input_shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) -> tuple[int, ...] | None:
-    """Of one input, without the batch."""
+    """Of one input, without the batch. Raises NeuronMergingError where what is given is no tensor, or no shape."""
+    if images is not None and not isinstance(images, Tensor):
+        raise NeuronMergingError(f"images of type {type(images).__name__}: give a tensor of inputs [B, …]")
     if isinstance(example_input, Tensor):
-        if example_input.dtype in (torch.int32, torch.int64):  # the words of an embedding; images have others
-            raise NeuronMergingError(
-                "example_input is of whole numbers, which cannot be made up: leave it out (prune, merge), or give a shape"
-            )
         return tuple(example_input.shape[1:])
-    if example_input is not None:
-        if not isinstance(example_input, Sequence) or not all(isinstance(side, Integral) for side in example_input):
-            raise NeuronMergingError(
-                f"example_input {example_input!r}: give a tensor of inputs [B, …] or the shape of one, (3, 32, 32)"
-            )
-        return tuple(example_input)
-    return None if images is None else tuple(images.shape[1:])
+    if example_input is None:
+        return None if images is None else tuple(images.shape[1:])
+    tensors = [leaf for leaf in tree_leaves(example_input) if isinstance(leaf, Tensor)]
+    if tensors:
+        raise NeuronMergingError(
+            f"example_input has {len(tensors)} tensor{'s' * (len(tensors) > 1)} in a {type(example_input).__name__}, each an"
+            " input: only a single tensor can be made up; prune and merge do without, leave example_input out"
+        )
+    if not isinstance(example_input, Sequence) or not all(isinstance(side, Integral) for side in example_input):
+        plain = isinstance(example_input, int | float | str | tuple | list)
+        what = repr(example_input)[:60] if plain else f"of type {type(example_input).__name__}"
+        raise NeuronMergingError(
+            f"example_input {what}: give a tensor of inputs [B, …] or the shape of one, (3, 32, 32)"
+        )
+    return tuple(example_input)

@@ -6,17 +6,17 @@ neuron-merging --model torchvision.models:resnet18 --input-size 3,224,224 --mode
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neuron_merging import memory
 from neuron_merging.accuracy import count_correct
-from neuron_merging.checkpoint import save_checkpoint
-from neuron_merging.checks import check_copies, network_macs
+from neuron_merging.checkpoint import Checkpoint, save_checkpoint
+from neuron_merging.checks import check_copies, check_weights, network_macs
 from neuron_merging.commandline import (
     Parser,
     Row,
@@ -34,12 +34,12 @@ from neuron_merging.commandline import (
     versions,
     warn_of_nothing,
 )
-from neuron_merging.config import ShrinkConfig, add_flags, numbers_by_name, shares_text
+from neuron_merging.config import ShrinkConfig, add_flags, numbers, numbers_by_name, shares_text
 from neuron_merging.counting import count_parameters, dtype
 from neuron_merging.errors import NeuronMergingError, said
-from neuron_merging.images import Labelled, image_folder, pictures, transforms
+from neuron_merging.images import Labelled, image_folder, loader, pictures, transforms
 from neuron_merging.loading import build_model, origin, with_weights
-from neuron_merging.shrink import check_names, shrink, summarize
+from neuron_merging.shrink import shrink, summarize
 
 Datasets = Callable[[argparse.Namespace, torch.device], Labelled | None]
 """What opens the data set that --dataset names, if it knows it."""
@@ -81,6 +81,18 @@ def parser(prog: str = "neuron-merging") -> Parser:
     network.add_argument(
         "--data", type=Path, metavar="DIR", help="folder of the data sets [$NEURON_MERGING_DATA, or data]"
     )
+    network.add_argument(
+        "--evaluate-with",
+        metavar="MODULE:NAME",
+        help="instead of --dataset: a callable that gives batches (inputs, labels) to measure on, as your test loader does",
+    )
+    for name, what in (("mean", "means"), ("std", "standard deviations")):
+        network.add_argument(
+            f"--{name}",
+            type=numbers,
+            metavar="X,…",
+            help=f"{what} of the channels that images, in [0, 1], are normalised with [torchvision's, or the data set's]",
+        )
     network.add_argument("--split", default="test", help="images to measure on, of a data set that has several")
     method = p.add_argument_group("method")
     add_flags(method, ShrinkConfig)
@@ -104,6 +116,7 @@ def check(args: argparse.Namespace) -> None:
     silent = args.compensation is None
     args.compensation = args.compensation or "original"
     args.widths = "uniform" if args.widths == "published" else args.widths
+    args.evaluate = args.evaluate or bool(args.evaluate_with)
     if not args.model:
         raise NeuronMergingError("--model names nothing: give module:callable, such as torchvision.models:resnet18")
     if not (args.summary or args.evaluate or args.save or args.export or args.benchmark or args.json):
@@ -116,8 +129,33 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--ratios stands instead of --pruning-ratio and --budget: give one of them")
     if args.input_size is None and not args.summary:
         raise NeuronMergingError("--model needs --input-size, the shape of one input, such as 3,224,224")
+    _check_data(args)
     check_shared(args)
     warn_of_nothing(args, silent)
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    """What is wrong with the flags of what is measured on. Raises NeuronMergingError."""
+    if args.dataset and args.evaluate_with:
+        raise NeuronMergingError("--dataset and --evaluate-with both say what to measure on: give one of them")
+    if args.evaluate and not (args.dataset or args.evaluate_with):
+        raise NeuronMergingError(
+            "--evaluate needs labelled images: give --dataset imagefolder:DIR, or --evaluate-with MODULE:NAME for a loader"
+        )
+    if args.dataset and not args.evaluate:
+        raise NeuronMergingError("--dataset is to measure on: give --evaluate too")
+    if (args.mean is None) != (args.std is None):
+        raise NeuronMergingError("--mean and --std go together: give both")
+    if args.mean is None:
+        return
+    if not (args.dataset or args.calibrate):
+        raise NeuronMergingError("--mean and --std are for the images of --dataset and --calibrate: give one of these")
+    if args.input_size and not len(args.mean) == len(args.std) == args.input_size[0]:
+        raise NeuronMergingError(
+            f"--mean and --std: give {args.input_size[0]} numbers each, as many as there are channels"
+        )
+    if not all(math.isfinite(x) for x in args.mean + args.std) or min(args.std) <= 0:
+        raise NeuronMergingError("--mean and --std: give finite numbers, those of --std above 0")
 
 
 def config_of(args: argparse.Namespace) -> ShrinkConfig:
@@ -134,9 +172,11 @@ def run(args: argparse.Namespace, datasets: Datasets) -> tuple[Row, Callable[[],
     model = build_model(args.model, args.model_args)
     checkpoint = with_weights(model, args.model, args.weights)
     if args.summary:
-        return {"summary": _summary(args, config, model)}, dict
+        return {"summary": _summary(args, config, model, checkpoint)}, dict
     if args.weights is None:
         print("warning: no --weights: the network is as its code makes it", file=sys.stderr)
+    if args.compensation != "original":
+        check_weights(model)
     model = placed(model, device).eval()
     check_copies(model)
     macs = network_macs(model, args.input_size)  # or a line that says that it does not run
@@ -144,15 +184,13 @@ def run(args: argparse.Namespace, datasets: Datasets) -> tuple[Row, Callable[[],
     labelled = _labelled(args, began, device, datasets) if args.evaluate else None  # it may not be there
     small, row = model, {
         "model": args.model, "weights": args.weights, "checkpoint_sha256": checkpoint and checkpoint.sha256,
-        "type": args.compensation, "input_size": list(args.input_size), "device": str(device), "versions": versions(),
+        "type": args.compensation, **(checkpoint.history(SAVED) if checkpoint else {}),
+        "input_size": list(args.input_size), "device": str(device), "versions": versions(),
         "params": count_parameters(model), "macs": macs,
     }  # fmt: skip
     if args.compensation != "original":
-        images = None
-        if args.calibrate:
-            images = pictures(args.calibrate, transforms(args.model, began, args.input_size), args.seed)
-        small, report = shrink(model, example_input=args.input_size, images=images, config=config)
-        row |= _shrunk_row(args, config) | {
+        small, report = shrink(model, example_input=args.input_size, images=_images(args, began), config=config)
+        row |= {"type": args.compensation} | _shrunk_row(args, config) | {
             "widths": {unit.layer: kept for unit, kept in zip(report.units, report.widths)},
             "left_out": report.left_out, "params_original": report.params[0], "params": report.params[1],
             "macs_original": report.macs[0], "macs": report.macs[1], "seconds": round(report.seconds, 4),
@@ -171,14 +209,24 @@ def run(args: argparse.Namespace, datasets: Datasets) -> tuple[Row, Callable[[],
     return row, partial(exports_and_speed, args, model, small, args.input_size)
 
 
-def _summary(args: argparse.Namespace, config: ShrinkConfig, model: nn.Module) -> str:
-    if args.compensation != "original":
-        check_names(config)
+def _images(args: argparse.Namespace, began: str | None) -> Tensor | None:
+    """What --calibrate names. began: torchvision's name for the weights that the network began with."""
+    if not args.calibrate:
+        return None
+    return pictures(args.calibrate, transforms(args.model, began, args.input_size, _scale(args)), args.seed)
+
+
+def _scale(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]] | None:
+    return args.mean and (args.mean, args.std)
+
+
+def _summary(args: argparse.Namespace, config: ShrinkConfig, model: nn.Module, checkpoint: Checkpoint | None) -> str:
     given = args.ratio is not None or args.ratios or not isinstance(args.widths, str)
-    thins = config.widths == "uniform" and (given or args.compensation != "original")
+    thins = given or args.compensation != "original"
+    began = args.weights if checkpoint is None else origin(checkpoint)
     return summarize(
-        model, config.ratio if thins else None, coupled=config.coupled, ignore=config.ignore,
-        multiple=config.multiple, compensation=args.compensation,
+        model.eval(), config.ratio if thins else None, compensation=args.compensation, example_input=args.input_size,
+        images=_images(args, began) if config.chooses else None, config=config,
     )  # fmt: skip
 
 
@@ -195,23 +243,28 @@ def _shrunk_row(args: argparse.Namespace, config: ShrinkConfig) -> Row:
 
 def _labelled(args: argparse.Namespace, began: str | None, device: torch.device, datasets: Datasets) -> Labelled:
     """What --dataset names. began: torchvision's name for the weights that the network began with."""
-    name, _, folder = (args.dataset or "").partition(":")
+    if args.evaluate_with:
+        return loader(args.evaluate_with, device)
+    name, _, folder = args.dataset.partition(":")
     if name == "imagefolder":
-        transform = transforms(args.model, began, args.input_size)
+        transform = transforms(args.model, began, args.input_size, _scale(args))
         return image_folder(folder, transform, device, args.test_batch_size)
     labelled = datasets(args, device)
     if labelled is None:
-        unknown = f", not {args.dataset}" if args.dataset else ""
-        raise NeuronMergingError(f"--evaluate needs labelled images: give --dataset imagefolder:DIR{unknown}")
+        raise NeuronMergingError(
+            f"--dataset {args.dataset} is not known: give imagefolder:DIR, or --evaluate-with MODULE:NAME"
+        )
     return labelled
 
 
 def _measure(args: argparse.Namespace, networks: dict[str, nn.Module], labelled: Labelled) -> Row:
     """The accuracy of networks by name. Raises NeuronMergingError where they have other classes than the inputs."""
-    with said(f"{args.model} does not fit --dataset {args.dataset}", typed=True):
-        for model in networks.values():
-            _check_classes(model, args.input_size, labelled)
-        counts = {name: count_correct(model, labelled.batches(), labelled.number) for name, model in networks.items()}
+    counts, where = {}, f"--dataset {args.dataset}" if args.dataset else labelled.named
+    with said(f"{args.model} does not fit {where}", typed=True):
+        for name, model in networks.items():
+            outputs = _outputs(model, args.input_size, labelled)
+            batches = _within(outputs, labelled.batches(), where)
+            counts[name] = count_correct(model, batches, labelled.number)
     rates = {name: round(100 * correct / max(1, total), 2) for name, (correct, total) in counts.items()}
     return {
         "dataset": args.dataset, "accuracy_original": rates.get("original"), "accuracy": rates["smaller"],
@@ -220,20 +273,34 @@ def _measure(args: argparse.Namespace, networks: dict[str, nn.Module], labelled:
 
 
 @torch.inference_mode()
-def _check_classes(model: nn.Module, shape: tuple[int, ...], labelled: Labelled) -> None:
+def _outputs(model: nn.Module, shape: tuple[int, ...], labelled: Labelled) -> int:
+    """How many classes a network tells apart. Raises NeuronMergingError where the inputs have others."""
     device = next(model.parameters()).device
     outputs = model.eval()(torch.zeros(1, *shape, dtype=dtype(model), device=device)).shape[1]
-    if outputs != labelled.classes:
+    if labelled.classes not in (None, outputs):
         raise NeuronMergingError(
             f"--dataset {labelled.named}, the network {outputs} outputs: they have to be as many, in the same order"
         )
+    return outputs
+
+
+def _within(outputs: int, batches: Iterable[tuple[Tensor, Tensor]], named: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches. Raises NeuronMergingError for labels that the network has no output for: none of them could be right."""
+    for x, labels in batches:
+        low, high = map(int, labels.aminmax()) if len(labels) else (0, 0)
+        if low < 0 or high >= outputs:
+            raise NeuronMergingError(
+                f"{named} gives labels from {low} to {high}, the network has outputs 0 to {outputs - 1}"
+            )
+        yield x, labels
 
 
 def for_people(row: Row) -> str:
     """A row as text."""
     if "summary" in row:
         return row["summary"]
-    lines = [f"{row['model']}: {row['type']}"]
+    before = "" if row["type"] == "original" or "report" in row else f", as {row['weights']} has it"
+    lines = [f"{row['model']}: {row['type']}{before}"]
     if "report" in row:
         lines.append(row["report"])
     if "accuracy" in row:

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from neuron_merging.benchmark import compare, table
+from neuron_merging.config import CHOSEN_WIDTHS
 from neuron_merging.errors import NeuronMergingError, ending, missing, said
 from neuron_merging.export import EXPORTS, ONNX, export
 from neuron_merging.files import check_writable, write_text
+from neuron_merging.ratios import meant
 
 Row = dict[str, Any]
 
@@ -68,7 +70,7 @@ def add_machine_flags(group: argparse._ActionsContainer) -> None:
 def check_shared(args: argparse.Namespace) -> None:
     """What is wrong with flags that both command lines have. Raises NeuronMergingError."""
     if isinstance(args.ratio, float) and not 0 <= args.ratio < 1:
-        raise NeuronMergingError(f"--pruning-ratio {args.ratio} is outside [0, 1){_meant(args.ratio)}")
+        raise NeuronMergingError(f"--pruning-ratio {args.ratio} is outside [0, 1){meant(args.ratio)}")
     if args.test_batch_size is not None and args.test_batch_size < 1:
         raise NeuronMergingError(f"--test-batch-size {args.test_batch_size} has to be at least 1")
     if not 0 <= args.seed < 2**32:
@@ -77,13 +79,14 @@ def check_shared(args: argparse.Namespace) -> None:
         raise NeuronMergingError(
             "--multiple is for widths that a ratio or a budget leaves: a list of --widths is as it is"
         )
-    if args.compensation == "original" and not args.summary:
-        flags = ("ratios", "ignore", "budget", "calibrate", "drop_blocks", "coupled")
+    if args.compensation == "original":
+        flags = ("budget", "calibrate", "drop_blocks", *(() if args.summary else ("ratios", "ignore", "coupled")))
         useless = next((name.replace("_", "-") for name in flags if getattr(args, name, None)), None)
+        useless = f"widths {args.widths}" if args.summary and args.widths in CHOSEN_WIDTHS else useless
         if useless:
             raise NeuronMergingError(f"--{useless} says how to make a network smaller: give --model-type too")
     if args.summary:
-        flags = ("save", "export", "benchmark", "append")
+        flags = ("evaluate", "retrain", "resume", "save", "export", "benchmark", "append")
         useless = next((name for name in flags if getattr(args, name, None)), None)
         if useless:
             raise NeuronMergingError(f"--{useless} is for results, and --summary has none: leave one of them out")
@@ -99,11 +102,6 @@ def check_shared(args: argparse.Namespace) -> None:
         check_writable(path)
     if len({path.resolve() for path in files}) < len(files):
         raise NeuronMergingError("--save, --append, --export and --json are to be different files")
-
-
-def _meant(ratio: float) -> str:
-    """50 is half of a hundred, most likely."""
-    return f": {ratio / 100:g}?" if 1 < ratio < 100 else ""
 
 
 def warn_of_nothing(args: argparse.Namespace, silent: bool) -> None:

@@ -43,6 +43,14 @@ def numbers_by_name(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r}: give NAME=NUMBER, with commas between several") from None
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """0.49,0.48,0.45 → a tuple, for an `argparse` type."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number for every channel, such as 0.49,0.48,0.45") from None
+
+
 def shares_text(budget: Mapping[str, float] | None) -> str | None:
     """{"params": 0.5} → params=0.5, as the command line has it."""
     return budget and ",".join(f"{name}={share:g}" for name, share in budget.items())

@@ -1,9 +1,10 @@
 """What a network costs: parameters and multiply-accumulates."""
 
+import contextlib
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -20,18 +21,26 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of convolutions and matrix products for one input of `shape` (without the batch).
 
-    Counted in float32, or in the network's own precision where it insists on that.
+    Counted in float32, or in the network's own precision where it insists on that; for whole numbers, as an embedding takes
+    them, where it takes no others.
     """
 
-    def count(copied: nn.Module) -> int:
+    def count(copied: nn.Module, kind: torch.dtype | None = None) -> int:
         copied.eval().requires_grad_(False)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            copied(torch.zeros(1, *shape, dtype=dtype(copied), device="cpu"))
+            copied(torch.zeros(1, *shape, dtype=kind or dtype(copied), device="cpu"))
         return counter.get_total_flops() // 2
 
     try:
         return count(copy.deepcopy(model).cpu().float())
     except RuntimeError:
-        if dtype(model) == torch.float32:
-            raise
-        return count(copy.deepcopy(model).cpu())
+        own = dtype(model)
+        for kind in (torch.int64,) if own == torch.float32 else (own, torch.int64):
+            with contextlib.suppress(Exception):
+                return count(copy.deepcopy(model).cpu(), kind)
+        raise
+
+
+def precise(x: Tensor, precision: torch.dtype) -> Tensor:
+    """Inputs of real numbers in another precision; whole ones, as an embedding takes them, as they are."""
+    return x.to(precision) if x.is_floating_point() else x

@@ -1,35 +1,33 @@
-"""Folders of images: read, turned into network inputs, and labelled by the names of their folders."""
+"""Labelled inputs: of folders of images, whose names are the labels, or of a loader of one's own."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from neuron_merging.accuracy import CPU_BATCH
 from neuron_merging.errors import NeuronMergingError, reason, said
-from neuron_merging.loading import torchvision_weights
-
-if TYPE_CHECKING:
-    pass
+from neuron_merging.loading import called, torchvision_weights
 
 T = TypeVar("T")
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its pixels
 
 
 @dataclass(frozen=True)
 class Labelled:
     """Labelled inputs to measure a network on.
 
-    batches: gives them anew at every call, (inputs [B, …], labels [B]). number: of batches. classes: how many, `named` for
-    people. about: what a result row says of them.
+    batches: gives them anew at every call, (inputs [B, …], labels [B]). number: of batches; classes: how many, `named` for
+    people; None where that is not known. about: what a result row says of them.
     """
 
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]
-    number: int
-    classes: int
+    number: int | None
+    classes: int | None
     named: str
     about: dict[str, Any]
 
@@ -59,11 +57,51 @@ def image_folder(
     return Labelled(batches, len(loader), classes, f"imagefolder:{folder} has {classes} folders", about)
 
 
-def transforms(spec: str, weights: str | None, shape: tuple[int, ...]) -> Callable[[Any], Tensor]:
+def loader(spec: str, device: torch.device) -> Labelled:
+    """What the callable that `spec` names gives: batches (inputs [B, …], labels [B]), as a DataLoader of one's own does.
+
+    Raises NeuronMergingError where it is not there, or (while they are read) gives something else.
+    """
+    what = f"--evaluate-with {spec}"
+
+    def given() -> Iterable[Any]:
+        found = called("--evaluate-with", spec, "mine:test_loader")
+        if not isinstance(found, Iterable):
+            raise NeuronMergingError(f"{what} gives {type(found).__name__}: let it give batches (inputs, labels)")
+        return found
+
+    first = [given()]  # what is wrong with it is said before a network is made smaller
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        with said(what, typed=True):
+            for batch in first.pop() if first else given():  # which may be read only once
+                yield _labelled_batch(what, batch, device)
+
+    number = len(first[0]) if isinstance(first[0], Sized) else None
+    return Labelled(batches, number, None, what, {"evaluate_with": spec})
+
+
+def _labelled_batch(what: str, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    x, labels = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (None, None)
+    if not isinstance(x, Tensor) or not isinstance(labels, Tensor):
+        raise NeuronMergingError(
+            f"{what} gives batches of type {type(batch).__name__}, not pairs of tensors (inputs, labels)"
+        )
+    if labels.shape != x.shape[:1] or labels.is_floating_point():
+        raise NeuronMergingError(
+            f"{what} gives labels of shape {list(labels.shape)} ({str(labels.dtype).removeprefix('torch.')}) for"
+            f" {len(x)} inputs: one whole number is needed for each"
+        )
+    return x.to(device), labels
+
+
+def transforms(
+    spec: str, weights: str | None, shape: tuple[int, ...], scale: tuple[Sequence[float], Sequence[float]] | None = None
+) -> Callable[[Any], Tensor]:
     """How an image becomes an input: as torchvision's `weights` say, or else its default weights of the model `spec`.
 
     Where there are none, or they are for inputs of another size: the shorter side to the input's, the centre, ImageNet's mean
-    and standard deviation.
+    and standard deviation. scale: a mean and a standard deviation for every channel, instead of those.
     """
     from torchvision import transforms as T
 
@@ -73,11 +111,13 @@ def transforms(spec: str, weights: str | None, shape: tuple[int, ...]) -> Callab
     entry = known.get(weights) or known.get("DEFAULT")
     theirs = entry and entry.transforms()
     if theirs and [*getattr(theirs, "crop_size", [])] * 2 == [*shape[1:]]:
+        theirs.mean, theirs.std = map(list, scale or (theirs.mean, theirs.std))
         return theirs
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    scale = scale or (IMAGENET if shape[0] == 3 else ((0.5,), (0.5,)))
     gray = [T.Grayscale()] if shape[0] == 1 else []
-    scale = T.Normalize(mean, std) if shape[0] == 3 else T.Normalize((0.5,), (0.5,))
-    return T.Compose([T.Resize(min(shape[1:])), T.CenterCrop(tuple(shape[1:])), *gray, T.ToTensor(), scale])
+    return T.Compose(
+        [T.Resize(min(shape[1:])), T.CenterCrop(tuple(shape[1:])), *gray, T.ToTensor(), T.Normalize(*scale)]
+    )
 
 
 def counted(text: str) -> tuple[str, int | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from neuron_merging.checkpoint import Checkpoint, fit, load_checkpoint, load_weights
-from neuron_merging.checks import check_sizes
+from neuron_merging.checks import check_sizes, out_of_inference
 from neuron_merging.errors import NeuronMergingError, said
 
 
@@ -19,25 +19,42 @@ def build_model(spec: str, arguments: str | None = None) -> nn.Module:
 
     Raises NeuronMergingError where that is not there, fails, or gives no module.
     """
-    module, _, name = spec.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise NeuronMergingError(f"--model {spec}: give module:callable, such as torchvision.models:resnet18")
     try:
         keywords = json.loads(arguments or "{}")
     except ValueError:
         keywords = None
     if not isinstance(keywords, dict):
         raise NeuronMergingError(f"--model-args {arguments}: give a JSON object, such as '{{\"num_classes\": 10}}'")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    with said(f"--model {spec} cannot be made", typed=True), contextlib.redirect_stdout(sys.stderr):
-        model = getattr(importlib.import_module(module), name)(**keywords)
+    model = called("--model", spec, "torchvision.models:resnet18", **keywords)
     if not isinstance(model, nn.Module):
         raise NeuronMergingError(f"--model {spec} gives {type(model).__name__}, no torch.nn.Module")
     if next(model.parameters(), None) is None:
         raise NeuronMergingError(f"--model {spec} gives a network without parameters")
     check_sizes(model)
-    return model
+    return out_of_inference(model)
+
+
+def called(flag: str, spec: str, example: str, **keywords: Any) -> Any:
+    """What the callable that a flag names gives. Raises NeuronMergingError where it is not there or fails."""
+    module, _, name = spec.partition(":")
+    if not _is_spec(spec):
+        raise NeuronMergingError(f"{flag} {spec}: give module:callable, such as {_meant(spec) or example}")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    with said(f"{flag} {spec} cannot be made", typed=True), contextlib.redirect_stdout(sys.stderr):
+        return getattr(importlib.import_module(module), name)(**keywords)
+
+
+def _is_spec(text: str) -> bool:
+    module, _, name = text.partition(":")
+    return not module.endswith(".py") and all(part.isidentifier() for part in (*module.split("."), name))
+
+
+def _meant(spec: str) -> str | None:
+    """What is likely meant by a file instead of a module (net.py:make), a dot instead of the colon, or a call (net:make())."""
+    module, _, name = spec.removesuffix("()").rpartition(":" if ":" in spec else ".")
+    meant = f"{module.removesuffix('.py').removeprefix('./').replace('/', '.')}:{name}"
+    return meant if _is_spec(meant) else None
 
 
 def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint | None:

@@ -48,3 +48,9 @@ def peak(device: torch.device) -> float:
     except (OSError, StopIteration):
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
         return round(most / 1e6 if sys.platform == "darwin" else most * 1024 / 1e6, 1)
+
+
+def held(peak_mb: float, device: str) -> str:
+    """What `peak` gave, for people."""
+    where = "of PyTorch on the GPU" if device.startswith("cuda") else "of the whole process"
+    return f"peak memory {where} {peak_mb:,.0f} MB"

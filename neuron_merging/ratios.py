@@ -80,7 +80,7 @@ def _kept(
     kept = []
     for unit, n, share in zip(units, full, ratios):
         if not 0 <= share < 1:
-            raise NeuronMergingError(f"ratio {share} of {unit.layer} is outside [0, 1)")
+            raise NeuronMergingError(f"ratio {share} of {unit.layer} is outside [0, 1){meant(share)}")
         alone = n == 1 and not isinstance(ratio, Mapping)  # a single neuron stays, unless it is named
         kept.append(1 if alone else round(n * (1 - share)))
         if kept[-1] < 1:
@@ -88,6 +88,11 @@ def _kept(
                 f"ratio {share} leaves no neuron of {n} in {unit.layer}: choose a smaller one, or ignore the layer"
             )
     return kept
+
+
+def meant(ratio: Real) -> str:
+    """What a ratio outside [0, 1) is likely to be: 50 is half of a hundred."""
+    return f": {float(ratio) / 100:g}?" if 1 < ratio < 100 else ""
 
 
 def _number(value: object) -> Real:

@@ -4,7 +4,7 @@ Without data, without training: see decompose.py for the paper's methods, restor
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import nan
@@ -14,14 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from neuron_merging import memory, synthetic
-from neuron_merging.checks import check_copies, check_vectors, check_weights, input_shape, network_macs
+from neuron_merging.checks import (
+    check_copies,
+    check_vectors,
+    check_weights,
+    input_shape,
+    likely_shape,
+    network_macs,
+    out_of_inference,
+    take_modes,
+)
 from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
 from neuron_merging.counting import count_parameters
 from neuron_merging.coupled import choose_channels
 from neuron_merging.decompose import CRITERIA, cosines, dropped
-from neuron_merging.errors import NeuronMergingError
+from neuron_merging.errors import NeuronMergingError, said
 from neuron_merging.graph.streams import Stream, apart, streams
-from neuron_merging.graph.tracing import Unit, survey
+from neuron_merging.graph.tracing import CONVS, Tracer, Unit, survey
 from neuron_merging.methods import METHODS, NEED_IMAGES, check_units
 from neuron_merging.network import choose, neurons, read
 from neuron_merging.ratios import uniform_widths, without
@@ -29,6 +38,7 @@ from neuron_merging.widths.curves import HELD_OUT
 from neuron_merging.widths.search import WidthSearch
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
+SUMMARY_SAMPLES = 8  # made-up inputs that show what restoration would leave, but for its numbers
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,9 @@ class Report:
     units, widths, full: the prunable units with their kept and original widths. cosine: by unit the mean over the dropped
     neurons of their cosine with the most similar kept one (NaN where there is none, or the method keeps no neurons but
     centroids). left_out: by layer that stays whole, why. params, macs: original and now (macs None where no input is known).
-    seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb: the most memory held, in MB. search: what was
-    measured for that choice; it gives widths for other budgets, and another call takes it as `search`.
+    seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb: the most memory held meanwhile, in MB, by the
+    whole process, or on `device`. search: what was measured for that choice; it gives widths for other budgets, and another
+    call takes it as `search`.
     """
 
     units: list[Unit | Stream]
@@ -53,6 +64,7 @@ class Report:
     seconds_widths: float | None
     peak_mb: float
     search: WidthSearch | None = None
+    device: str = "cpu"
 
     def __str__(self) -> str:
         """A table for people."""
@@ -64,11 +76,21 @@ class Report:
                 f"{name:<{wide}}  {kept:>6} of {full:<6} {'' if cosine != cosine else f'{cosine:6.3f}'}".rstrip()
             )
         lines += [f"{layer} stays whole: {why}" for layer, why in self.left_out.items()]
-        for label, size in (("parameters", self.params), ("MACs", self.macs)):
-            if size is not None:
-                lines.append(f"{label:<12}{size[0]:>16,} -> {size[1]:,} ({100 * (size[1] / size[0] - 1):+.1f} %)")
+        lines += _sizes(self.params, self.macs)
         choice = "" if self.seconds_widths is None else f" ({self.seconds_widths:.2f} s of it for the choice)"
-        return "\n".join([*lines, f"{self.seconds:.2f} s{choice}, peak memory {self.peak_mb:,.0f} MB"])
+        return "\n".join([*lines, f"{self.seconds:.2f} s{choice}, {memory.held(self.peak_mb, self.device)}"])
+
+
+def _sizes(params: tuple[int, int] | None, macs: tuple[int, int] | None) -> list[str]:
+    """Lines for people: parameters and MACs before and after."""
+    lines = []
+    for label, size in (("parameters", params), ("MACs", macs)):
+        if size is None:
+            lines.append(f"{label:<12}not counted: give example_input (--input-size)")
+        else:
+            change = f" ({100 * (size[1] / size[0] - 1):+.1f} %)" if size[0] else ""
+            lines.append(f"{label:<12}{size[0]:>16,} -> {size[1]:,}{change}")
+    return lines
 
 
 def _name(unit: Unit | Stream) -> str:
@@ -103,23 +125,23 @@ def shrink(
     budget, multiple and drop_blocks.
     Raises NeuronMergingError that names the layer and says why, where something cannot be done.
     """
-    try:
-        config = replace(config or ShrinkConfig(), **options | ({} if ratio is None else {"ratio": ratio}))
-    except TypeError as error:
-        raise NeuronMergingError(f"shrink: {str(error).partition(') ')[2] or error}") from error
+    config = _configured(config, ratio, options)
     check_names(config)
     device = _device(model)
     shape = input_shape(example_input, images)
     _check_inputs(config, shape, images)
     check_weights(model)
     check_copies(model)
-    macs = None if shape is None else network_macs(model, shape)
+    model = out_of_inference(model)
+    macs = None
+    if shape is not None:
+        macs = network_macs(model, shape, example_input if isinstance(example_input, Tensor) else None)
+        check_copies(model, shape)
     memory.reset(device)
     start = time.perf_counter()
     units, left_out = _units(model, config)
     full = [width(model, unit) for unit in units]
-    if shape is not None:
-        check_vectors(model, units, shape)
+    check_vectors(model, units, shape)
     kept = full
     if config.budget is None:
         multiple = config.multiple if config.widths == "uniform" else 1
@@ -148,49 +170,86 @@ def shrink(
         torch.cuda.synchronize(device)
     seconds, peak_mb = time.perf_counter() - start, memory.peak(device)
     _lay_out(model, small)
+    modes = {name: module.training for name, module in model.named_modules()}
+    take_modes(small, {module: modes.get(name, model.training) for name, module in small.named_modules()})
+    after = _check_runs(model, small, shape)
     centroids = config.compensation == "fold"
     cosine = [nan if centroids else _cosine(_weights(model, unit), index) for unit, index in zip(units, keep)]
     report = Report(
         units, list(kept), full, cosine, left_out,
         (count_parameters(model), count_parameters(small)),
-        None if shape is None else (macs, network_macs(small, shape)),
-        seconds, seconds_widths, peak_mb, search,
+        None if macs is None else (macs, after),
+        seconds, seconds_widths, peak_mb, search, str(device),
     )  # fmt: skip
     return small, report
+
+
+def _check_runs(model: nn.Module, small: nn.Module, shape: tuple[int, ...] | None) -> int | None:
+    """Run what is left of a network once, on an input that the network runs on, if one is known or found; its MACs.
+
+    Raises NeuronMergingError where it does not run.
+    """
+    tried = likely_shape(model) if shape is None else shape
+    if tried is None:
+        return None
+    try:
+        return network_macs(small, tried)
+    except NeuronMergingError as error:
+        other = "give example_input" if shape is None else "leave coupled out, or ignore what it was cut in"
+        raise NeuronMergingError(f"what is left of {type(model).__name__} does not run: {other} ({error})") from error
+
+
+def _configured(config: ShrinkConfig | None, ratio: Ratio | None, options: dict[str, Any]) -> ShrinkConfig:
+    try:
+        return replace(config or ShrinkConfig(), **options | ({} if ratio is None else {"ratio": ratio}))
+    except TypeError as error:
+        raise NeuronMergingError(f"shrink: {str(error).partition(') ')[2] or error}") from error
 
 
 def summarize(
     model: nn.Module,
     ratio: Ratio | None = None,
     *,
-    coupled: bool = False,
-    ignore: Sequence[str] = (),
-    multiple: int = 1,
     compensation: str = "original",
+    example_input: Tensor | Sequence[int] | None = None,
+    images: Tensor | None = None,
+    config: ShrinkConfig | None = None,
+    **options: Any,
 ) -> str:
-    """What of a network can lose neurons, with a ratio (or widths, as of `shrink`) how many, and why the rest cannot.
+    """What of a network can lose neurons, and why the rest cannot.
 
-    compensation: by which; "original" for none. Raises NeuronMergingError for numbers and names that make no sense, and
-    where the compensation has no form for a unit.
+    With a ratio (or widths, as of `shrink`), or widths that are chosen, also how many neurons, parameters and MACs would be
+    left. compensation: by which; "original" for none. The rest: as of `shrink`. Raises NeuronMergingError as that does.
     """
-    config = ShrinkConfig(multiple=multiple)
-    if compensation != "original":
-        check_names(replace(config, compensation=compensation))
+    named = compensation != "original"
+    config = _configured(config, ratio, options | {"compensation": compensation if named else "prune"})
+    check_names(config)
     check_weights(model)
-    units, left_out = without(model, *prunable(model, coupled), ignore)
-    if compensation != "original":
+    model = out_of_inference(model)
+    units, left_out = without(model, *prunable(model, config.coupled), config.ignore)
+    if named:
         check_units(compensation, units)
-    full = [width(model, unit) for unit in units]
-    counts = [str(n) for n in full]
-    if ratio is not None:
-        kept = uniform_widths(model, ratio, units, full, left_out, multiple)
-        counts = [f"{k} of {n}" for k, n in zip(kept, full)]
-    return "\n".join(
-        [
-            *(f"{_name(unit)}: {count}" for unit, count in zip(units, counts)),
-            *(f"{layer} stays whole: {why}" for layer, why in left_out.items()),
-        ]
-    )
+    counts, sizes = [str(width(model, unit)) for unit in units], []
+    chosen = config.widths in CHOSEN_WIDTHS
+    if units and (chosen or ratio is not None):
+        report = _would_be(model, config, example_input, images)
+        counts = [f"{kept} of {full}" for kept, full in zip(report.widths, report.full)]
+        unseen = example_input is None and METHODS[config.compensation].looks and METHODS[config.compensation].adds_bias
+        sizes = _sizes(None if unseen else report.params, report.macs)  # it adds biases where inputs show a need
+    whole = [f"{layer} stays whole: {why}" for layer, why in left_out.items()]
+    return "\n".join([*(f"{_name(unit)}: {count}" for unit, count in zip(units, counts)), *whole, *sizes])
+
+
+def _would_be(
+    model: nn.Module, config: ShrinkConfig, example_input: Tensor | Sequence[int] | None, images: Tensor | None
+) -> Report:
+    """The report of `shrink`, with its widths and sizes. Where a ratio gives the widths, no more is done than these need."""
+    if config.widths not in CHOSEN_WIDTHS:
+        method = METHODS[config.compensation]
+        itself = method.adds_bias and (example_input is not None or not method.looks)  # others leave what prune leaves
+        kind, images = config.compensation if itself else "prune", None
+        config = replace(config, criterion="l1-norm", compensation=kind, probe_samples=SUMMARY_SAMPLES)
+    return shrink(model, example_input=example_input, images=images, config=config)[1]
 
 
 def check_names(config: ShrinkConfig) -> None:
@@ -259,11 +318,12 @@ def _search(
     sensitivity = config.widths == "auto"
     share = 1 / (1 - HELD_OUT) if sensitivity else 1.0
     method = METHODS[config.compensation]
-    return WidthSearch(
-        model, units, shape, cache(partial(synthetic.inputs, model, shape, config, images, share)),
-        criterion=config.criterion, layerwise=method.of_a_layer(config), ridge=config.ridge,
-        sensitivity=sensitivity, biases=method.adds_bias,
-    )  # fmt: skip
+    with said(f"no widths can be chosen for {type(model).__name__}"):
+        return WidthSearch(
+            model, units, shape, cache(partial(synthetic.inputs, model, shape, config, images, share)),
+            criterion=config.criterion, layerwise=method.of_a_layer(config), ridge=config.ridge,
+            sensitivity=sensitivity, biases=method.adds_bias,
+        )  # fmt: skip
 
 
 def _lay_out(model: nn.Module, small: nn.Module) -> None:
@@ -283,15 +343,34 @@ def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Strea
     Raises NeuronMergingError where torch.fx cannot trace it.
     """
     units, left_out = survey(model)
+    unseen = _unseen(model, {unit.layer for unit in units} | {unit.next for unit in units} | left_out.keys())
     if not coupled:
-        return units, left_out
+        return units, left_out | unseen
     alone = {unit.layer for unit in units}
     shared, reasons = streams(model)
     shared = [stream for stream in shared if not alone & set(stream.writers)]
     written = {writer for stream in shared for writer in stream.writers}
     written |= {place.module for stream in shared for place in stream.followers}
     left_out = {layer: reasons.get(layer, why) for layer, why in left_out.items() if layer not in written}
-    return [*units, *shared], left_out
+    return [*units, *shared], left_out | unseen
+
+
+def _unseen(model: nn.Module, seen: Collection[str]) -> dict[str, str]:
+    """Why the graph does not have the convolutions and linear layers that are not `seen` in it."""
+    tracer, modules = Tracer(), dict(model.named_modules())
+    lists = (nn.ModuleList, nn.ModuleDict)
+    closed = [
+        name for name, module in modules.items()
+        if name and tracer.is_leaf_module(module, name) and not isinstance(module, (*lists, *CONVS, nn.Linear))
+    ]  # fmt: skip
+    reasons = {}
+    for name, module in modules.items():
+        if name not in seen and isinstance(module, (*CONVS, nn.Linear)):
+            around = next((outer for outer in closed if name.startswith(f"{outer}.")), None)
+            reasons[name] = "the forward pass never calls it in evaluation" if around is None else (
+                f"it is inside {around} ({type(modules[around]).__name__}), which is not looked into"
+            )  # fmt: skip
+    return reasons
 
 
 def width(model: nn.Module, unit: Unit | Stream) -> int:

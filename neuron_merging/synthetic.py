@@ -4,6 +4,8 @@ Images have edges and colours like photographs (dead leaves); a network that doe
 moved one step along the gradient of a random class (the class step), so that the inputs differ in what the network tells apart.
 """
 
+import contextlib
+import copy
 import functools
 import math
 
@@ -67,9 +69,24 @@ def inputs(
 ) -> Tensor:
     """What a method looks at: the real images, or else `share` times as many made-up inputs as the config asks for."""
     if images is not None:
-        return images.to(next(model.parameters()).device, dtype(model))
+        images = images.to(next(model.parameters()).device)
+        words = not images.is_floating_point() and _takes(model, images[:1])
+        return images if words else images.to(dtype(model))
+    if _takes(model, torch.zeros(1, *shape, dtype=torch.int64)) and not _takes(model, torch.zeros(1, *shape)):
+        raise NeuronMergingError(
+            f"the inputs of {type(model).__name__} are whole numbers, which cannot be made up: give images"
+        )
     samples = round(share * (config.probe_samples or default_samples(model, shape)))
     return make(model, shape, samples, kind=config.probe, seed=config.seed)
+
+
+@torch.no_grad()
+def _takes(model: nn.Module, x: Tensor) -> bool:
+    """Whether a network takes inputs x as they are, such as whole numbers for the words of an embedding."""
+    with contextlib.suppress(Exception):
+        copy.deepcopy(model).eval()(x.to(next(model.parameters()).device, copy=True))
+        return True
+    return False
 
 
 def check(kind: str) -> None:
@@ -198,7 +215,8 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
                 return torch.zeros_like(x)
             logits = by_sample(output)
             chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random, device="cpu").to(logits.device)
-            gradients.append(torch.autograd.grad(logits.gather(1, chosen).sum(), part)[0])
+            logits.gather(1, chosen).sum().backward()  # torch.autograd.grad does not pass every checkpoint
+        gradients.append(torch.zeros_like(part) if part.grad is None else part.grad)
     g = torch.cat(gradients)
     sides = list(g.shape[2:])
     if sides and min(sides) > 1:

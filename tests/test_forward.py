@@ -169,14 +169,15 @@ def test_a_wrapped_network_is_to_be_unwrapped(inside, call):
         call(WRAPPED[inside]())
 
 
-def test_whole_numbers_are_no_example():
+def test_whole_numbers_are_not_made_up():
     image = Written(lambda m, x: m.net(x.float() / 255), net=network()).eval()
     assert shrink(image, 0.5, example_input=torch.zeros(2, 3, 8, 8, dtype=torch.uint8), compensation="prune")[1].widths
     model = Written(lambda m, x: m.net(m.words(x)), words=nn.Embedding(9, 8), net=nn.Sequential(
         nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))).eval()  # fmt: skip
     words = torch.randint(0, 9, (4, 5))
-    with pytest.raises(NeuronMergingError, match="example_input is of whole numbers"):
-        shrink(model, 0.5, example_input=words, compensation="prune")
+    assert shrink(model, 0.5, example_input=words, compensation="prune")[1].macs is not None
+    with pytest.raises(NeuronMergingError, match="are whole numbers, which cannot be made up: give images"):
+        shrink(model, 0.5, example_input=words)
     assert shrink(model, 0.5, compensation="prune")[0](words).shape == (4, 5, 2)
 
 

@@ -324,7 +324,7 @@ def test_a_summary_says_what_would_be_left(cli, mine):
     assert "0 -> 3: 16 of 16\n3 -> 8: 3 of 32" in cli(*common, "--ratios", "3=0.9").out
     assert "0 -> 3: 5 of 16" in cli(*common, "--widths", "5,6").out
     assert "0 -> 3: 8 of 16" in cli(*common, "--model-type", "restore", "--multiple", "8").out
-    assert "0 -> 3: 16\n" in cli(*common, "--model-type", "restore", "--widths", "auto").out
+    assert "give example_input" in cli(*common, "--model-type", "restore", "--widths", "auto").err
     assert "outside [0, 1)" in cli(*common, "--ratios", "3=2").err
     curved = ("--model", "mine:curved", "--summary", "--model-type")
     assert "0 -> 2: 4 of 8\n" in cli(*curved, "restore").out

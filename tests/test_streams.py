@@ -399,6 +399,9 @@ def test_torchvisions_networks(name):
     row = zoo.tried(name)
     as_it_should_be(row)
     whole = set(row["left_out"].values()) - {"its output is an output of the network"}
+    whole = [
+        why for why in whole if why != "the forward pass never calls it in evaluation"
+    ]  # of the heads for training
     assert all("is a grouped convolution" in why for why in whole) and (not whole or name == "regnet_y_400mf")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from neuron_merging.blocks import Constant, Silence
 from neuron_merging.config import RIDGE
+from neuron_merging.counting import precise
 from neuron_merging.coupled import cut_streams, kept_channels
 from neuron_merging.decompose import Decomposition, Neurons, effective, merge, merge_derived, only_twins, prune
 from neuron_merging.errors import said
@@ -69,7 +70,7 @@ def restore(
     student = rebuild(teacher, alone, [_start(teacher, *pair) for pair in zip(alone, kept)])
     cut_streams(teacher, student, coupled, t=0.999, strict=False)
     with said(cannot), torch.no_grad():
-        _Lockstep(teacher, student, list(zip(alone, kept)), coupled, probe.to(work), options).run()
+        _Lockstep(teacher, student, list(zip(alone, kept)), coupled, precise(probe, work), options).run()
     for before, after in zip(model.modules(), student.modules(), strict=True):
         after.training = before.training
         if hasattr(before, "inplace"):
