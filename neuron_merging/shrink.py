@@ -4,7 +4,7 @@ Without data, without training: see decompose.py for the paper's methods, restor
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import nan
@@ -344,15 +344,44 @@ def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Strea
     """
     units, left_out = survey(model)
     unseen = _unseen(model, {unit.layer for unit in units} | {unit.next for unit in units} | left_out.keys())
+    if unseen:
+        units, left_out = _as_in_training(model, units, left_out, survey)
     if not coupled:
         return units, left_out | unseen
     alone = {unit.layer for unit in units}
     shared, reasons = streams(model)
+    if unseen:
+        shared, reasons = _as_in_training(model, shared, reasons, streams)
     shared = [stream for stream in shared if not alone & set(stream.writers)]
     written = {writer for stream in shared for writer in stream.writers}
     written |= {place.module for stream in shared for place in stream.followers}
     left_out = {layer: reasons.get(layer, why) for layer, why in left_out.items() if layer not in written}
     return [*units, *shared], left_out | unseen
+
+
+def _as_in_training(
+    model: nn.Module, units: list[Any], left_out: dict[str, str], find: Callable[..., tuple[list[Any], dict[str, str]]]
+) -> tuple[list[Any], dict[str, str]]:
+    """Units or streams with all that reads them in training mode too, such as auxiliary heads, and why the others stay whole.
+
+    find: `survey` or `streams`. A network that cannot be traced in training mode is taken as it is in evaluation.
+    """
+    try:
+        trained = {unit.layer: unit for unit in find(model, training=True)[0]}
+    except NeuronMergingError:
+        return units, left_out
+    kept = [trained[unit.layer] for unit in units if _covers(trained.get(unit.layer), unit)]
+    layers = {unit.layer for unit in kept}
+    reason = "training reads its output in another way than evaluation"
+    return kept, left_out | {unit.layer: reason for unit in units if unit.layer not in layers}
+
+
+def _covers(trained: Unit | Stream | None, unit: Unit | Stream) -> bool:
+    """Whether a unit or stream in training is the one in evaluation, but for more that read it."""
+    if isinstance(trained, Stream) and isinstance(unit, Stream):
+        same = trained.writers == unit.writers and {*trained.followers} >= {*unit.followers}
+        return same and {*trained.readers} >= {*unit.readers}
+    return trained == unit
 
 
 def _unseen(model: nn.Module, seen: Collection[str]) -> dict[str, str]:

@@ -213,7 +213,9 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
             output = model(part.clone())  # which it may overwrite
             if not any(tensor.requires_grad for tensor in floats(output)):
                 return torch.zeros_like(x)
-            logits = by_sample(output)
+            logits = by_sample(output, len(part))
+            if len(logits) < len(part) or logits.shape[1] < 2:  # a step would move every sample the same way
+                return torch.zeros_like(x)
             chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random, device="cpu").to(logits.device)
             logits.gather(1, chosen).sum().backward()  # torch.autograd.grad does not pass every checkpoint
         gradients.append(torch.zeros_like(part) if part.grad is None else part.grad)

@@ -346,7 +346,7 @@ def test_the_choice_of_widths_says_that_there_are_no_numbers():
     with pytest.raises(NeuronMergingError, match="the network gives no floating-point numbers"):
         shrink(Written(decided, net=network()).eval(), 0.5, example_input=(3, 8, 8), widths="auto", probe_samples=32)
     with pytest.raises(NeuronMergingError, match="no floating-point numbers"):
-        by_sample({"classes": torch.tensor([1])})
+        by_sample({"classes": torch.tensor([1])}, 1)
 
 
 # ---------------------------------------------------------------- rows of tokens, precision, layout

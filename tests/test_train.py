@@ -234,9 +234,13 @@ STEPS = {
     "norm_decay": None,
     "cutout": 0,
     "one_cycle": False,
+    "winograd": False,
     "sizes": (),
 }
-CYCLE = {"momentum": 0.9, "nesterov": True, "label_smoothing": 0.1, "norm_decay": 0.0, "cutout": 0, "one_cycle": True}
+CYCLE = {
+    "momentum": 0.9, "nesterov": True, "label_smoothing": 0.1, "norm_decay": 0.0, "cutout": 0, "one_cycle": True,
+    "winograd": True,
+}  # fmt: skip
 LENET = {
     "epochs": 60,
     "lr": 0.1,

@@ -148,7 +148,7 @@ def walk_through(model: nn.Module, inputs: Tensor, probe_statistics: bool = True
     overwrites more. Outputs that differ from one call to the next are not compared, nor those that are no floating-point
     tensors, nor what a hook of the whole network makes of them.
     """
-    x, seen = inputs[:2].clone(), copy.deepcopy(model)
+    x, seen = inputs[:2].clone(), copy.deepcopy(model).eval()
     walk = Walk(model, probe_statistics)  # before the first call, which may leave something in the network
     call = seen if seen._forward_pre_hooks else seen.forward
     wanted, again = (floats(call(x.clone())) for _ in range(2))
@@ -202,12 +202,24 @@ def floats(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def by_sample(output: Any) -> Tensor:
-    """All that `floats` finds, [B, …] each → [B, numbers]. Raises NeuronMergingError where that is nothing."""
+def by_sample(output: Any, samples: int) -> Tensor:
+    """What a network gives for each of some samples: [samples, numbers]; without such a tensor all numbers as one row.
+
+    The samples are along the first axis, or, with places beside them, a part of it, or along another axis (time first, the
+    state of an RNN). Losses and constants, which have none, are left out. Raises NeuronMergingError where there are no numbers.
+    """
     leaves = floats(output)
     if not leaves:
         raise NeuronMergingError("the network gives no floating-point numbers")
-    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
+    rows = [row for leaf in leaves if (row := _rows(leaf, samples)) is not None]
+    return torch.cat(rows, 1) if rows else torch.cat([leaf.reshape(1, -1) for leaf in leaves], 1)
+
+
+def _rows(tensor: Tensor, samples: int) -> Tensor | None:
+    """[samples, numbers], or None where no axis of the tensor is that of the samples."""
+    if samples in tensor.shape:
+        return tensor.movedim(tensor.shape.index(samples), 0).reshape(samples, -1)
+    return tensor.reshape(samples, -1) if tensor.ndim and tensor.shape[0] % samples == 0 and len(tensor) else None
 
 
 def steps(

@@ -93,12 +93,13 @@ def apart(
     return ([unit for unit, _ in alone], [own for _, own in alone]), coupled
 
 
-def streams(model: nn.Module) -> tuple[list[Stream], dict[str, str]]:
+def streams(model: nn.Module, training: bool = False) -> tuple[list[Stream], dict[str, str]]:
     """All channel spaces that can lose channels, in the order of the forward pass, and why the writers of others cannot.
 
-    Raises NeuronMergingError where torch.fx cannot trace `model`.
+    training: of the forward pass in training mode, which may call more layers. Raises NeuronMergingError where torch.fx cannot
+    trace `model`.
     """
-    network = Graph(model)
+    network = Graph(model, training)
     spaces = _Spaces(network)
     for node in network.nodes:
         spaces.add(node)

@@ -78,12 +78,13 @@ def units(model: nn.Module) -> list[Unit]:
     return survey(model)[0]
 
 
-def survey(model: nn.Module) -> tuple[list[Unit], dict[str, str]]:
+def survey(model: nn.Module, training: bool = False) -> tuple[list[Unit], dict[str, str]]:
     """The units, and for every other convolution and linear layer that the forward pass calls the reason why it is none.
 
-    Raises NeuronMergingError where torch.fx cannot trace `model`.
+    training: of the forward pass in training mode, which may call more layers. Raises NeuronMergingError where torch.fx cannot
+    trace `model`.
     """
-    network = Graph(model)
+    network = Graph(model, training)
     found, left_out = [], {}
     for node in network.nodes:
         if isinstance(network.module(node), (*CONVS, nn.Linear)):
@@ -151,15 +152,18 @@ class Tracer(fx.Tracer):
         return isinstance(module, (*CONVS, *NORMS, nn.Linear)) or super().is_leaf_module(module, qualified_name)
 
 
-def _traced(model: nn.Module) -> list[fx.Node]:
-    """The nodes of the graph. Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model`."""
+def _traced(model: nn.Module, training: bool = False) -> list[fx.Node]:
+    """The nodes of the graph in evaluation or training mode.
+
+    Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model`.
+    """
     check_wrapper(model)
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     before = {module: dict(vars(module)) for module in model.modules()}
     values = [value for attributes in before.values() for value in attributes.values()]
     contents = [(value, copy.copy(value)) for value in values if type(value) in (list, dict, set)]
     try:
-        return list(Tracer().trace(model.eval()).nodes)
+        return list(Tracer().trace(model.train(training)).nodes)
     except Exception as error:  # tracing runs the user's forward(), which can raise anything
         raise NeuronMergingError(
             f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason(error)}"
@@ -181,9 +185,10 @@ def _traced(model: nn.Module) -> list[fx.Node]:
 class Graph:
     """The traced graph with what has to be known of its modules."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model` (in evaluation mode)."""
-        self.nodes = _traced(model)
+    def __init__(self, model: nn.Module, training: bool = False) -> None:
+        """Raises NeuronMergingError, which names the line, where torch.fx cannot trace `model` in that mode."""
+        self.training = training
+        self.nodes = _traced(model, training)
         self.modules = dict(model.named_modules())
         self.calls = Counter(self.modules[n.target] for n in self.nodes if n.op == "call_module")
         owners: dict[nn.Parameter, set[nn.Module]] = {}
@@ -231,7 +236,7 @@ class Graph:
         try:
             for told, name, size in said:
                 told[name] = 2 * size + 1
-            return _literally(_traced(self.modules[""])) != _literally(self.nodes)
+            return _literally(_traced(self.modules[""], self.training)) != _literally(self.nodes)
         except NeuronMergingError:
             return True
         finally:

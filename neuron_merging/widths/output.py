@@ -52,7 +52,7 @@ class Output:
             values[node] = (
                 self.walk.run(node, values, self.probe) if form is None else self._thinned(node, form, values)
             )
-        return _centred(values[self.nodes[-1]])
+        return _centred(values[self.nodes[-1]], len(self.probe))
 
     def _thinned(self, node: Any, form: Thinned, values: dict[Any, Any]) -> Tensor:
         layer, (source,) = self.walk.modules[node.target], node.all_input_nodes
@@ -78,7 +78,7 @@ def sensitivities(
     return changes
 
 
-def _centred(output: Any) -> Tensor:
-    """All outputs of the network, [B, …] → [B, numbers], less their mean over each sample where there are several."""
-    flat = by_sample(output).double()
+def _centred(output: Any, samples: int) -> Tensor:
+    """All outputs of the network by sample, [B, numbers], less their mean over each sample where there are several."""
+    flat = by_sample(output, samples).double()
     return flat - flat.mean(1, keepdim=True) if flat.shape[1] > 1 else flat
