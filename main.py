@@ -157,13 +157,13 @@ def trained_name(args: argparse.Namespace, experiment: xp.Experiment, start: Che
     name = settings.checkpoint_name(args.arch, experiment.depth_wide, experiment.dataset)
     if start is None:
         return name
-    made = {"type": args.compensation, "criterion": args.criterion, "ratio": experiment.effective_ratio}
+    origin = {"type": args.compensation, "criterion": args.criterion, "ratio": experiment.effective_ratio}
     if args.compensation == "original":
-        made = {"type": "original"} | start.history(made)
-    ratio = made.get("ratio")
-    parts = [made["type"]]
-    if made["type"] != "original":
-        parts += [made.get("criterion"), "widths" if ratio is None else str(ratio)]
+        origin = {"type": "original"} | start.history(origin)
+    ratio = origin.get("ratio")
+    parts = [origin["type"]]
+    if origin["type"] != "original":
+        parts += [origin.get("criterion"), "widths" if ratio is None else str(ratio)]
     return name.replace("original", "_".join([*filter(None, parts), "retrained"]))
 
 

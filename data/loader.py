@@ -148,14 +148,14 @@ def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
     prefix = "train" if split == "train" else "t10k"
     names = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
     for raw in (root / name / "raw", HERE / name / "raw"):  # the test split is part of the repository
-        found = [next((f for f in (raw / n, raw / f"{n}.gz") if f.is_file()), None) for n in names]
-        if all(found):
-            (images, first), (labels, second) = _idx(found[0], read_image_file), _idx(found[1], read_label_file)
+        files = [next((f for f in (raw / n, raw / f"{n}.gz") if f.is_file()), None) for n in names]
+        if all(files):
+            (images, first), (labels, second) = _idx(files[0], read_image_file), _idx(files[1], read_label_file)
             if (first, second) != FASHION_MNIST_MD5[split]:
                 _warn_of_checksums(raw)
             return images[:, None], labels
-        if any(found):
-            missing = names[found.index(None)]
+        if any(files):
+            missing = names[files.index(None)]
             raise NeuronMergingError(
                 f"{raw} is half there: {missing} is missing; delete the folder to download it again"
             )

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 
-from neuron_merging.errors import ending
+from neuron_merging.errors import exit_code
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
@@ -11,6 +11,6 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args: object) -> int:
-        return ending(lambda: main(*args))
+        return exit_code(lambda: main(*args))
 
     return wrapped

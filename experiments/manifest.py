@@ -15,7 +15,7 @@ from experiments.experiment import Experiment, measure
 from experiments.grid import GRIDS, PRETRAINED
 from neuron_merging.checkpoint import load_checkpoint, sha256
 from neuron_merging.commandline import Parser
-from neuron_merging.errors import said
+from neuron_merging.errors import reported_as
 from neuron_merging.files import write_text
 
 MANIFEST = PRETRAINED / "MANIFEST.json"
@@ -25,7 +25,7 @@ def read() -> dict[str, dict[str, Any]]:
     """File name → entry. Raises NeuronMergingError where the file is something else."""
     if not MANIFEST.exists():
         return {}
-    with said(f"{MANIFEST} is damaged, delete it and run make manifest"):
+    with reported_as(f"{MANIFEST} is damaged, delete it and run make manifest"):
         entries = json.loads(MANIFEST.read_text(encoding="utf-8"))
         return {name: entry for name, entry in entries.items() if entry["sha256"]}
 

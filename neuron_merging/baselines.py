@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_merging.decompose import Decomposition, Neurons, dropped, effective
-from neuron_merging.errors import NeuronMergingError, missing, said
+from neuron_merging.errors import NeuronMergingError, missing, reported_as
 from neuron_merging.graph.interpreter import measure_statistics
 from neuron_merging.graph.tracing import NORMS, Unit
 from neuron_merging.network import read, rebuild
@@ -165,7 +165,7 @@ def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
         bn.reset_running_stats()
         measure_statistics(bn, momentum=None)  # the plain average over batches
     what = f"{type(model).__name__} does not run in batches on images of shape {list(images.shape)}"
-    with torch.no_grad(), said(what, typed=True):
+    with torch.no_grad(), reported_as(what, typed=True):
         for part in images.tensor_split(math.ceil(len(images) / batch_size)):  # no batch of one
             model(part.clone())  # which it may overwrite
     for bn, momentum, buffers in zip(norms, momenta, before):

@@ -22,11 +22,11 @@ def compare(networks: dict[str, nn.Module], shape: tuple[int, ...], batch: int =
 
     shape: of one input, without the batch. All run in their own precision, on the device where they lie.
     """
-    found: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     for name, model in networks.items():
         file = io.BytesIO()
         torch.save(stored(model, math.inf), file)
-        found[name] = {
+        measured[name] = {
             "parameters": count_parameters(model),
             "macs": count_macs(model, shape),
             "file_mb": round(file.getbuffer().nbytes / 1e6, 3),
@@ -39,16 +39,16 @@ def compare(networks: dict[str, nn.Module], shape: tuple[int, ...], batch: int =
                 seconds[name].append(_time(model, shape, count, runs[name]))
         for name, times in seconds.items():
             one = statistics.median(times)
-            found[name][label] = round(1000 * one, 4) if count == 1 else round(count / one, 1)
+            measured[name][label] = round(1000 * one, 4) if count == 1 else round(count / one, 1)
     for name, model in networks.items():
         parameter = next(model.parameters())
         device = parameter.device
         forgets, before = memory.reset(device), memory.peak(device)
         _time(model, shape, batch, 1)
-        found[name]["memory_mb"] = round(memory.peak(device) - before, 1) if forgets else None
-        found[name]["device"] = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
-        found[name]["dtype"] = str(parameter.dtype).removeprefix("torch.")
-    return found
+        measured[name]["memory_mb"] = round(memory.peak(device) - before, 1) if forgets else None
+        measured[name]["device"] = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+        measured[name]["dtype"] = str(parameter.dtype).removeprefix("torch.")
+    return measured
 
 
 def _runs(model: nn.Module, shape: tuple[int, ...], count: int) -> int:
@@ -72,10 +72,10 @@ def _time(model: nn.Module, shape: tuple[int, ...], count: int, runs: int) -> fl
     return (time.perf_counter() - start) / runs
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(measured: dict[str, dict[str, Any]]) -> str:
     """For people: a line for every quantity, the second network's as a share of the first's."""
-    first, second = found.values()
-    lines = [f"{'':<22}{''.join(f'{name:>16}' for name in found)}   ratio"]
+    first, second = measured.values()
+    lines = [f"{'':<22}{''.join(f'{name:>16}' for name in measured)}   ratio"]
     labels = {
         "parameters": "parameters", "macs": "MACs", "file_mb": "file, MB", "memory_mb": "memory of a batch, MB",
         "latency_ms": "latency of one, ms", "images_per_second": "inputs a second",

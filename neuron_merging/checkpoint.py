@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from neuron_merging.blocks import drop
-from neuron_merging.errors import NeuronMergingError, said
+from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.files import write_atomically
 from neuron_merging.graph.tracing import CONVS, NORMS, units
 
@@ -193,7 +193,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.path} does not fit {type(model).__name__}: {'; '.join(problems)};"
             " is it a file of another network (--arch, --depth-wide, --dataset, --model-args)?"
         )
-    with said(f"{checkpoint.path} cannot be loaded into {type(model).__name__}"):
+    with reported_as(f"{checkpoint.path} cannot be loaded into {type(model).__name__}"):
         model.load_state_dict(weights, strict=False)
     return model
 
@@ -231,8 +231,8 @@ def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
             if f"{unit.next}.value" in weights:
                 drop(model, unit)
     for name, module in model.named_modules():
-        found = weights.get(f"{name}.weight", weights.get(f"{name}.running_mean"))
-        if found is None or not isinstance(module, (*CONVS, *NORMS, nn.Linear)):
+        stored_weight = weights.get(f"{name}.weight", weights.get(f"{name}.running_mean"))
+        if stored_weight is None or not isinstance(module, (*CONVS, *NORMS, nn.Linear)):
             continue
         own = module.running_mean if module.weight is None else module.weight
         if own is None:
@@ -242,9 +242,9 @@ def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
                 setattr(module, part, nn.Parameter(own.new_zeros(len(own))))
         if isinstance(module, NORMS):
             module.affine = module.weight is not None
-        smaller = found.ndim == own.ndim and all(n <= m for n, m in zip(found.shape[:2], own.shape))
-        if found.shape != own.shape and smaller and found.shape[2:] == own.shape[2:]:
-            _resize(module, found.shape)
+        smaller = stored_weight.ndim == own.ndim and all(n <= m for n, m in zip(stored_weight.shape[:2], own.shape))
+        if stored_weight.shape != own.shape and smaller and stored_weight.shape[2:] == own.shape[2:]:
+            _resize(module, stored_weight.shape)
     return model
 
 

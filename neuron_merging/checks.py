@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from neuron_merging.counting import count_macs, dtype
-from neuron_merging.errors import NeuronMergingError, said
+from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.graph.streams import Stream
 from neuron_merging.graph.tracing import CONVS, NORMS, WRAPPERS, Unit, check_wrapper
 from neuron_merging.network import check_finite
@@ -61,7 +61,7 @@ def check_copies(model: nn.Module, shape: tuple[int, ...] | None = None) -> None
     or where, on inputs of this shape, a copy gives something else than the network does.
     """
     try:
-        with said(f"{type(model).__name__} cannot be copied", typed=True):
+        with reported_as(f"{type(model).__name__} cannot be copied", typed=True):
             copied = copy.deepcopy(model).eval()
     except NeuronMergingError as error:
         for name, module in model.named_modules():
@@ -96,11 +96,11 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf.double() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _off(found: list[Tensor], wanted: list[Tensor]) -> float:
+def _off(outputs: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest relative error of outputs; infinite where there are others."""
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted]:
+    if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in wanted]:
         return float("inf")
-    errors = ((a - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(found, wanted))
+    errors = ((a - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(outputs, wanted))
     return max((float(error) for error in errors), default=0.0)
 
 
@@ -148,7 +148,7 @@ def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | Non
     """
     what = f"{type(model).__name__} does not run on an input of shape {list(shape)}"
     try:
-        with said(what):
+        with reported_as(what):
             return count_macs(model, shape)
     except NeuronMergingError as error:
         needed = _needed_inputs(model)

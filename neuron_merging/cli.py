@@ -36,7 +36,7 @@ from neuron_merging.commandline import (
 )
 from neuron_merging.config import ShrinkConfig, add_flags, numbers, numbers_by_name, shares_text
 from neuron_merging.counting import count_parameters, dtype
-from neuron_merging.errors import NeuronMergingError, said
+from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.images import Labelled, image_folder, loader, pictures, transforms
 from neuron_merging.loading import build_model, origin, with_weights
 from neuron_merging.shrink import shrink, summarize
@@ -260,7 +260,7 @@ def _labelled(args: argparse.Namespace, began: str | None, device: torch.device,
 def _measure(args: argparse.Namespace, networks: dict[str, nn.Module], labelled: Labelled) -> Row:
     """The accuracy of networks by name. Raises NeuronMergingError where they have other classes than the inputs."""
     counts, where = {}, f"--dataset {args.dataset}" if args.dataset else labelled.named
-    with said(f"{args.model} does not fit {where}", typed=True):
+    with reported_as(f"{args.model} does not fit {where}", typed=True):
         for name, model in networks.items():
             outputs = _outputs(model, args.input_size, labelled)
             batches = _within(outputs, labelled.batches(), where)

@@ -18,7 +18,7 @@ from torch import nn
 
 from neuron_merging.benchmark import compare, table
 from neuron_merging.config import CHOSEN_WIDTHS
-from neuron_merging.errors import NeuronMergingError, ending, missing, said
+from neuron_merging.errors import NeuronMergingError, exit_code, missing, reported_as
 from neuron_merging.export import EXPORTS, ONNX, export
 from neuron_merging.files import check_writable, write_text
 from neuron_merging.ratios import meant
@@ -145,7 +145,7 @@ def exports_and_speed(args: argparse.Namespace, model: nn.Module, small: nn.Modu
     if args.export:
         results |= {"export": str(args.export), "export_error": export(small, args.export, shape)}
     if args.benchmark:
-        with said("--benchmark: the networks do not run on one input and on a batch of them"):
+        with reported_as("--benchmark: the networks do not run on one input and on a batch of them"):
             results["benchmark"] = compare({"original": model, "smaller": small}, shape)
     return results
 
@@ -182,7 +182,7 @@ def run_command(work: Callable[[], int], prog: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
-    return ending(work, f"{prog}: ")
+    return exit_code(work, f"{prog}: ")
 
 
 def measured(run: Callable[[], tuple[Row, Callable[[], Row]]], report: Callable[[Row], None]) -> int:

@@ -169,8 +169,8 @@ class ShrinkConfig:
     @classmethod
     def from_flags(cls, args: argparse.Namespace, **others: Any) -> Self:
         """The config of a parsed command line; `others` stand for what it does not say as the config wants it."""
-        told = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
-        return cls(**told | others)
+        values = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
+        return cls(**values | others)
 
 
 def add_flags(

@@ -48,12 +48,12 @@ def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float
     alike = torch.stack([way.alike for way in (*to_sum, *to_readers)]).amin(0)
     cos = _both(cosines(W, keep, drop), alike)
     passes = torch.stack([way.scale > 0 for way in to_sum]).all(0)
-    found = []
+    matrices = []
     for way in to_readers:
         usable = passes & (way.scale > 0) & torch.isfinite(way.scale)
         Z = scaling_matrix(keep, drop, way.scale, 1 - cos, cos, usable, t)
-        found.append(only_twins(Z) if stream.obstacle else Z)
-    return found
+        matrices.append(only_twins(Z) if stream.obstacle else Z)
+    return matrices
 
 
 def _written(

@@ -38,7 +38,7 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def said(what: str, typed: bool = False) -> Iterator[None]:
+def reported_as(what: str, typed: bool = False) -> Iterator[None]:
     """Turn whatever other people's code raises into one line: `what`, and the reason, with the exception's type if `typed`."""
     try:
         yield
@@ -51,7 +51,7 @@ def said(what: str, typed: bool = False) -> Iterator[None]:
         raise NeuronMergingError(f"{what}: {kind}{reason(error)}") from error
 
 
-def ending(work: Callable[[], int], prefix: str = "") -> int:
+def exit_code(work: Callable[[], int], prefix: str = "") -> int:
     """The exit code of a command: its own, 2 after one line for what the user can mend, 130 for Ctrl-C, 1 if nobody reads.
 
     The line goes to stderr, behind `prefix`, whatever is in the message.

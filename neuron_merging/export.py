@@ -56,12 +56,12 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
     return off
 
 
-def _off(found: Any, wanted: Any) -> Tensor:
+def _off(outputs: Any, wanted: Any) -> Tensor:
     """The largest error of any output tensor, relative to the largest value of that one; NaN where an output is."""
-    found, wanted = (
-        [x.to(torch.complex128) for x in tree_leaves(output) if isinstance(x, Tensor)] for output in (found, wanted)
+    outputs, wanted = (
+        [x.to(torch.complex128) for x in tree_leaves(output) if isinstance(x, Tensor)] for output in (outputs, wanted)
     )
-    pairs = zip(found, wanted, strict=True)
+    pairs = zip(outputs, wanted, strict=True)
     return torch.stack([(f - w).abs().max() / w.abs().max().clamp(min=1e-12) for f, w in pairs]).max()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neuron_merging.accuracy import CPU_BATCH
-from neuron_merging.errors import NeuronMergingError, reason, said
+from neuron_merging.errors import NeuronMergingError, reason, reported_as
 from neuron_merging.loading import called, torchvision_weights
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def image_folder(
     what = f"--dataset imagefolder:{folder}"
     if not Path(folder).is_dir():
         raise NeuronMergingError(f"{what} is no folder")
-    with said(what, typed=True):
+    with reported_as(what, typed=True):
         images: ImageFolder = ImageFolder(folder, transform)
     loader = torch.utils.data.DataLoader(images, batch_size or CPU_BATCH, num_workers=min(8, os.cpu_count() or 1))
 
@@ -73,7 +73,7 @@ def loader(spec: str, device: torch.device) -> Labelled:
     first = [given()]  # what is wrong with it is said before a network is made smaller
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        with said(what, typed=True):
+        with reported_as(what, typed=True):
             for batch in first.pop() if first else given():  # which may be read only once
                 yield _labelled_batch(what, batch, device)
 
@@ -156,7 +156,7 @@ def readable(images: Iterable[T], what: str, files: Iterable[str | Path]) -> Ite
             return
         except Exception as error:  # PIL raises many things
             for file in files:
-                with said(f"{what}: a file is no image that can be read: {file}"):
+                with reported_as(f"{what}: a file is no image that can be read: {file}"):
                     default_loader(str(file))
             raise NeuronMergingError(f"{what}: {type(error).__name__}: {reason(error)}") from error
         yield image
@@ -174,5 +174,5 @@ def pictures(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor
     if len(files) < 2:
         raise NeuronMergingError(f"{what}: there is no folder {source} with two images or more")
     chosen = [files[i] for i in drawn(text, len(files), number, seed)]
-    with said(what, typed=True):
+    with reported_as(what, typed=True):
         return torch.stack([*readable((transform(default_loader(file)) for file in chosen), what, chosen)])

@@ -11,7 +11,7 @@ from torch import nn
 
 from neuron_merging.checkpoint import Checkpoint, fit, load_checkpoint, load_weights
 from neuron_merging.checks import check_sizes, out_of_inference
-from neuron_merging.errors import NeuronMergingError, said
+from neuron_merging.errors import NeuronMergingError, reported_as
 
 
 def build_model(spec: str, arguments: str | None = None) -> nn.Module:
@@ -41,7 +41,7 @@ def called(flag: str, spec: str, example: str, **keywords: Any) -> Any:
         raise NeuronMergingError(f"{flag} {spec}: give module:callable, such as {_meant(spec) or example}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    with said(f"{flag} {spec} cannot be made", typed=True), contextlib.redirect_stdout(sys.stderr):
+    with reported_as(f"{flag} {spec} cannot be made", typed=True), contextlib.redirect_stdout(sys.stderr):
         return getattr(importlib.import_module(module), name)(**keywords)
 
 
@@ -70,7 +70,10 @@ def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint
         if weights not in known:
             names = f", nor one of {', '.join(known)}" if known else ""
             raise NeuronMergingError(f"--weights {weights} is no file that is there{names}")
-        with said(f"--weights {weights}", typed=True), contextlib.redirect_stdout(sys.stderr):  # says what it downloads
+        with (
+            reported_as(f"--weights {weights}", typed=True),
+            contextlib.redirect_stdout(sys.stderr),
+        ):  # says what it downloads
             theirs = known[weights].get_state_dict(progress=sys.stderr.isatty())
         load_weights(model, Checkpoint(path, "", theirs))
         _as_torchvision_made(model, spec, weights)

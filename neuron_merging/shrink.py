@@ -28,7 +28,7 @@ from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
 from neuron_merging.counting import count_parameters
 from neuron_merging.coupled import choose_channels
 from neuron_merging.decompose import CRITERIA, cosines, dropped
-from neuron_merging.errors import NeuronMergingError, said
+from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.graph.streams import Stream, apart, streams
 from neuron_merging.graph.tracing import CONVS, Tracer, Unit, survey
 from neuron_merging.methods import METHODS, NEED_IMAGES, check_units
@@ -318,7 +318,7 @@ def _search(
     sensitivity = config.widths == "auto"
     share = 1 / (1 - HELD_OUT) if sensitivity else 1.0
     method = METHODS[config.compensation]
-    with said(f"no widths can be chosen for {type(model).__name__}"):
+    with reported_as(f"no widths can be chosen for {type(model).__name__}"):
         return WidthSearch(
             model, units, shape, cache(partial(synthetic.inputs, model, shape, config, images, share)),
             criterion=config.criterion, layerwise=method.of_a_layer(config), ridge=config.ridge,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from neuron_merging.config import ShrinkConfig
 from neuron_merging.counting import dtype
-from neuron_merging.errors import NeuronMergingError, said
+from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.graph.interpreter import (
     by_sample,
     computing_in,
@@ -108,7 +108,7 @@ def default_samples(model: nn.Module, shape: tuple[int, ...]) -> int:
     """
     if _convolves(model):
         return 256
-    with said(f"{type(model).__name__} does not take inputs of shape {list(shape)}"):
+    with reported_as(f"{type(model).__name__} does not take inputs of shape {list(shape)}"):
         first = next(iter(count_positions(model, shape).values()), 1)  # in the order of the calls
     return max(256, 4096 // max(1, round(first)))
 
@@ -200,7 +200,7 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
     0 if the outputs have no gradient, for example if the network returns classes instead of scores.
     """
     what = f"{type(model).__name__} does not take inputs of shape {list(x.shape)}"
-    with said(what):
+    with reported_as(what):
         x = x.to(precision(model, x))
     model = computing_in(model, x.dtype)
     for module in model.modules():
@@ -209,7 +209,7 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
     gradients = []
     for part in x.tensor_split(math.ceil(len(x) / CHUNK)):  # no chunk of one
         part = part.clone().requires_grad_()
-        with said(what), torch.enable_grad():
+        with reported_as(what), torch.enable_grad():
             output = model(part.clone())  # which it may overwrite
             if not any(tensor.requires_grad for tensor in floats(output)):
                 return torch.zeros_like(x)

@@ -132,9 +132,12 @@ class Heads(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_networks_are_read_as_they_are_evaluated(training):
     model = Heads().train(training)
-    small, report = shrink(model, 0.5, example_input=(8,), widths="auto", probe_samples=64)
+    with pytest.raises(NeuronMergingError, match="training reads its output in another way"):
+        shrink(model, 0.5, example_input=(8,), probe_samples=64)
+    small, report = shrink(model, 0.5, example_input=(8,), coupled=True, probe_samples=64)
     assert [unit.layer for unit in report.units] == ["a"]
     assert model.training == small.training == training and model.a.training == training
+    assert [y.shape for y in small.train()(torch.randn(2, 8))] == [(2, 3), (2, 3)]
 
 
 def test_what_a_network_asserts_is_said():

@@ -120,7 +120,7 @@ def test_a_clone_has_one_module_of_the_method():
     assert decompose is neuron_merging.decompose
     first = "import decompose, neuron_merging.decompose as package, neuron_merging.network as user; "
     assert (
-        run(sys.executable, "-c", first + "print(decompose is package, user.select is decompose.select)", cwd=ROOT)
+        run(sys.executable, "-c", first + "print(decompose is package, user.absorb is decompose.absorb)", cwd=ROOT)
         == "True True\n"
     )
 

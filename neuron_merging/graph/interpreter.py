@@ -175,10 +175,10 @@ def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
 
 def count_positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
     """At how many output positions every convolution and linear layer that is called works, for one input of this shape."""
-    found: dict[str, float] = {}
+    positions: dict[str, float] = {}
 
     def note(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        found[name] = found.get(name, 0) + output.numel() / len(module.weight)
+        positions[name] = positions.get(name, 0) + output.numel() / len(module.weight)
 
     work = copy.deepcopy(model).eval()
     for name, module in work.named_modules():
@@ -186,7 +186,7 @@ def count_positions(model: nn.Module, shape: tuple[int, ...]) -> dict[str, float
             module.register_forward_hook(partial(note, name))
     with torch.no_grad():
         work(torch.zeros(1, *shape, dtype=dtype(work), device=next(work.parameters()).device))
-    return found
+    return positions
 
 
 def measure_statistics(bn: nn.Module, momentum: float | None) -> None:

@@ -103,7 +103,7 @@ def streams(model: nn.Module, training: bool = False) -> tuple[list[Stream], dic
     spaces = _Spaces(network)
     for node in network.nodes:
         spaces.add(node)
-    found, left_out = [], {}
+    shared, left_out = [], {}
     for space in dict.fromkeys(space.root for space in spaces.opened):
         if space.frozen is None and not space.readers:
             space.frozen = "nobody reads its output"
@@ -114,10 +114,10 @@ def streams(model: nn.Module, training: bool = False) -> tuple[list[Stream], dic
             layers = (*writers, *(reader.module for reader in space.readers))
             norms = {node.target: next_norm(network, node) for node in calls if node.target in layers}
             places = tuple(space.followers), tuple(space.readers)
-            found.append(Stream(space.width, writers, *places, chains, norms, space.obstacle))
+            shared.append(Stream(space.width, writers, *places, chains, norms, space.obstacle))
         else:
             left_out |= dict.fromkeys(space.writers, space.frozen)
-    return found, left_out
+    return shared, left_out
 
 
 @dataclass(eq=False)

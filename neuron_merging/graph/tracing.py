@@ -32,7 +32,7 @@ from neuron_merging.errors import NeuronMergingError, reason
 class Unit:
     """Neurons that can be pruned, by module name: `layer` → `bn` → … → `next` → `next_bn`.
 
-    `relu`: the neurons are rectified on their way. `next_bn`: the BatchNorm that is all that reads `next`, if any.
+    `relu`: the neurons are rectified on their way. `next_bn`: the BatchNorm directly after `next`, if it is the only reader.
     `activation`: one on the way that a positive scale does not pass, by name; None where there is none.
     `branch`: what `next` gives is added to something: without neurons it would be a constant.
     """
@@ -85,14 +85,14 @@ def survey(model: nn.Module, training: bool = False) -> tuple[list[Unit], dict[s
     trace `model`.
     """
     network = Graph(model, training)
-    found, left_out = [], {}
+    units, left_out = [], {}
     for node in network.nodes:
         if isinstance(network.module(node), (*CONVS, nn.Linear)):
             try:
-                found.append(_unit(network, node))
+                units.append(_unit(network, node))
             except NotAUnit as why:
                 left_out[node.target] = str(why)
-    return found, left_out
+    return units, left_out
 
 
 def _line(error: Exception) -> str:
@@ -210,38 +210,38 @@ class Graph:
 
     @cached_property
     def sizes_read(self) -> list[tuple[nn.Module, str]]:
-        """Layers and the sides, "in" or "out", of which the forward pass takes the width for a number to compute with.
+        """(layer, side) pairs whose width the forward pass uses as a number, e.g. `x / conv.out_channels`; side: "in" or "out".
 
-        Found by tracing again while layers say that they have other widths: calls of layers are not looked into. It is not
-        seen where widths are only compared with each other or become a tensor, nor in a forward pass that is never the same.
+        Found by tracing again while layers claim other widths. Not found: widths that are only compared with each other or
+        become a tensor, and a forward pass that is different at every call.
         """
         layers = [m for m in self.modules.values() if isinstance(m, (*CONVS, *NORMS, nn.Linear))]
         changes = [(layer, side) for layer in layers for side in SIZES]
         if not self._depends_on(changes) or self._depends_on([]):
             return []
-        return self._felt(changes)
+        return self._bisected(changes)
 
-    def _felt(self, changes: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
-        """Of changes that the graph depends on, those that it does, by halves."""
+    def _bisected(self, changes: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+        """Bisect `changes` to those that alter the traced graph."""
         if len(changes) == 1:
             return changes
         first, second = changes[: len(changes) // 2], changes[len(changes) // 2 :]
-        felt = self._felt(first) if self._depends_on(first) else []
-        return felt + (self._felt(second) if not felt or self._depends_on(second) else [])
+        effective = self._bisected(first) if self._depends_on(first) else []
+        return effective + (self._bisected(second) if not effective or self._depends_on(second) else [])
 
     def _depends_on(self, changes: list[tuple[nn.Module, str]]) -> bool:
-        """Whether the graph is another one where these layers say that they have other widths on these sides."""
-        said = [(vars(layer), name) for layer, side in changes for name in SIZES[side]]
-        said = [(told, name, told[name]) for told, name in said if type(told.get(name)) is int]
+        """Whether tracing gives another graph if these layers claim other widths on these sides."""
+        sizes = [(vars(layer), name) for layer, side in changes for name in SIZES[side]]
+        sizes = [(values, name, values[name]) for values, name in sizes if type(values.get(name)) is int]
         try:
-            for told, name, size in said:
-                told[name] = 2 * size + 1
+            for values, name, size in sizes:
+                values[name] = 2 * size + 1
             return _literally(_traced(self.modules[""], self.training)) != _literally(self.nodes)
         except NeuronMergingError:
             return True
         finally:
-            for told, name, size in said:
-                told[name] = size
+            for values, name, size in sizes:
+                values[name] = size
 
     def own(self, node: fx.Node, *sides: str) -> nn.Module:
         """The module of a node whose weights may be rewritten, and its width on these sides ("in", "out") changed.
@@ -359,7 +359,7 @@ def addition(node: fx.Node, bn: str | None, kind: Callable[[fx.Node], Any]) -> t
 
 
 def next_norm(network: Graph, node: fx.Node) -> str | None:
-    """The BatchNorm that is all that reads the consumer at `node`, and may be rewritten."""
+    """The BatchNorm directly after the consumer at `node`, if it is the only reader and may be rewritten."""
     try:
         reader = network.reader(node)
         if network.kind(reader) in NORMS and network.own(reader).running_mean is not None:

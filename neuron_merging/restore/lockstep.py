@@ -25,7 +25,7 @@ from neuron_merging.config import RIDGE
 from neuron_merging.counting import precise
 from neuron_merging.coupled import cut_streams, kept_channels
 from neuron_merging.decompose import Decomposition, Neurons, effective, merge, merge_derived, only_twins, prune
-from neuron_merging.errors import said
+from neuron_merging.errors import reported_as
 from neuron_merging.graph.interpreter import computing_in, precision, steps, walk_through
 from neuron_merging.graph.streams import Stream, apart
 from neuron_merging.graph.tracing import CONVS, RELU, Unit, ancestors
@@ -63,13 +63,13 @@ def restore(
     `model` is left as it is. Raises NeuronMergingError where the network cannot be run on the probe.
     """
     cannot = f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}"
-    with said(cannot):
+    with reported_as(cannot):
         work = precision(model, probe)
     teacher = computing_in(model, work)
     (alone, kept), coupled = apart(units, keep)
     student = rebuild(teacher, alone, [_start(teacher, *pair) for pair in zip(alone, kept)])
     cut_streams(teacher, student, coupled, t=0.999, strict=False)
-    with said(cannot), torch.no_grad():
+    with reported_as(cannot), torch.no_grad():
         _Lockstep(teacher, student, list(zip(alone, kept)), coupled, precise(probe, work), options).run()
     for before, after in zip(model.modules(), student.modules(), strict=True):
         after.training = before.training

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
-from neuron_merging.errors import said
+from neuron_merging.errors import reported_as
 from neuron_merging.graph.interpreter import Walk, by_sample, computing_in, precision, steps
 from neuron_merging.graph.tracing import Unit
 from neuron_merging.linalg import as_weight, channel
@@ -21,7 +21,7 @@ from neuron_merging.widths.consumer import Thinned
 def in_walk_precision(model: nn.Module, probe: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
     """A copy of the network to walk through, and the probe, both in the precision of walks."""
     what = f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}"
-    with said(what), torch.no_grad():
+    with reported_as(what), torch.no_grad():
         probe = probe.to(precision(model, probe))
         yield computing_in(model, probe.dtype), probe
 
