@@ -15,6 +15,7 @@ from experiments.grid import Grid
 SMALL = {"small": Grid("ResNet-8 on CIFAR-10", "ResNet", (8,), "cifar10", (0.5,))}
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_a_small_network(monkeypatch):
     monkeypatch.setattr(bench, "STARTS", {"python main.py --help": ["--help"]})
     monkeypatch.setattr(bench, "IMAGES", {"small": 64})

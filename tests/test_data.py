@@ -162,6 +162,7 @@ sys.exit(len(data.load("cifar10", "test", here / "root")) != 20)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_download_at_once_both_have_it(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path), i], env=env) for i in "12"]

@@ -285,6 +285,7 @@ def test_the_shipped_lenet_is_as_good_as_the_manifest_says(cli, pretrained):
     assert entry["accuracy"] >= 89.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in GRIDS if name != "lenet" and GRIDS[name].checkpoint.exists()])
 def test_the_shipped_networks_are_as_good_as_the_manifest_says(data_folder, name):
     """On the first 500 test images: within four standard errors of the accuracy on all."""
@@ -297,6 +298,7 @@ def test_the_shipped_networks_are_as_good_as_the_manifest_says(data_folder, name
     assert abs(row["correct"] / 500 - share) < 4 * (share * (1 - share) / 500) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_demo_prints_published_beside_measured_and_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "FOLDER", tmp_path)
     assert demo.main([]) == 0

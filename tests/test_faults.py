@@ -70,6 +70,7 @@ def training(*arguments, limit=None, write=0, step=0):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_and_inside_writes_goes_on_to_the_same_network(tmp_path):
     def train(name, *arguments, code=0, **killed):
         run = training(tmp_path / name, *arguments, **killed)
@@ -165,6 +166,7 @@ def test_files_in_any_precision_are_read(tmp_path, dtype, ending):
 NETWORK = ("--model", "models.resnet:ResNet", "--model-args", '{"depth": 8}', "--input-size", "3,32,32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -92,6 +92,7 @@ def inputs(shape, count=5):
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(7))
 
 
+@pytest.mark.slow
 @few(60)
 @given(
     networks(), st.sampled_from([*CRITERIA, "auto"]), st.sampled_from(list(METHODS)), st.floats(0.1, 1), st.booleans()
@@ -134,6 +135,7 @@ def test_twins_are_folded_without_loss(made, kind, coupled):
     assert torch.allclose(small(x), model(x), rtol=0, atol=2e-3 * float(1 + model(x).abs().max()))
 
 
+@pytest.mark.slow
 @few(40)
 @given(
     networks(),
@@ -154,6 +156,7 @@ def test_any_network_any_budget(made, kind, rule, share):
     assert torch.isfinite(small(inputs(shape))).all()
 
 
+@pytest.mark.slow
 @few(20)
 @given(networks(), st.sampled_from(FREE), st.booleans())
 @torch.no_grad()
@@ -321,6 +324,7 @@ def cli_quiet(capsys, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_numbers_that_are_odd_but_right():
     """γ = 0, filters of zeros, one neuron kept, a single channel, no BatchNorm, other precisions, transposed weights."""

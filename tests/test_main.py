@@ -531,6 +531,7 @@ def test_no_memory_in_the_middle_of_restoration_is_one_line(cli, pretrained, mon
     assert done.refused and "out of memory: a smaller --batch-size" in done.err
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_lose_the_row(pretrained, tmp_path):
     done = shell(f"--pretrained {pretrained} --evaluate --append {tmp_path / 'rows.jsonl'} | true")
     assert "Traceback" not in done.stderr
@@ -581,6 +582,7 @@ def shell(command: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_output_that_nobody_takes():
     full = shell("--evaluate --json - > /dev/full")

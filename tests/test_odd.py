@@ -385,6 +385,7 @@ def test_tracing_leaves_a_network_as_it_was():
         assert [module.training for module in network.modules()] == modes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["restore", "merge", "lbyl", "prune-bn"])
 def test_the_defaults_of_the_process_are_not_those_of_the_network(kind):
     model = build("ResNet", (8,)).eval()

@@ -549,6 +549,7 @@ class Heads(nn.Module):
         return self.a(x), self.b(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".onnx", ".pt2", ".pt"])
 @pytest.mark.parametrize("kind", ["coupled", "without a block", "two outputs"])
 def test_exports_give_the_same_outputs(tmp_path, ending, kind):

@@ -125,6 +125,7 @@ def test_a_clone_has_one_module_of_the_method():
     )
 
 
+@pytest.mark.slow
 def test_the_readmes_first_example_runs_beside_modules_of_the_users(installed, project):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
@@ -138,6 +139,7 @@ def test_the_readmes_first_example_runs_beside_modules_of_the_users(installed, p
     assert len(out.splitlines()) > 2  # what the example prints
 
 
+@pytest.mark.slow
 def test_the_command_runs_beside_modules_of_the_users(installed, project):
     command = (installed / "bin" / "neuron-merging", "--model", "models:net")
     summary = run(*command, "--summary", cwd=project, PYTHONPATH=str(installed))

@@ -187,6 +187,7 @@ def test_a_checkpoint_that_is_not_there_says_how_to_train_it(name, tmp_path):
     assert "missing.pth.tar is not there; train it with: python main.py --arch" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_training_script_trains_on_data_of_cifar100s_shape(tmp_path):
     cifar(tmp_path, CIFAR100, per_file=24)
     short = ["--epochs", "1", "--schedule", "1", "--gammas", "1", "--batch-size", "12", "--device", "cpu"]

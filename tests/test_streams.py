@@ -387,6 +387,7 @@ def test_the_zoos_networks_would_show_a_mistake(name):
     assert (model(x) - wanted).abs().max() > 0.01 * wanted.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

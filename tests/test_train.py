@@ -360,6 +360,7 @@ sys.exit(main.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_torchrun_trains_one_network_and_saves_it_once(tmp_path):
     """Also its BatchNorms, which see half of every batch each, are the same in both processes in the end."""
     options = ["--arch", "ResNet", "--depth-wide", 8, "--epochs", 1, "--schedule", 1, "--gammas", 1, "--batch-size", 20]
