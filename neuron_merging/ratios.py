@@ -3,19 +3,21 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
+from typing import Any
 
 from torch import nn
 
 from neuron_merging.config import Ratio
 from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.spaces import Space
 from neuron_merging.graph.streams import Stream
 from neuron_merging.graph.tracing import NORMS, Unit
 from neuron_merging.network import check_width
 
 
 def without(
-    model: nn.Module, units: list[Unit | Stream], left_out: dict[str, str], ignore: Sequence[str]
-) -> tuple[list[Unit | Stream], dict[str, str]]:
+    model: nn.Module, units: list[Any], left_out: dict[str, str], ignore: Sequence[str]
+) -> tuple[list[Any], dict[str, str]]:
     """The units that are not to be ignored, and the others with their reasons. Raises for a name that nothing has."""
     if isinstance(ignore, str):
         ignore = [ignore]
@@ -29,8 +31,10 @@ def without(
     return left, left_out | {name: reason for u in ignored for name in _layers(model, u) if name in whole}
 
 
-def _layers(model: nn.Module, unit: Unit | Stream) -> tuple[str, ...]:
-    """The layers that a unit or stream is made of: those that write it, and depthwise convolutions that follow."""
+def _layers(model: nn.Module, unit: Unit | Stream | Space) -> tuple[str, ...]:
+    """The layers that a unit, stream or space is made of: those that write it, and depthwise convolutions that follow."""
+    if isinstance(unit, Space):
+        return unit.modules
     if isinstance(unit, Unit):
         return (unit.layer,)
     followers = (place.module for place in unit.followers)
@@ -38,7 +42,7 @@ def _layers(model: nn.Module, unit: Unit | Stream) -> tuple[str, ...]:
 
 
 def uniform_widths(
-    model: nn.Module, ratio: Ratio, units: list[Unit | Stream], full: list[int], left_out: dict[str, str], multiple: int
+    model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], left_out: dict[str, str], multiple: int
 ) -> list[int]:
     """Kept widths as the ratio says, multiples of `multiple` or full. Raises NeuronMergingError where they make no sense."""
     kept = _kept(model, ratio, units, full, left_out)
@@ -49,9 +53,7 @@ def uniform_widths(
     return kept if multiple == 1 else [_rounded(w, n, multiple) for w, n in zip(kept, full)]
 
 
-def _kept(
-    model: nn.Module, ratio: Ratio, units: list[Unit | Stream], full: list[int], left_out: dict[str, str]
-) -> list[int]:
+def _kept(model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], left_out: dict[str, str]) -> list[int]:
     """Kept width of every unit. Raises NeuronMergingError for ratios and widths that make no sense, with the layer's name."""
     ratio = ratio.tolist() if hasattr(ratio, "tolist") else ratio  # tensors and arrays
     if isinstance(ratio, Mapping):

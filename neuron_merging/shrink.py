@@ -4,7 +4,7 @@ Without data, without training: see decompose.py for the paper's methods, restor
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import nan
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuron_merging import memory, synthetic
+from neuron_merging import exported, memory, synthetic
 from neuron_merging.checks import (
     check_copies,
     check_vectors,
@@ -29,8 +29,9 @@ from neuron_merging.counting import count_parameters
 from neuron_merging.coupled import choose_channels
 from neuron_merging.decompose import CRITERIA, cosines, dropped
 from neuron_merging.errors import NeuronMergingError, reported_as
+from neuron_merging.graph.spaces import Space
 from neuron_merging.graph.streams import Stream, apart, streams
-from neuron_merging.graph.tracing import CONVS, Tracer, Unit, survey
+from neuron_merging.graph.tracing import CONVS, CannotBeTraced, Tracer, Unit, survey
 from neuron_merging.methods import METHODS, NEED_IMAGES, check_units
 from neuron_merging.network import choose, neurons, read
 from neuron_merging.ratios import uniform_widths, without
@@ -50,10 +51,10 @@ class Report:
     centroids). left_out: by layer that stays whole, why. params, macs: original and now (macs None where no input is known).
     seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb: the most memory held meanwhile, in MB, by the
     whole process, or on `device`. search: what was measured for that choice; it gives widths for other budgets, and another
-    call takes it as `search`.
+    call takes it as `search`. note: what else there is to know.
     """
 
-    units: list[Unit | Stream]
+    units: list[Unit | Stream | Space]
     widths: list[int]
     full: list[int]
     cosine: list[float]
@@ -65,6 +66,7 @@ class Report:
     peak_mb: float
     search: WidthSearch | None = None
     device: str = "cpu"
+    note: str | None = None
 
     def __str__(self) -> str:
         """A table for people."""
@@ -76,6 +78,7 @@ class Report:
                 f"{name:<{wide}}  {kept:>6} of {full:<6} {'' if cosine != cosine else f'{cosine:6.3f}'}".rstrip()
             )
         lines += [f"{layer} stays whole: {why}" for layer, why in self.left_out.items()]
+        lines += [self.note] if self.note else []
         lines += _sizes(self.params, self.macs)
         choice = "" if self.seconds_widths is None else f" ({self.seconds_widths:.2f} s of it for the choice)"
         return "\n".join([*lines, f"{self.seconds:.2f} s{choice}, {memory.held(self.peak_mb, self.device)}"])
@@ -93,9 +96,12 @@ def _sizes(params: tuple[int, int] | None, macs: tuple[int, int] | None) -> list
     return lines
 
 
-def _name(unit: Unit | Stream) -> str:
+def _name(unit: Unit | Stream | Space) -> str:
     if isinstance(unit, Unit):
         return f"{unit.layer} -> {unit.next}"
+    if isinstance(unit, Space):
+        written = len({place.name.rpartition(".")[0] for place in unit.writers})
+        return unit.layer + (f" and {written - 1} more" if written > 1 else "")
     more = f" and {len(unit.writers) - 1} more" if len(unit.writers) > 1 else ""
     return f"{unit.layer}{more} -> {len(unit.readers)} layers"
 
@@ -107,7 +113,7 @@ def shrink(
     model: nn.Module,
     ratio: Ratio | None = None,
     *,
-    example_input: Tensor | Sequence[int] | None = None,
+    example_input: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     images: Tensor | None = None,
     config: ShrinkConfig | None = None,
     search: WidthSearch | None = None,
@@ -118,7 +124,9 @@ def shrink(
     Outputs are those of evaluation: what a forward pass does in training mode only is not looked at.
 
     ratio: share of neurons to drop in every unit [0.5]; or by layer name or glob, others staying whole; or the kept widths.
-    example_input: inputs [B, …] or the shape of one, without the batch; restoration and the choice of widths need it.
+    example_input: inputs [B, …] or the shape of one, without the batch; restoration and the choice of widths need it. Of a
+    network with several inputs: a tuple or a mapping of tensors; such a network, and one that torch.fx cannot trace, can only
+    be pruned (exported.py).
     images: real inputs [B, …], in random order, for methods that look at some instead of at made-up ones.
     options: the fields of `ShrinkConfig`, such as compensation="merge", criterion="l1-norm", widths="auto", coupled=True;
     or they come in `config`. search: of the report of an earlier call with the same network and options, but for ratio,
@@ -128,6 +136,8 @@ def shrink(
     config = _configured(config, ratio, options)
     check_names(config)
     device = _device(model)
+    if _several(example_input):
+        return _pruned_as_exported(model, example_input, config, device)
     shape = input_shape(example_input, images)
     _check_inputs(config, shape, images)
     check_weights(model)
@@ -139,7 +149,15 @@ def shrink(
         check_copies(model, shape)
     memory.reset(device)
     start = time.perf_counter()
-    units, left_out = _units(model, config)
+    try:
+        units, left_out = _units(model, config)
+    except CannotBeTraced as error:
+        if shape is None or config.compensation != "prune" or config.chooses:
+            raise NeuronMergingError(
+                f"{error}; without that it can only be pruned, for a ratio, with example_input"
+            ) from error
+        inputs = example_input if isinstance(example_input, Tensor) else torch.zeros(2, *shape, device=device)
+        return _pruned_as_exported(model, inputs, config, device)
     full = [width(model, unit) for unit in units]
     check_vectors(model, units, shape)
     kept = full
@@ -182,6 +200,33 @@ def shrink(
         seconds, seconds_widths, peak_mb, search, str(device),
     )  # fmt: skip
     return small, report
+
+
+def _several(example_input: Any) -> bool:
+    """Whether an example is of several inputs: a mapping, or a sequence of tensors."""
+    values = example_input.values() if isinstance(example_input, Mapping) else example_input
+    return isinstance(values, Collection) and not isinstance(values, Tensor | str) and any(
+        isinstance(value, Tensor) for value in values
+    )  # fmt: skip
+
+
+def _pruned_as_exported(
+    model: nn.Module, inputs: exported.Inputs, config: ShrinkConfig, device: torch.device
+) -> tuple[nn.Module, Report]:
+    """`shrink` for networks that torch.fx cannot trace, and for several inputs. Raises NeuronMergingError for all but prune."""
+    if config.compensation != "prune" or config.chooses:
+        raise NeuronMergingError(
+            "a network that is called with several inputs, or by keywords, can only be pruned so far, for a ratio: give"
+            " compensation='prune'"
+        )
+    memory.reset(device)
+    start = time.perf_counter()
+    pruned = exported.prune(model, inputs, config)
+    return pruned.model, Report(
+        pruned.spaces, pruned.kept, pruned.full, [nan] * len(pruned.spaces), pruned.left_out,
+        (count_parameters(model), count_parameters(pruned.model)), pruned.macs,
+        time.perf_counter() - start, None, memory.peak(device), device=str(device), note=pruned.note,
+    )  # fmt: skip
 
 
 def _check_runs(model: nn.Module, small: nn.Module, shape: tuple[int, ...] | None) -> int | None:

@@ -14,6 +14,7 @@ LAYERS = (  # of what stands in one layer, nothing imports another
     "blocks linalg synthetic",
     "network",
     "coupled baselines widths ratios checks",
+    "exported",
     "restore",
     "methods",
     "shrink",

@@ -125,6 +125,10 @@ def check_wrapper(model: nn.Module) -> None:
         )
 
 
+class CannotBeTraced(NeuronMergingError):
+    """A network whose forward pass torch.fx cannot trace."""
+
+
 class NotAUnit(Exception):
     """Why a layer is left out."""
 
@@ -165,7 +169,7 @@ def _traced(model: nn.Module, training: bool = False) -> list[fx.Node]:
     try:
         return list(Tracer().trace(model.train(training)).nodes)
     except Exception as error:  # tracing runs the user's forward(), which can raise anything
-        raise NeuronMergingError(
+        raise CannotBeTraced(
             f"{type(model).__name__} cannot be traced by torch.fx{_line(error)}: {reason(error)}"
         ) from error
     finally:

@@ -1,0 +1,164 @@
+"""Everything of a network that can be dropped, as spaces: which parameters write, follow and read them, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from neuron_merging.graph.axes import Axis, Leaf, Product, Sum, is_fixed, leaves, resolve, why
+from neuron_merging.graph.export import Inputs, Network, capture
+from neuron_merging.graph.propagate import Analysis, propagate
+from neuron_merging.graph.units import Place, Unit, find_unit
+
+FEW = 4  # blocks fewer than these are no good to drop: what is inside of them is dropped
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Indices that can be dropped, by all that write, follow and read them at once.
+
+    notes: what else happens to them: "statistics" (a normalisation or reduction is over them), "product" (activations are
+    multiplied and summed along them), "recurrent". unit: the paper's layer → next, where it is one. obstacle: why kept ones
+    cannot take over from dropped ones by merging (None: they can).
+    """
+
+    name: str
+    size: int
+    leaf: Leaf
+    writers: tuple[Place, ...]
+    followers: tuple[Place, ...]
+    readers: tuple[Place, ...]
+    notes: dict[str, str]
+    unit: Unit | None
+    obstacle: str | None
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """All of them."""
+        return self.writers + self.followers + self.readers
+
+    @property
+    def layer(self) -> str:
+        """The module that it is called after."""
+        return self.name
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that write or follow it."""
+        return tuple(dict.fromkeys(place.name.rpartition(".")[0] for place in self.writers + self.followers))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The spaces of a network, in the order in which it writes them.
+
+    left_out: other layers, by module name, and why nothing of them can be dropped. unused: parameters that the graph lacks.
+    """
+
+    spaces: tuple[Space, ...]
+    left_out: dict[str, str]
+    unused: tuple[str, ...]
+    network: Network
+    analysis: Analysis
+
+    def calls(self, place: Place) -> list[fx.Node]:
+        """The operations of the graph that take this parameter, as it is."""
+        nodes = self.network.graph.graph.nodes
+        own = [n for n in nodes if n.op == "get_attr" and n.target in self.network.names[place.name]]
+        return [user for node in own for user in node.users]
+
+
+def find_spaces(model: nn.Module, example_inputs: Inputs) -> Survey:
+    """The spaces of a network that is called with these inputs; the network itself is left as it is.
+
+    Raises NeuronMergingError where it cannot be exported.
+    """
+    network = capture(model, example_inputs)
+    analysis = propagate(network)
+    _choose_among_nested(analysis)
+    roles = _roles(analysis)
+    found: dict[Leaf, list[tuple[str, Place]]] = {}
+    for name, axes in analysis.parameters.items():
+        for d, axis in enumerate(axes):
+            for leaf in dict.fromkeys(leaves(axis)):
+                if leaf.frozen is None and leaf.size > 1:
+                    role = roles.get((name, leaf), {}).get(d, "follower")
+                    found.setdefault(leaf, []).append((role, Place(name, d, resolve(axis))))
+    order = _order(analysis)
+    spaces = [
+        _space(analysis, leaf, places) for leaf, places in found.items() if {r for r, _ in places} != {"follower"}
+    ]
+    spaces.sort(key=lambda space: order.get(space.leaf, 0))
+    unused = tuple(dict.fromkeys(n[0] for n in network.names.values() if n[0] not in analysis.parameters))
+    return Survey(tuple(spaces), _left_out(analysis, spaces), unused, network, analysis)
+
+
+def _roles(analysis: Analysis) -> dict[tuple[str, Leaf], dict[int, str]]:
+    """By parameter and leaf the role of each axis; what both writes and reads along an axis writes."""
+    roles: dict[tuple[str, Leaf], dict[int, str]] = {}
+    for role in analysis.roles:
+        touched = set(leaves(role.axis))
+        for name in role.names:
+            axes = analysis.parameters[name]
+            for d in range(len(axes)) if role.dim is None else [role.dim]:
+                for leaf in touched.intersection(leaves(axes[d])):
+                    known = roles.setdefault((name, leaf), {})
+                    known[d] = min(role.role, known.get(d, role.role), key=("writer", "reader", "follower").index)
+    return roles
+
+
+def _products(axis: Axis) -> Iterator[Product]:
+    axis = resolve(axis)
+    if isinstance(axis, Product):
+        yield axis
+    for part in axis.factors if isinstance(axis, Product) else axis.parts if isinstance(axis, Sum) else ():
+        yield from _products(part)
+
+
+def _choose_among_nested(analysis: Analysis) -> None:
+    """Of spaces inside one another (heads · what is in a head, groups · channels of one) one is dropped, the others stay."""
+    for axes in analysis.parameters.values():
+        for whole in (product for axis in axes for product in _products(axis)):
+            nested = [[leaf for leaf in leaves(f) if leaf.frozen is None and leaf.size > 1] for f in whole.factors]
+            nested = [(place, inside) for place, inside in enumerate(nested) if inside]
+            if len(nested) > 1:
+                _, best = min(nested, key=lambda item: _preference(*item))
+                for leaf in (leaf for _, inside in nested if inside is not best for leaf in inside):
+                    leaf.frozen = "it is inside of, or around, what is dropped instead"
+
+
+def _preference(place: int, inside: list[Leaf]) -> tuple[bool, bool, int]:
+    noted = any("statistics" in leaf.notes or "product" in leaf.notes for leaf in inside)
+    return noted, sum(leaf.size for leaf in inside) < FEW, place
+
+
+def _order(analysis: Analysis) -> dict[Leaf, int]:
+    """When the graph first gives a value along a leaf."""
+    order: dict[Leaf, int] = {}
+    for i, (node, value) in enumerate(analysis.values.items()):
+        if isinstance(value, list) and node.op == "call_function":
+            for leaf in (leaf for axis in value for leaf in leaves(axis)):
+                order.setdefault(leaf, i)
+    return order
+
+
+def _space(analysis: Analysis, leaf: Leaf, places: list[tuple[str, Place]]) -> Space:
+    writers, followers, readers = (
+        tuple(place for role, place in places if role == kind) for kind in ("writer", "follower", "reader")
+    )
+    unit, obstacle = find_unit(analysis, leaf, writers, followers, readers)
+    first = (writers or followers or readers)[0]
+    name = first.name.rpartition(".")[0] or first.name
+    return Space(name, leaf.size, leaf, writers, followers, readers, leaf.notes, unit, obstacle)
+
+
+def _left_out(analysis: Analysis, spaces: list[Space]) -> dict[str, str]:
+    used = {place.name for space in spaces for place in space.writers}
+    left_out: dict[str, str] = {}
+    for role in analysis.roles:
+        if role.role == "writer" and role.axis.size > 1 and is_fixed(role.axis):
+            for name in role.names - used:
+                left_out.setdefault(name.rpartition(".")[0] or name, why(role.axis))
+    return left_out

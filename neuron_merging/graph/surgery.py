@@ -1,0 +1,241 @@
+"""A smaller network: parameters and buffers cut along their axes, and the numbers in the forward pass that follow."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from neuron_merging.errors import NeuronMergingError, reason
+from neuron_merging.graph.attributes import BOLDEST, follow, follows_itself
+from neuron_merging.graph.axes import Axis, Leaf, count, mask
+from neuron_merging.graph.export import Network, module_path
+from neuron_merging.graph.rules import Scaled
+from neuron_merging.graph.spaces import Space, Survey
+
+TOLERANCE = 1e-4  # of the largest output: by which a class's forward may differ from the graph's
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A smaller network.
+
+    model: of the user's own class, or the graph where its forward does not run with smaller weights, or gives something
+    else; why: what it did then. graph: the graph in either case, for batches of any size if the survey's network is dynamic.
+    copies: by node of the survey's graph the node of this one, to run both side by side.
+    """
+
+    model: nn.Module
+    graph: fx.GraphModule
+    why: str | None
+    copies: dict[fx.Node, fx.Node]
+
+    @property
+    def own_class(self) -> bool:
+        """Whether the network is of the user's own class."""
+        return self.why is None
+
+
+Keep = Mapping[Space, Tensor | Sequence[int]]
+
+
+@torch.no_grad()
+def cut(survey: Survey, keep: Keep) -> Smaller:
+    """The network with these indices of its spaces, spaces that are not in `keep` being whole.
+
+    Raises NeuronMergingError where an index is none of the space's, or none is kept.
+    """
+    masks = {space.leaf: _mask(space, indices) for space, indices in keep.items()}
+    kept = {leaf: int(left.sum()) for leaf, left in masks.items()}
+    tensors = cut_tensors(survey, masks)
+    graph, changes, copies = cut_graph(survey, tensors, kept)
+    expected = run(graph, survey.network)
+    model, why = _of_own_class(survey.network, tensors, changes, expected)
+    return Smaller(graph if why else _in_modes(model, survey.network), graph, why, copies)
+
+
+def _of_own_class(
+    network: Network, tensors: Mapping[str, Tensor], changes: Changes, expected: Sequence[Tensor]
+) -> tuple[nn.Module, str | None]:
+    """The user's model with smaller weights, and what is wrong with it, if anything is.
+
+    Where its forward fails, the integers of the innermost module that was running, and of all modules of its class, follow
+    the widths more boldly; where it gives other outputs, those of all classes that have changed operations.
+    """
+    modules = dict(network.model.named_modules())
+    levels: dict[type, int] = {}
+    first = None
+    while True:
+        model = _own(network, tensors)
+        follow(model, changes, tensors, network, levels)
+        active: list[str] = []
+        try:
+            why = difference(run(model, network, active), expected)
+        except Exception as error:  # the user's forward can do anything with its weights
+            why = f"{type(error).__name__}: {reason(error)}"
+        first = first or why
+        running = [type(modules[name]) for name in reversed(active) if not follows_itself(modules[name])][:1]
+        if why and not active:
+            touched = [modules[path] for path in (module_path(node) for node, _, _ in changes) if path in modules]
+            running = list(dict.fromkeys(type(module) for module in touched if not follows_itself(module)))
+        bolder = [kind for kind in running if levels.get(kind, 0) < BOLDEST]
+        if why is None or not bolder:
+            return model, first if why else None
+        for kind in bolder:
+            levels[kind] = levels.get(kind, 0) + 1
+
+
+def _mask(space: Space, indices: Tensor | Sequence[int]) -> Tensor:
+    indices = torch.as_tensor(indices, dtype=torch.int64).cpu()
+    if indices.numel() == 0 or int(indices.min()) < 0 or int(indices.max()) >= space.size:
+        raise NeuronMergingError(f"{space.name}: keep at least one index, and those from 0 to {space.size - 1}")
+    left = torch.zeros(space.size, dtype=torch.bool)
+    left[indices] = True
+    return left
+
+
+def left(axis: Axis, masks: Mapping[Leaf, Tensor]) -> Tensor:
+    """Which indices of an axis are left: bool [size]."""
+    return mask(axis, lambda leaf: masks.get(leaf, torch.ones(leaf.size, dtype=torch.bool)))
+
+
+def cut_tensors(survey: Survey, masks: Mapping[Leaf, Tensor]) -> dict[str, Tensor]:
+    """The parameters and buffers that get smaller, by their first name."""
+    tensors = {}
+    for name, axes in survey.analysis.parameters.items():
+        tensor = survey.network.tensor(name)
+        for d, axis in enumerate(axes):
+            stays = left(axis, masks)
+            if not stays.all():
+                tensor = tensor.index_select(d, stays.nonzero().flatten().to(tensor.device))
+        if tensor.shape != survey.network.tensor(name).shape:
+            tensors[name] = tensor.detach().clone()
+    return tensors
+
+
+Changes = list[tuple[fx.Node, dict[str, Any], dict[str, Any]]]
+
+
+def cut_graph(
+    survey: Survey, tensors: Mapping[str, Tensor], kept: Mapping[Leaf, int]
+) -> tuple[fx.GraphModule, Changes, dict[fx.Node, fx.Node]]:
+    """The graph with smaller parameters, by node what its arguments were and became, and the copies of its nodes."""
+    old = survey.network.graph
+    new, copies = fx.Graph(), {}
+    new.output(new.graph_copy(old.graph, copies))
+    new._codegen = copy.deepcopy(old.graph._codegen)
+    changes: Changes = []
+    for node, rewrites in survey.analysis.rewrites.items():
+        given = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
+        became: dict[str, Any] = {}
+        for rewrite in rewrites:
+            if any(count(axis, kept) != axis.size for axis in rewrite.axes):
+                arguments = rewrite.arguments(lambda axis: count(axis, kept))
+                became |= arguments
+                _rewrite(copies, node, arguments, rewrite.target)
+        if became:
+            changes.append((node, given, became))
+    graph = fx.GraphModule(old, new)
+    own: dict[str, nn.Parameter | Tensor] = {}
+    for name in {node.target for node in new.nodes if node.op == "get_attr"} & survey.network.names.keys():
+        first, like = survey.network.names[name][0], survey.network.tensor(name)
+        if first not in own:
+            own[first] = _like(tensors.get(first, like.detach().clone()), like)
+        _put(graph, name, own[first])
+    graph.recompile()
+    return graph, changes, copies
+
+
+def _rewrite(copies: dict[fx.Node, fx.Node], node: fx.Node, arguments: dict[str, Any], target: Any) -> None:
+    """Give the copy of a node other arguments, and another target, where there is one."""
+    new, graph = copies[node], copies[node].graph
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return copies[value]
+        if isinstance(value, Scaled):
+            with graph.inserting_before(new):
+                times = graph.call_function(operator.mul, (copies[value.node], value.new))
+                return graph.call_function(operator.floordiv, (times, value.old))
+        return [moved(part) for part in value] if isinstance(value, list | tuple) else value
+
+    arguments = {name: moved(value) for name, value in arguments.items()}
+    if target is not None:
+        new.target, new.args, new.kwargs = target, tuple(arguments.values()), {}
+        return
+    names = [a.name for a in node.target._schema.arguments]
+    args, kwargs = list(new.args), dict(new.kwargs)
+    for name, value in arguments.items():
+        place = names.index(name)
+        if place < len(args):
+            args[place] = value
+        else:
+            kwargs[name] = value
+    new.args, new.kwargs = tuple(args), kwargs
+
+
+def _like(tensor: Tensor, original: Tensor) -> Tensor:
+    """A parameter where the original is one, else the tensor."""
+    if isinstance(original, nn.Parameter):
+        return nn.Parameter(tensor, requires_grad=original.requires_grad)
+    return tensor
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """A tensor in the place of the parameter or buffer of this name."""
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, tensor)
+
+
+def _own(network: Network, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the user's model with smaller tensors; those that share one share it again."""
+    model = copy.deepcopy(network.model)
+    for name, tensor in tensors.items():
+        made = _like(tensor.clone(), network.tensor(name))
+        for alias in network.names[name]:
+            _put(model, alias, made)
+    return model
+
+
+def _in_modes(model: nn.Module, network: Network) -> nn.Module:
+    for name, module in model.named_modules():
+        module.training = network.modes.get(name, False)
+    return model
+
+
+def run(model: nn.Module, network: Network, active: list[str] | None = None) -> list[Tensor]:
+    """The tensors that a model gives for the example inputs. active: is given the names of the modules that are running."""
+    model, args, kwargs = copy.deepcopy((model, network.args, network.kwargs))  # which a forward pass may overwrite
+    if active is not None:
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: active.append(name))
+            module.register_forward_hook(lambda *_: active.__delitem__(-1))
+    with torch.no_grad():
+        return [value for value in tree_leaves(model(*args, **kwargs)) if isinstance(value, Tensor)]
+
+
+def difference(given: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> str | None:
+    """How two lists of outputs differ, None where they do not."""
+    if [value.shape for value in given] != [value.shape for value in expected]:
+        return "its outputs have other shapes"
+    worst = largest_error(given, expected)
+    return None if worst <= tolerance else f"its outputs differ by {worst:.2g} of the largest"
+
+
+def largest_error(given: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference of two lists of outputs, as a share of each one's largest value."""
+    worst = 0.0
+    for a, b in zip(given, expected):
+        a, b = a.double(), b.double()
+        same = (a == b) | (a.isnan() & b.isnan())
+        gap = torch.where(same, 0.0, (a - b).abs())
+        if gap.numel():
+            scale = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 1.0
+            worst = max(worst, gap.nan_to_num(float("inf")).max().item() / max(scale, 1e-12))
+    return worst

@@ -1,0 +1,108 @@
+"""Networks that torch.fx cannot trace, and several inputs, pruned as torch.export sees them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.shrink import shrink
+
+
+class Attention(nn.Module):
+    """A transformer block whose forward pass asks for shapes as torch.fx cannot; a mask is its second input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads, self.table = 4, nn.Embedding(50, 32)
+        self.norm, self.qkv, self.proj = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.up, self.down, self.out = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 5)
+
+    def forward(self, ids, mask=None):
+        x = self.table(ids)
+        batch, length = ids.shape
+        assert length < 100
+        q, k, v = (t.view(batch, length, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1)
+        x = x + self.proj(y)
+        x = x + self.down(F.gelu(self.up(x)))
+        if mask is not None:
+            x = x * mask[..., None]
+        return {"scores": self.out(x.mean(1))}
+
+
+IDS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+INPUTS = {
+    "a tensor": IDS,
+    "a tuple": (IDS, torch.ones(2, 7)),
+    "a mapping": {"ids": IDS, "mask": torch.ones(2, 7)},
+}
+
+
+def called(model, inputs):
+    if isinstance(inputs, dict):
+        return model(**inputs)["scores"]
+    return (model(*inputs) if isinstance(inputs, tuple) else model(inputs))["scores"]
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@torch.no_grad()
+def test_heads_and_feed_forward_widths_are_dropped(name):
+    model, inputs = Attention().eval(), INPUTS[name]
+    before = copy.deepcopy(model.state_dict())
+    small, report = shrink(model, 0.5, example_input=inputs, compensation="prune")
+    widths = dict(zip((unit.layer for unit in report.units), report.widths))
+    assert (
+        widths["up"] == 32
+        and small.up.out_features == 32
+        and small.qkv.out_features == 48 == 3 * small.proj.in_features
+    )
+    assert type(small) is Attention and called(small, inputs).shape == (2, 5)
+    assert report.params[1] < 0.6 * report.params[0] and report.macs[1] < report.macs[0]
+    assert "out stays whole: it is an output of the network" in str(report)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    whole, _ = shrink(model, 0.0, example_input=inputs, compensation="prune")
+    torch.testing.assert_close(called(whole, inputs), called(model, inputs))
+
+
+@torch.no_grad()
+def test_the_strongest_stay_and_ratios_go_by_name():
+    model = Attention().eval()
+    model.up.weight[:10], model.up.bias[:10] = 0, 0
+    small, report = shrink(model, {"up": 10 / 64}, example_input=INPUTS["a tuple"], compensation="prune")
+    torch.testing.assert_close(called(small, INPUTS["a tuple"]), called(model, INPUTS["a tuple"]))
+    assert torch.equal(small.up.weight, model.up.weight[10:]) and report.params[0] - report.params[1] == 10 * (
+        32 + 1 + 32
+    )
+    left = shrink(model, 0.5, example_input=IDS, compensation="prune", ignore=["up"])[1]
+    assert "up" not in [unit.layer for unit in left.units] and "it is ignored" in left.left_out["up"]
+
+
+@pytest.mark.parametrize("kind", ["merge", "restore"])
+def test_other_methods_say_that_they_cannot(kind):
+    with pytest.raises(NeuronMergingError, match="can only be pruned so far"):
+        shrink(Attention(), 0.5, example_input=INPUTS["a mapping"], compensation=kind)
+
+
+def test_what_cannot_be_traced_is_pruned_all_the_same():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            if x.shape[0] > 100 and x.sum() > 0:
+                return self.b(self.a(x))
+            return self.b(self.a(x).relu()) if isinstance(x, torch.Tensor) else None
+
+    class Untraceable(Branches):
+        def forward(self, x):
+            return self.b(self.a(x).relu()[: len(list(x))])
+
+    small, report = shrink(Untraceable().eval(), 0.5, example_input=(6,), compensation="prune")
+    assert report.widths == [4] and small(torch.randn(2, 6)).shape == (2, 3)
+    with pytest.raises(NeuronMergingError, match=r"cannot be traced by torch.fx .*it can only be pruned"):
+        shrink(Untraceable(), 0.5, example_input=(6,), compensation="merge")
