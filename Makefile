@@ -42,6 +42,9 @@ tuning: .venv/runtime ## how restoration's settings were chosen, on training ima
 zoo: .venv/runtime ## make torchvision's networks smaller (results/zoo.md)
 	@$(RUN) -m experiments.zoo
 
+families: .venv/runtime ## prune networks of other libraries that are installed (results/families.md)
+	@$(RUN) -m experiments.families $(NAMES)
+
 sketch: .venv/runtime ## redraw the figure of docs/restore.md
 	@$(RUN) -m experiments.sketch
 
@@ -72,4 +75,4 @@ clean: ## remove the environment, what demo and tests leave behind, and halves o
 	@touch $@ .venv/runtime
 
 .NOTPARALLEL: # rows before tables
-.PHONY: help demo test fuzz lint rows features reproduce tables check-tables manifest tuning zoo sketch bench bench-train clean
+.PHONY: help demo test fuzz lint rows features reproduce tables check-tables manifest tuning zoo families sketch bench bench-train clean

@@ -24,6 +24,7 @@ class Network:
 
     model: a copy in evaluation mode, which was never run; modes: whether each of the modules was in training before.
     args, kwargs: the inputs it was called with.
+    cached: whether its configuration asked for a cache of a language model, which the graph leaves out.
     names: of every parameter and buffer all the names that it has in the model, by the first of them, and by any other.
     """
 
@@ -33,6 +34,7 @@ class Network:
     kwargs: dict[str, Any]
     names: dict[str, tuple[str, ...]]
     modes: dict[str, bool]
+    cached: bool = False
 
     @cached_property
     def dynamic(self) -> bool:
@@ -72,6 +74,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Network:
         raise NeuronMergingError(f"{type(model).__name__} cannot be copied: {reason(error)}") from error
     attempts = [(_twice(args, kwargs), True), ((args, kwargs), True), ((args, kwargs), False)]
     failure: Exception | None = None
+    cached = False
     for (some_args, some_kwargs), dynamic in attempts:
         for _ in range(2):
             try:
@@ -81,8 +84,9 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Network:
                 failure = error
                 if not _without_cache(model):
                     break
+                cached = True
             else:
-                return Network(model, graph, some_args, some_kwargs, _names(model), modes)
+                return Network(model, graph, some_args, some_kwargs, _names(model), modes, cached)
     raise NeuronMergingError(f"{type(model).__name__} cannot be exported: {reason(failure)}") from failure
 
 

@@ -80,6 +80,8 @@ def multiply(call: Call, left: str, right: str) -> Axes:
     call.unify(k, k2)
     if not call.is_weight(left) and not call.is_weight(right):
         note(k, "product", call.where)
+        for axis in [*a[-2:-1], *b[-1:]] if len(b) > 1 else a[-2:-1]:
+            note(axis, "mixed", call.where)
     call.role(left, k, "reader", -1)
     call.role(right, k2, "reader", -2 if len(b) > 1 else -1)
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else []
@@ -133,7 +135,7 @@ def attention(call: Call) -> Value:
     call.unify(q[-1], k[-1])
     call.freeze([call.unify(k[-2], v[-2]), q[-2]])
     note(q[-1], "product", call.where)
-    note(v[-1], "product", call.where)
+    note(v[-1], "mixed", call.where)
     if call.given.get("scale") is None:
         call.freeze(q[-1], "scales by the square root of its size")
     mask = call.axes("attn_mask")

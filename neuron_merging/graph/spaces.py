@@ -20,8 +20,8 @@ class Space:
     """Indices that can be dropped, by all that write, follow and read them at once.
 
     notes: what else happens to them: "statistics" (a normalisation or reduction is over them), "product" (activations are
-    multiplied and summed along them), "recurrent". unit: the paper's layer → next, where it is one. obstacle: why kept ones
-    cannot take over from dropped ones by merging (None: they can).
+    multiplied and summed along them), "mixed" (they come out of such a product), "recurrent". unit: the paper's layer → next,
+    where it is one. obstacle: why kept ones cannot take over from dropped ones by merging (None: they can).
     """
 
     name: str
@@ -130,7 +130,8 @@ def _choose_among_nested(analysis: Analysis) -> None:
 
 
 def _preference(place: int, inside: list[Leaf]) -> tuple[bool, bool, int]:
-    noted = any("statistics" in leaf.notes or "product" in leaf.notes for leaf in inside)
+    """Whole heads and groups rather than what is in them, unless they are few; nothing that a normalisation is over."""
+    noted = any(leaf.notes.keys() & {"statistics", "product", "mixed"} for leaf in inside)
     return noted, sum(leaf.size for leaf in inside) < FEW, place
 
 

@@ -204,8 +204,11 @@ def _own(network: Network, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _in_modes(model: nn.Module, network: Network) -> nn.Module:
+    """Give a model of the user's class the modes, and the cache of a language model, that the original has."""
     for name, module in model.named_modules():
         module.training = network.modes.get(name, False)
+        if network.cached and hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = True
     return model
 
 

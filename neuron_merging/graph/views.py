@@ -279,3 +279,12 @@ def channel_shuffle(call: Call) -> Value:
     call.freeze(groups)
     axes[1] = product([inside, groups])
     return axes
+
+
+@rule("col2im")
+def col2im(call: Call) -> Value:
+    """Channels c · taps, at places, become c, at positions."""
+    (axes,) = call.tensors()
+    channels, taps = call.split(axes[-2], call.shape[-3])
+    call.freeze([taps, axes[-1]])
+    return [*axes[:-2], channels, *[fixed(size) for size in call.shape[-2:]]]
