@@ -13,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,11 +54,12 @@ class Neurons:
     relu: bool
     biased: bool = False
 
-    @property
+    @cached_property
     def constants(self) -> Tensor:
         """What neurons give that are the same for every input, by a filter of zeros or γ = 0: [N], NaN for the others."""
         filters = self.W[:, :-1] if self.biased else self.W
-        constant = (filters == 0).all(1)
+        constant = filters[:, 0] == 0
+        constant[constant.clone()] = (filters[constant] == 0).all(1)  # of these few, all weights are looked at
         z = self.W[:, -1] if self.biased else torch.zeros_like(self.W[:, 0])
         if self.bn is not None:
             constant |= self.bn.gamma == 0
@@ -131,7 +133,7 @@ def merge(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposit
     stands where the standard deviation is meant, and n and m have changed places against s.
     """
     drop = dropped(neurons.W, keep)
-    s, cos = norm_ratios(neurons.W, keep, drop), cosines(neurons.W, keep, drop)
+    s, cos = compared(neurons.W, keep, drop)
     usable = s > 0  # a filter of zeros can neither be scaled up nor be replaced
     if neurons.bn is None:
         return Decomposition(keep, scaling_matrix(keep, drop, s, 1 - cos, cos, usable, t))
@@ -153,7 +155,7 @@ def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> De
     if neurons.bn is None:
         return merge(neurons, keep, t=t, lam=lam)
     drop = dropped(neurons.W, keep)
-    s, cos = norm_ratios(neurons.W, keep, drop), cosines(neurons.W, keep, drop)
+    s, cos = compared(neurons.W, keep, drop)
     gamma, beta, mu, _, sigma = neurons.bn.of(drop)  # [Q]
     gamma_m, beta_m, mu_m, _, sigma_m = neurons.bn.of(keep, column=True)  # [P, 1]
     S = s * (gamma / gamma_m) * (sigma_m / sigma)
@@ -173,18 +175,17 @@ COMPENSATIONS: dict[str, Callable[..., Decomposition]] = {
 }
 
 
+def compared(W: Tensor, keep: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+    """s = ‖w_n‖ / ‖w_m‖ and cos(w_m, w_n) of kept m and dropped n, [P, Q] each; 0 where either is a filter of zeros."""
+    kept, others = W[keep], W[drop]
+    norm_m, norm_n = kept.norm(dim=1)[:, None], others.norm(dim=1)
+    s, both = norm_n / norm_m.where(norm_m > 0, torch.inf), norm_m * norm_n
+    return s, kept @ others.T / both.where(both > 0, 1)
+
+
 def cosines(W: Tensor, keep: Tensor, drop: Tensor) -> Tensor:
     """cos(w_m, w_n) of kept m and dropped n, [P, Q]; 0 where either is a filter of zeros."""
-    norm = W.norm(dim=1)
-    both = norm[keep][:, None] * norm[drop]
-    return W[keep] @ W[drop].T / both.where(both > 0, 1)
-
-
-def norm_ratios(W: Tensor, keep: Tensor, drop: Tensor) -> Tensor:
-    """s = ‖w_n‖ / ‖w_m‖ of kept m and dropped n, [P, Q]; 0 where either is a filter of zeros."""
-    norm = W.norm(dim=1)
-    norm_m = norm[keep][:, None]
-    return norm[drop] / norm_m.where(norm_m > 0, torch.inf)
+    return compared(W, keep, drop)[1]
 
 
 def _minmax(B: Tensor, usable: Tensor) -> Tensor:

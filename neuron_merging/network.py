@@ -31,16 +31,14 @@ def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], crite
     Raises NeuronMergingError for an unknown criterion, weights that are NaN or infinite, and widths that are not between 1
     (or 0, in a residual branch) and N.
     """
-    if criterion not in CRITERIA:
-        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
+    _check_criterion(criterion)
     _check_number(units, widths)
+    return [_chosen(unit, read(model, unit), P, criterion) for unit, P in zip(units, widths)]
 
-    def one(unit: Unit, P: int) -> Tensor:
-        neurons = read(model, unit)
-        check_width(unit.layer, P, len(neurons.W), least=0 if unit.branch else 1)
-        return order(neurons, criterion)[:P].sort().values
 
-    return [one(unit, P) for unit, P in zip(units, widths)]
+def _chosen(unit: Unit, neurons: Neurons, P: int, criterion: str) -> Tensor:
+    check_width(unit.layer, P, len(neurons.W), least=0 if unit.branch else 1)
+    return order(neurons, criterion)[:P].sort().values
 
 
 def compensate(
@@ -60,15 +58,14 @@ def compensate(
     """
     _check_number(units, keep)
     check_compensation(units, compensation)
+    return [_compensated(unit, read(model, unit), kept, compensation, t, lam) for unit, kept in zip(units, keep)]
 
-    def one(unit: Unit, kept: Tensor) -> Decomposition:
-        neurons = read(model, unit)
-        if not len(kept):  # nobody is left to merge with
-            return prune(neurons, kept, t=t, lam=lam)
-        part = COMPENSATIONS[compensation](neurons, kept, t=t, lam=lam)
-        return part if unit.activation else with_constants(part, neurons)
 
-    return [one(unit, kept) for unit, kept in zip(units, keep)]
+def _compensated(unit: Unit, neurons: Neurons, kept: Tensor, compensation: str, t: float, lam: float) -> Decomposition:
+    if not len(kept):  # nobody is left to merge with
+        return prune(neurons, kept, t=t, lam=lam)
+    part = COMPENSATIONS[compensation](neurons, kept, t=t, lam=lam)
+    return part if unit.activation else with_constants(part, neurons)
 
 
 def order(neurons: Neurons, criterion: str) -> Tensor:
@@ -104,9 +101,21 @@ def decompose(
     t: float = 0.0,
     lam: float = 1.0,
 ) -> list[Decomposition]:
-    """`choose` and `compensate` in one; arguments and errors are theirs."""
+    """`choose` and `compensate` in one, which reads every layer once; arguments and errors are theirs."""
+    _check_criterion(criterion)
+    _check_number(units, widths)
     check_compensation(units, compensation)
-    return compensate(model, units, choose(model, units, widths, criterion), compensation, t=t, lam=lam)
+
+    def one(unit: Unit, P: int) -> Decomposition:
+        neurons = read(model, unit)
+        return _compensated(unit, neurons, _chosen(unit, neurons, P, criterion), compensation, t, lam)
+
+    return [one(unit, P) for unit, P in zip(units, widths)]
+
+
+def _check_criterion(criterion: str) -> None:
+    if criterion not in CRITERIA:
+        raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
 
 
 def _check_number(units: Sequence[Unit], each: Sequence) -> None:
@@ -220,7 +229,8 @@ def absorb_into(layer: nn.Module, Z: Tensor, channels: int | None = None, offset
     N = Z.shape[1]
     M, rest = layer.weight.shape[0], layer.weight.shape[2:]
     W = layer.weight.detach().reshape(M, channels or N, -1)  # [M, C, k]
-    W = torch.cat([W[:, :offset], absorb(W[:, offset : offset + N], Z), W[:, offset + N :]], 1)
+    mine = absorb(W[:, offset : offset + N], Z)
+    W = torch.cat([W[:, :offset], mine, W[:, offset + N :]], 1) if W.shape[1] > N else mine
     _set(layer, "weight", W.reshape(M, -1, *rest))
     if isinstance(layer, nn.Linear):
         layer.in_features = layer.weight.shape[1]
