@@ -235,7 +235,7 @@ def test_images_that_are_no_tensor():
 
 @pytest.mark.parametrize("ratio", [50, {"0": 50}, torch.tensor(50.0)])
 def test_half_of_a_hundred(ratio):
-    with pytest.raises(NeuronMergingError, match=r"ratio 50(.0)? of 0 is outside \[0, 1\): 0.5\?"):
+    with pytest.raises(NeuronMergingError, match=r"ratio 50(.0)? for layer 0 is outside \[0, 1\): did you mean 0.5\?"):
         shrink(small_net(), ratio, example_input=(3, 8, 8))
 
 
@@ -274,7 +274,7 @@ def test_layers_that_are_not_looked_into_are_named():
     model = Heads(model)
     left_out = shrink(model, 0.5, compensation="prune", example_input=(3, 8, 8))[1].left_out
     for name in ("net.0.module.0", "net.0.module.2"):
-        assert left_out[name] == "it is inside net.0 (DataParallel), which is not looked into"
+        assert left_out[name] == "it is inside net.0 (DataParallel), which torch.fx does not look into"
     assert left_out["auxiliary"] == "the forward pass never calls it in evaluation"
     with pytest.raises(NeuronMergingError, match=r"auxiliary cannot be pruned: the forward pass never calls it"):
         shrink(model, {"auxiliary": 0.5}, compensation="prune")
