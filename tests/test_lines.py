@@ -602,7 +602,7 @@ def test_two_accuracies_are_explained():
     last = {"test_accuracy": 91.0, "image_share": 1.0}
     assert main._two_accuracies(last, {"accuracy": 91.0}, torch.device("cpu")) == ""
     line = main._two_accuracies(last | {"image_share": 0.75}, {"accuracy": 91.02}, torch.device("cpu"))
-    assert line.startswith("the epoch's test accuracy, 91.00 %, is of the training's arithmetic (")
+    assert line.startswith("the epoch's test accuracy, 91.00 %, was computed as in training (")
     assert (
         "on images of 75% of their size" in line and "91.02 %, of the file in float32" in line and line.count("\n") == 1
     )
