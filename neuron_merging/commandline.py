@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 def add_result_flags(group: argparse._ActionsContainer) -> None:
     """Add the flags that say what to do with the smaller network."""
     group.add_argument("--evaluate", action="store_true", help="measure the accuracy; train nothing")
-    group.add_argument("--save", type=Path, metavar="FILE", help="write the resulting network, for --weights or fit()")
+    group.add_argument("--save", type=Path, metavar="FILE", help="write the resulting network, to load it again")
     group.add_argument(
         "--summary",
         action="store_true",
@@ -77,7 +77,7 @@ def check_shared(args: argparse.Namespace) -> None:
         raise NeuronMergingError(f"--seed {args.seed} has to be in [0, 2**32)")
     if args.multiple > 1 and not isinstance(args.widths, str):
         raise NeuronMergingError(
-            "--multiple rounds the widths that a ratio or a budget gives: a list of --widths is taken as it is"
+            "--multiple is for widths that a ratio or a budget gives: a list of --widths is taken as it is"
         )
     if args.compensation == "original":
         flags = ("budget", "calibrate", "drop_blocks", *(() if args.summary else ("ratios", "ignore", "coupled")))
@@ -101,7 +101,7 @@ def check_shared(args: argparse.Namespace) -> None:
     for path in files:
         check_writable(path)
     if len({path.resolve() for path in files}) < len(files):
-        raise NeuronMergingError("--save, --append, --export and --json have to be different files")
+        raise NeuronMergingError("--save, --append, --export and --json are to be different files")
 
 
 def warn_of_nothing(args: argparse.Namespace, no_method: bool) -> None:

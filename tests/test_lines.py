@@ -19,7 +19,7 @@ import main
 from experiments import experiment as xp
 from experiments import settings
 from models import build
-from neuron_merging import load_checkpoint, load_weights, shrink, summarize
+from neuron_merging import cli, export, load_checkpoint, load_weights, shrink, summarize
 from neuron_merging.checkpoint import save_checkpoint
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.loading import build_model
@@ -604,7 +604,9 @@ def test_two_accuracies_are_explained():
     line = main._two_accuracies(last | {"image_share": 0.75}, {"accuracy": 91.02}, torch.device("cpu"))
     assert line.startswith("the epoch's test accuracy, 91.00 %, was computed as in training (")
     assert (
-        "on images of 75% of their size" in line and "91.02 %, of the file in float32" in line and line.count("\n") == 1
+        "on images of 75% of their size" in line
+        and "91.02 %, is that of the file in float32" in line
+        and line.count("\n") == 1
     )
 
 
@@ -653,3 +655,30 @@ class Sign(torch.autograd.Function):
 class Hard(nn.Module):
     def forward(self, x):
         return Sign.apply(x) if isinstance(x, torch.Tensor) else x.sign()
+
+
+# ---------------------------------------------------------------- what a newcomer does first
+
+
+@pytest.mark.parametrize("call", [lambda m: shrink(m, 0.5, compensation="merge"), summarize])
+def test_a_state_dict_is_no_network(call):
+    with pytest.raises(NeuronMergingError, match="model is of type OrderedDict: give the network"):
+        call(nn.Linear(3, 4).state_dict())
+
+
+def test_a_single_layer_stays_whole():
+    with pytest.raises(
+        NeuronMergingError, match="can be pruned: Linear: it is the whole network, and its outputs stay"
+    ):
+        shrink(nn.Linear(3, 4), 0.5, compensation="merge")
+
+
+def test_an_export_takes_a_path_as_text(tmp_path):
+    assert export(nn.Linear(3, 4), str(tmp_path / "small.pt2"), (3,)) < 1e-4
+    with pytest.raises(NeuronMergingError, match="name a file that ends in"):
+        export(nn.Linear(3, 4), "small.h5", (3,))
+
+
+def test_the_help_says_which_method_is_the_default():
+    text = " ".join(cli.parser().format_help().split())
+    assert "[original]" in text and "[None]" not in text
