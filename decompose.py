@@ -1,10 +1,10 @@
 """Neuron Merging (Kim, Kim, Park, Jeon, NeurIPS 2020): drop neurons, and let the most similar kept ones stand in for them.
 
-    W [N, D] ≈ Zᵀ Y with Y = W[keep] [P, D];  if every column of the scaling matrix Z [P, N] has at most one entry and
-    that is positive, ReLU(Zᵀ v) = Zᵀ ReLU(v), so Z moves into the next layer: W_next ← W_next ×₂ Z.
+    W [N, D] ≈ Zᵀ Y with Y = W[keep] [P, D].  If every column of the scaling matrix Z [P, N] has at most one entry and
+    that entry is positive, ReLU(Zᵀ v) = Zᵀ ReLU(v).  So Z can move into the next layer: W_next ← W_next ×₂ Z.
 
-The letters are the paper's: N neurons of D weights, P kept ones, Z, threshold t, λ. Matrices over pairs are [P, Q]: row m
-is a kept neuron, column n one of the Q = N − P dropped ones. Everything is computed in float64.
+The letters are the paper's: N neurons of D weights, P kept ones, Z, threshold t, λ. Matrices over pairs are [P, Q]: each row m
+is a kept neuron, each column n is one of the Q = N − P dropped ones. Everything is computed in float64.
 
 To add a criterion or a compensation, write its function and name it in `CRITERIA` or `COMPENSATIONS`.
 """
@@ -44,8 +44,8 @@ class BatchNorm:
 class Neurons:
     """A layer as the method sees it.
 
-    W: [N, D] float64, a neuron or flattened filter a row; without BatchNorm the bias is appended as the last column.
-    bn: the BatchNorm behind the layer (a bias of the layer is part of its μ), or None. relu: a ReLU follows.
+    W: [N, D] float64; each row is a neuron or a flattened filter. Without BatchNorm, the bias is the last column.
+    bn: the BatchNorm behind the layer, or None; a bias of the layer is included in its μ. relu: whether a ReLU follows.
     biased: whether the last column of W is a bias.
     """
 
@@ -56,7 +56,7 @@ class Neurons:
 
     @cached_property
     def constants(self) -> Tensor:
-        """What neurons give that are the same for every input, by a filter of zeros or γ = 0: [N], NaN for the others."""
+        """The output of every neuron that is the same for all inputs (a filter of zeros, or γ = 0): [N], NaN for the others."""
         filters = self.W[:, :-1] if self.biased else self.W
         constant = filters[:, 0] == 0
         constant[constant.clone()] = (filters[constant] == 0).all(1)  # of these few, all weights are looked at
@@ -98,20 +98,20 @@ CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"l1-norm": l1_norm, "l2-norm"
 
 
 def select(W: Tensor, P: int, criterion: str) -> Tensor:
-    """Indices [P], ascending, of the neurons of W [N, D] with the largest score; of equal ones the first stay."""
+    """Indices [P], ascending, of the neurons of W [N, D] with the largest scores; among equal ones the first are kept."""
     return ranked(CRITERIA[criterion](W))[:P].sort().values
 
 
 def ranked(scores: Tensor) -> Tensor:
-    """Indices [N] by falling score [N]; equal ones in their order."""
+    """Indices [N] in the order of falling scores [N]; equal ones keep their order."""
     return scores.argsort(descending=True, stable=True)
 
 
 def dropped(W: Tensor, keep: Tensor) -> Tensor:
     """Indices [Q], ascending, of the neurons that are not kept."""
-    left_over = torch.ones(len(W), dtype=torch.bool, device=W.device)
-    left_over[keep] = False
-    return left_over.nonzero().squeeze(1)
+    is_dropped = torch.ones(len(W), dtype=torch.bool, device=W.device)
+    is_dropped[keep] = False
+    return is_dropped.nonzero().squeeze(1)
 
 
 # ---------------------------------------------------------------- compensation: the scaling matrix Z
@@ -124,33 +124,33 @@ def prune(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposit
 
 
 def merge(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposition:
-    """Merging as it was published (Algorithm 1 and what its implementation computes); reproduces the published tables.
+    """Merging as it was published: Algorithm 1, as the published code computes it. Reproduces the published tables.
 
-    Without BatchNorm the partner of n is the kept m of largest cosine, its scale s = ‖w_n‖ / ‖w_m‖. With BatchNorm
+    Without BatchNorm the partner of n is the kept m with the largest cosine, and its scale is s = ‖w_n‖ / ‖w_m‖. With BatchNorm
         S = s (γ_m / γ_n) (v_n / v_m),  B = |(γ_m / v_m) (s (μ_n − v_n β_n / γ_n) − μ_m) + β_m| / S,
-    and the partner has the least λ (1 − cos) + (1 − λ) minmax(B). Two things differ from what follows from the formula
-    of BatchNorm (see `merge_derived`) and are kept, since the published numbers were made with them: the variance v
-    stands where the standard deviation is meant, and n and m have changed places against s.
+    and the partner is the m with the least λ (1 − cos) + (1 − λ) minmax(B). This differs in two ways from what follows from
+    the formula of BatchNorm (`merge_derived`): v, the variance, is in the place of the standard deviation, and n and m have
+    changed places, but not in s. Both are kept, since the published numbers were made with them.
     """
     drop = dropped(neurons.W, keep)
     s, cos = compared(neurons.W, keep, drop)
-    usable = s > 0  # a filter of zeros can neither be scaled up nor be replaced
+    usable = s > 0  # a filter of zeros cannot stand in for another, and no other for it
     if neurons.bn is None:
         return Decomposition(keep, scaling_matrix(keep, drop, s, 1 - cos, cos, usable, t))
     gamma, beta, mu, v, _ = neurons.bn.of(drop)  # [Q]
     gamma_m, beta_m, mu_m, v_m, _ = neurons.bn.of(keep, column=True)  # [P, 1]
     S = s * (gamma_m / v_m) * (v / gamma)
     B = ((gamma_m / v_m) * (s * (mu - v * beta / gamma) - mu_m) + beta_m).abs() / S
-    usable = usable & torch.isfinite(S) & torch.isfinite(B)  # γ or v of 0: m is no partner, n has none
+    usable = usable & torch.isfinite(S) & torch.isfinite(B)  # with γ = 0 or v = 0, m is no partner and n has none
     distance = lam * (1 - cos) + (1 - lam) * _minmax(B, usable)
     return Decomposition(keep, scaling_matrix(keep, drop, S, distance, cos, usable, t))
 
 
 def merge_derived(neurons: Neurons, keep: Tensor, *, t: float, lam: float) -> Decomposition:
-    """Merging with the form that follows from u_n = s u_m in front of the BatchNorm: z_n = S z_m + B with σ = √(v + ε) and
+    """Merging by the formulas: if u_n = s u_m in front of the BatchNorm, then z_n = S z_m + B, with σ = √(v + ε) and
         S = s (γ_n / γ_m) (σ_m / σ_n),  B = (γ_n / σ_n) (s (μ_m − σ_m β_m / γ_m) − μ_n) + β_n.
-    The partner has the least λ (1 − cos) + (1 − λ) minmax(|B| / S) among those with S > 0, which pass a ReLU. Lossless
-    for filters that are positive multiples of each other (B = 0). A neuron with γ = 0 is the constant β: it becomes shift.
+    The partner has the least λ (1 − cos) + (1 − λ) minmax(|B| / S) among those with S > 0, which pass a ReLU. If filters are
+    positive multiples of each other and B = 0, nothing is lost. A neuron with γ = 0 is the constant β, which becomes `shift`.
     """
     if neurons.bn is None:
         return merge(neurons, keep, t=t, lam=lam)
@@ -189,7 +189,7 @@ def cosines(W: Tensor, keep: Tensor, drop: Tensor) -> Tensor:
 
 
 def _minmax(B: Tensor, usable: Tensor) -> Tensor:
-    """B [P, Q] scaled to 0…1 over the usable partners m of every n; 0 where they are all equal."""
+    """B [P, Q], scaled to 0…1 over the usable partners m of each n; 0 if those are all equal."""
     low = B.where(usable, torch.inf).amin(0)
     spread = B.where(usable, -torch.inf).amax(0) - low
     return ((B - low) / spread.where(spread > 0, 1)).where(usable & (spread > 0), 0)
@@ -198,9 +198,9 @@ def _minmax(B: Tensor, usable: Tensor) -> Tensor:
 def scaling_matrix(
     keep: Tensor, drop: Tensor, scale: Tensor, distance: Tensor, cos: Tensor, usable: Tensor, t: float
 ) -> Tensor:
-    """Z [P, N]: one-hot for kept neurons; for the others the scale of the nearest usable one, if its cosine is at least t.
+    """Z [P, N]. The column of a kept neuron is one-hot; that of a dropped one has the scale of its nearest usable partner.
 
-    scale, distance, cos, usable: [P, Q]. t = 0 accepts every cosine.
+    It is zero if the partner's cosine is below t; t = 0 accepts every cosine. scale, distance, cos, usable: [P, Q].
     """
     P, Q = cos.shape
     Z = torch.zeros(P, P + Q, dtype=cos.dtype, device=cos.device)
@@ -212,12 +212,12 @@ def scaling_matrix(
 
 
 def only_twins(Z: Tensor) -> Tensor:
-    """Z [P, N] without its merges at a scale other than 1: what passes any activation."""
+    """Z [P, N] with only the merges of scale 1 (to a thousandth), which pass any activation."""
     return Z.where((Z - 1).abs() < 1e-3, 0)
 
 
 def effective(neurons: Neurons) -> Tensor:
-    """What the neurons compute, their BatchNorm included: weights and constant, [N, D + 1] (or W, without BatchNorm)."""
+    """The neurons with their BatchNorm folded in: weights and a constant, [N, D + 1]; without BatchNorm just W."""
     if neurons.bn is None:
         return neurons.W
     bn = neurons.bn
@@ -230,12 +230,12 @@ def effective(neurons: Neurons) -> Tensor:
 def absorb(W_next: Tensor, Z: Tensor) -> Tensor:
     """W_next ×₂ Z: [M, N, k] and [P, N] → [M, P, k], in the dtype of W_next.
 
-    k: the places of a kernel or, behind a flatten, the consecutive inputs that belong to a neuron. Computed as [N, M, k]:
-    one pass over memory brings it there, and neurons are added up and left out by whole rows.
+    k: the positions of a kernel or, behind a flatten, the consecutive inputs that belong to one neuron. Computed as [N, M, k],
+    because neurons are then whole rows, which are quick to add up and to leave out.
     """
     W = W_next.transpose(0, 1).to(Z.dtype, copy=True, memory_format=torch.contiguous_format)  # [N, M, k]
     partner, n = Z.nonzero(as_tuple=True)
-    if n.bincount(minlength=1).max() > 1:  # not the paper's: several neurons stand in for one
+    if n.bincount(minlength=1).max() > 1:  # a column has several entries, which the paper's Z never has
         W = torch.einsum("nmk,pn->pmk", W, Z)
     else:
         W *= Z.sum(0)[:, None, None]
@@ -244,5 +244,5 @@ def absorb(W_next: Tensor, Z: Tensor) -> Tensor:
     return W.transpose(0, 1).to(W_next.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-if __name__ == "decompose":  # imported from the top level of a clone: the package's module, so that there is only one
+if __name__ == "decompose":  # imported from the top level of a clone: becomes the package's module, else there are two
     sys.modules[__name__] = importlib.import_module("neuron_merging.decompose")

@@ -1,4 +1,4 @@
-"""Neuron Merging on the command line: train a network, prune or merge its neurons, measure what is left.
+"""Neuron Merging on the command line: train a network, prune or merge its neurons, measure the result.
 
 python main.py --arch LeNet_300_100 --pretrained FILE --model-type merge --criterion l1-norm --pruning-ratio 0.5 --evaluate
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 try:
     import torch
     from torch import nn
-except ModuleNotFoundError as error:  # asked first: all that follows needs it
+except ModuleNotFoundError as error:  # checked first: all other imports need it
     print(f"main.py: the package {error.name} is missing: run make demo once and use .venv/bin/python", file=sys.stderr)
     sys.exit(2)
 
@@ -47,7 +47,10 @@ SAVED = (
 
 
 def run(args: argparse.Namespace) -> tuple[Row, Callable[[], Row]]:
-    """Do what the checked command line says; the result row, and what makes the rest of it: exports, comparisons."""
+    """Do what the checked command line says. Returns the result row, and a function that exports and compares speeds.
+
+    That function gives the rest of the row.
+    """
     if training.launched() and (args.summary or args.evaluate):
         raise NeuronMergingError("torchrun is for training: run this without it")
     device = choose_device("cpu" if args.no_cuda else args.device)
@@ -59,11 +62,11 @@ def run(args: argparse.Namespace) -> tuple[Row, Callable[[], Row]]:
 
 
 def summary(args: argparse.Namespace, experiment: xp.Experiment) -> str:
-    """What of the network can be pruned, and how much of it the experiment would leave."""
+    """A text that says what can be pruned in the network, and how much the experiment would leave of it."""
     network = (xp.load(experiment)[0] if args.pretrained else experiment.network()).eval()
     units, _ = prunable(network, args.coupled)
-    given = args.ratio is not None or not isinstance(args.widths, str) or args.compensation != "original"
-    kept = xp.kept_widths(network, units, experiment) if given and units else None
+    thins = args.ratio is not None or not isinstance(args.widths, str) or args.compensation != "original"
+    kept = xp.kept_widths(network, units, experiment) if thins and units else None
     return summarize(
         network, kept, compensation=args.compensation, example_input=settings.NETWORKS[experiment.arch].shape,
         images=xp.calibration(experiment, args.data) if experiment.chooses else None, config=experiment.plain(),
@@ -73,12 +76,12 @@ def summary(args: argparse.Namespace, experiment: xp.Experiment) -> str:
 def evaluate(
     args: argparse.Namespace, experiment: xp.Experiment, device: torch.device
 ) -> tuple[Row, Callable[[], Row]]:
-    """Measure what the experiment leaves of the checkpoint, as the file holds it if it is saved; returns as `run`."""
+    """Make the checkpoint's network smaller and measure it; returns as `run`. With --save, measures what the file holds."""
     model, checkpoint = xp.load(experiment)
     if args.compensation != "original":
-        xp.kept_widths(model, prunable(model, args.coupled)[0], experiment)  # or no download
-    looked_at, images = xp.calibration(experiment, args.data), data.load(experiment.dataset, args.split, args.data)
-    shrunk = xp.shrink(placed(model, device), experiment, looked_at)
+        xp.kept_widths(model, prunable(model, args.coupled)[0], experiment)  # raises before any data set is downloaded
+    calibration, images = xp.calibration(experiment, args.data), data.load(experiment.dataset, args.split, args.data)
+    shrunk = xp.shrink(placed(model, device), experiment, calibration)
     if args.save:
         shrunk.model.load_state_dict(stored(shrunk.model))
     row = xp.row(experiment, checkpoint, shrunk, images, device, args.test_batch_size)
@@ -92,7 +95,7 @@ def evaluate(
 
 
 def train(args: argparse.Namespace, experiment: xp.Experiment, device: torch.device) -> Row:
-    """Train the original network from scratch or from --pretrained, or fine-tune what the experiment leaves of it."""
+    """Train the original network, from scratch or from --pretrained; or make it smaller and fine-tune it."""
     torch.manual_seed(args.seed)
     model, start = (None, None) if from_scratch(args) else xp.load(experiment)
     target = args.save or HERE / "saves" / trained_name(args, experiment, start)
@@ -119,12 +122,12 @@ def train(args: argparse.Namespace, experiment: xp.Experiment, device: torch.dev
             curve=curve, experiment=identity, compiled=args.compile,
             log_interval=args.log_interval, say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
-        if rank == 0:  # the others wait: where one of them ends badly, torchrun ends them all
+        if rank == 0:  # the other processes wait; if one fails, torchrun ends all
             shrunk.model.load_state_dict(stored(shrunk.model))  # what is measured is what is saved
             row = xp.row(experiment, start, shrunk, test, device, args.test_batch_size)
             row |= _made_before(row, start)
             earlier = start and start.about.get("epochs")
-            epochs = last["epoch"] + (earlier if isinstance(earlier, int) else 0)  # a file of others' may say anything
+            epochs = last["epoch"] + (earlier if isinstance(earlier, int) else 0)  # other files may have anything there
             save(target, shrunk.model, row | {"epochs": epochs}, start)
             print(f"saved {target}", file=sys.stderr)
             print(_two_accuracies(last, row, device), end="", file=sys.stderr)
@@ -135,25 +138,25 @@ def train(args: argparse.Namespace, experiment: xp.Experiment, device: torch.dev
 
 
 def _made_before(row: Row, start: Checkpoint | None) -> Row:
-    """The method by which a network that this run leaves as it is was made smaller before, if it was."""
+    """An entry for the row of a network that this run does not make smaller: the method that did so earlier, if any."""
     known = start is not None and row["type"] == "original" and start.made_by
     return {"checkpoint_type": known} if known else {}
 
 
 def _two_accuracies(last: Row, row: Row, device: torch.device) -> str:
-    """Why the accuracy of the last epoch is not that of the saved network, as a line, where it is not."""
+    """A line that explains why the last epoch and the saved network have other accuracies; empty if they are the same."""
     if last["test_accuracy"] == row["accuracy"]:
         return ""
     computed = str(training.autocast_dtype(device) or torch.float32).removeprefix("torch.")
     size = "" if last["image_share"] == 1 else f", on images of {last['image_share']:.0%} of their size"
     return (
-        f"the epoch's test accuracy, {last['test_accuracy']:.2f} %, is of the training's arithmetic ({computed}{size});"
-        f" the table's, {row['accuracy']:.2f} %, of the file in float32 on whole images\n"
+        f"the epoch's test accuracy, {last['test_accuracy']:.2f} %, was computed as in training ({computed}{size});"
+        f" the table's, {row['accuracy']:.2f} %, is that of the file in float32 on whole images\n"
     )
 
 
 def trained_name(args: argparse.Namespace, experiment: xp.Experiment, start: Checkpoint | None) -> str:
-    """The name of the file that training writes. start: what it begins with, which may be smaller already."""
+    """The name of the file that training writes. start: the checkpoint it starts from, which may be smaller already."""
     name = settings.checkpoint_name(args.arch, experiment.depth_wide, experiment.dataset)
     if start is None:
         return name
@@ -168,9 +171,9 @@ def trained_name(args: argparse.Namespace, experiment: xp.Experiment, start: Che
 
 
 def save(path: Path, model: nn.Module, row: Row, start: Checkpoint | None = None) -> None:
-    """Write the network with what makes it reloadable and what is known of it, and the commands that made it.
+    """Write the network with the facts that are needed to load it, what else is known of it, and the commands that made it.
 
-    start: the file that its training began with, whose network may have been made smaller by an earlier command.
+    start: the checkpoint that this run started from; an earlier command may have made its network smaller.
     """
     known, before = description(row, SAVED), None
     if start is not None:
@@ -182,7 +185,7 @@ def save(path: Path, model: nn.Module, row: Row, start: Checkpoint | None = None
 
 
 def report(args: argparse.Namespace, row: Row) -> None:
-    """Print the summary and write the row where the command line wants it."""
+    """Print the result, and append the row or write it as JSON if the command line asks for it."""
     try:
         if args.append and not rows.append(row, args.append):
             print(f"{args.append} holds a row of these settings already: it is left as it is", file=sys.stderr)
@@ -191,7 +194,7 @@ def report(args: argparse.Namespace, row: Row) -> None:
 
 
 def labelled(args: argparse.Namespace, device: torch.device) -> Labelled | None:
-    """One of our data sets, to measure a network of one's own on; None for another name."""
+    """One of this repository's data sets, to measure the user's own network on; None for other names."""
     if args.dataset not in data.DATASETS:
         return None
     dataset, size = data.DATASETS[args.dataset], args.test_batch_size or 256
@@ -203,11 +206,11 @@ def labelled(args: argparse.Namespace, device: torch.device) -> Labelled | None:
     images = data.load(args.dataset, args.split, args.data or settings.data_folder()).to(device)
     images = replace(images, dataset=replace(dataset, mean=mean, std=std))
     scale = f"pixels in [0, 1], normalised with mean {_numbers(mean)} and standard deviation {_numbers(std)}"
-    asked = "" if args.mean else ": other ones are given by --mean and --std"
+    hint = "" if args.mean else ": other ones are given by --mean and --std"
     parts = [images[start : start + size] for start in range(0, len(images), size)]
     return Labelled(
         lambda: ((part.normalised(part.pixels), part.labels) for part in parts), math.ceil(len(images) / size),
-        dataset.classes, f"{args.dataset} has {dataset.classes} classes", {"split": args.split, "transforms": scale + asked},
+        dataset.classes, f"{args.dataset} has {dataset.classes} classes", {"split": args.split, "transforms": scale + hint},
     )  # fmt: skip
 
 
@@ -216,7 +219,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C."""
+    """Run one command line. Returns 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         parser().print_usage()

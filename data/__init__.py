@@ -1,4 +1,4 @@
-"""FashionMNIST and CIFAR as tensors: `load(name, split)`; the data sets lie beside this file or where --data says."""
+"""FashionMNIST and CIFAR as tensors: `load(name, split)`. The data sets are in this folder, or in the one that --data names."""
 
 from data.loader import DATASETS, Dataset, Images, calibration, load
 from neuron_merging.images import pictures, readable

@@ -1,7 +1,7 @@
-"""One loader for every data set: a whole split as uint8 tensors, read by torchvision, downloaded by it where it is missing.
+"""One loader for all data sets: gives a whole split as uint8 tensors. torchvision reads it, and downloads it if it is missing.
 
-A folder is used when it is complete, whatever its checksums (one warning says so); a folder that is half there is never used.
-torchvision is imported where it reads: that takes seconds, which a wrong command line need not wait for.
+A folder is used if it has all files; if their checksums are wrong, there is a warning. An incomplete folder is never used.
+torchvision is imported only to read, since the import takes seconds; a wrong command line fails before that.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from neuron_merging.images import counted, drawn, pictures
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 SPLITS = ("train", "test", "val", "fit")
-HELD_OUT = 5000  # images of the training split that are its `val` part; `fit` is the rest
+HELD_OUT = 5000  # images of the training split that form `val`; the others form `fit`
 FASHION_MNIST_MD5 = {  # of the unpacked images and labels
     "train": ("f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9"),
     "test": ("8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965"),
@@ -36,7 +36,7 @@ FASHION_MNIST_MD5 = {  # of the unpacked images and labels
 
 @dataclass(frozen=True)
 class Dataset:
-    """What the networks have to know of a data set; pixels are scaled to [0, 1], then normalised with `mean` and `std`."""
+    """What the networks need to know about a data set. Pixels are scaled to [0, 1], then normalised with `mean` and `std`."""
 
     shape: tuple[int, int, int]  # channels, height, width
     classes: int
@@ -45,7 +45,7 @@ class Dataset:
     augment: bool  # training crops (padding 4) and flips
 
 
-# Of CIFAR-10; the paper uses them on both sets.
+# Measured on CIFAR-10; the paper uses them for both data sets.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 DATASETS = {
     "FashionMNIST": Dataset((1, 28, 28), 10, (0.5,), (0.5,), augment=False),
@@ -75,7 +75,7 @@ class Images:
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def normalised(self, batch: Tensor, share: float = 1.0) -> Tensor:
-        """uint8 pixels [B, C, H, W] → float32 network input on the batch's device, its sides shrunk to `share` of theirs."""
+        """uint8 pixels [B, C, H, W] → float32 network input on the batch's device, with its sides shrunk to `share`."""
         mean = torch.tensor(self.dataset.mean, device=batch.device).view(-1, 1, 1)
         std = torch.tensor(self.dataset.std, device=batch.device).view(-1, 1, 1)
         batch = (batch.float() / 255 - mean) / std
@@ -86,12 +86,12 @@ class Images:
 
 
 def load(name: str, split: str, root: str | Path = HERE) -> Images:
-    """The `split` of data set `name`, from `root` in torchvision's layout or downloaded into it.
+    """The `split` of the data set `name`. It is read from `root`, in torchvision's layout, or downloaded into it.
 
-    "train" and "test" are the official ones; "val" holds 5,000 of the training images, always the same, for choosing
-    settings without a look at the test set, and "fit" the training images that are not in it.
+    "train" and "test" are the official splits. "val" is a fixed choice of 5,000 training images, for choosing settings without
+    the test set. "fit" is all other training images.
 
-    Raises NeuronMergingError for an unknown name, a folder that is half there, or a download that does not work.
+    Raises NeuronMergingError for an unknown name, an incomplete folder, or a download that fails.
     """
     if name not in DATASETS:
         raise NeuronMergingError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
@@ -115,10 +115,10 @@ def load(name: str, split: str, root: str | Path = HERE) -> Images:
 
 
 def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1) -> Images:
-    """Real images for a method to look at: "cifar10:512" for 512 training images outside "val", or a folder of image files.
+    """Real images for the methods that use some. text: "cifar10:512" for 512 images of "fit", or a folder ("DIR" or "DIR:N").
 
-    A folder's images ("DIR" or "DIR:N") are cut to the shape of `dataset`; their labels, unknown, are 0.
-    Raises NeuronMergingError where there are none.
+    The images of a folder are cut to the shape of `dataset`; their labels are unknown and set to 0. Raises NeuronMergingError
+    if there are none.
     """
     source, number = counted(text)
     if source == dataset:
@@ -132,7 +132,7 @@ def calibration(text: str, dataset: str, root: str | Path = HERE, seed: int = 1)
 
 
 def _cut(shape: tuple[int, int, int]) -> Callable[[Any], Tensor]:
-    """What makes pixels of this shape, uint8, of a PIL image."""
+    """A function from a PIL image to uint8 pixels of this shape."""
     from torchvision import transforms
 
     channels, height, width = shape
@@ -164,7 +164,7 @@ def _fashion_mnist(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
 
 
 def _idx(path: Path, read: Callable[..., Tensor]) -> tuple[Tensor, str]:
-    """The tensor and the unpacked MD5 of an IDX file, gzipped or not, by torchvision's reader (which wants it unpacked)."""
+    """The tensor in an IDX file, gzipped or not, and the MD5 of the unpacked file. torchvision reads it, unpacked."""
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
@@ -174,7 +174,7 @@ def _idx(path: Path, read: Callable[..., Tensor]) -> tuple[Tensor, str]:
             return read(plain), hashlib.md5(content).hexdigest()
     except NeuronMergingError:
         raise
-    except Exception as error:  # torchvision asserts, indexes and reshapes its way through a damaged file
+    except Exception as error:  # torchvision can raise nearly anything for a damaged file
         raise NeuronMergingError(f"{path} is cut short or damaged; delete it to download it again") from error
 
 
@@ -218,10 +218,10 @@ def _cifar(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
 
 
 class _Plain(pickle.Unpickler):
-    """Reads what CIFAR's batches are made of, plain values and arrays, and refuses to call anything else."""
+    """Reads plain values and arrays, of which CIFAR's batches consist, and refuses to call anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle names. Raises UnpicklingError for anything but NumPy's own constructors."""
+        """The class or function that a pickle names. Raises UnpicklingError for all but NumPy's constructors."""
         if (module, name) == ("_codecs", "encode") or (
             module.partition(".")[0] == "numpy" and name in ("_reconstruct", "_frombuffer", "ndarray", "dtype")
         ):
@@ -230,7 +230,7 @@ class _Plain(pickle.Unpickler):
 
 
 def _check_pickles(files: Iterable[Path]) -> None:
-    """Raises where reading the files, as torchvision does it, could run code that they bring along."""
+    """Raises UnpicklingError if reading the files, as torchvision does, could run code in them."""
     for file in files:
         with open(file, "rb") as content:
             _Plain(content, encoding="latin1").load()
@@ -241,7 +241,7 @@ def _warn_of_checksums(folder: Path) -> None:
 
 
 def _without_checksums(source: type) -> type:
-    """torchvision's data set, satisfied when its files are there."""
+    """torchvision's data set, without its check of checksums."""
     return type(
         source.__name__,
         (source,),
@@ -254,7 +254,10 @@ def _without_checksums(source: type) -> type:
 
 
 def _download(source: type, root: Path, folder: str) -> None:
-    """Let torchvision fetch a data set into a folder of its own, then move it into place, file by file only where some are."""
+    """Let torchvision download a data set into a temporary folder, then move it into place.
+
+    If the folder exists already, files are moved one by one.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (
@@ -271,7 +274,7 @@ def _download(source: type, root: Path, folder: str) -> None:
             try:
                 os.rename(Path(fresh) / folder, target)
             except OSError:
-                if not target.is_dir():  # (else another process was faster)
+                if not target.is_dir():  # if it is there now, another process was faster
                     raise
     except (OSError, RuntimeError) as error:
         raise NeuronMergingError(

@@ -1,8 +1,10 @@
-"""How long everything takes, each against its yardstick in one run: results/BENCH.md and bench.json.
+"""Measures how long everything takes, beside something to compare with from the same run: results/BENCH.md and bench.json.
 
-Merging against a literal loop over neurons and against the float64 matrix product of its formulas, also as layers grow;
-restoration against the peak of this machine's matrix products; evaluation against the usual DataLoader loop; what a smaller
-network buys; starting.
+- merging: a literal loop over neurons, and the float64 matrix product in its formulas; also for growing layers
+- restoration: the peak of this machine's matrix products
+- evaluation: the usual DataLoader loop
+- the smaller network: the original one
+- starting: nothing to compare with
 """
 
 import contextlib
@@ -44,13 +46,13 @@ from neuron_merging.restore.lockstep import restore
 
 CPU = torch.device("cpu")
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-IMAGES = {"lenet": 10_000, "vgg": 1024, "resnet": 1024, "wideresnet": 256}  # that are evaluated
+IMAGES = {"lenet": 10_000, "vgg": 1024, "resnet": 1024, "wideresnet": 256}  # number of images that are evaluated
 ROOT = RESULTS.parent
 Measured = dict[str, Any]
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Of `work`, the median of `repeats` runs after one to warm up."""
+    """How long `work` takes: the median of `repeats` runs, after one to warm up."""
     taken = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -60,13 +62,13 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def peak(side: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations a second of PyTorch's float32 matrix product; the best of `repeats`."""
+    """Floating-point operations per second of PyTorch's float32 matrix product; the best of `repeats` runs."""
     a = torch.randn(side, side)
     return max(2 * side**3 / seconds(lambda: a @ a, 1) for _ in range(repeats))
 
 
 def processor() -> str:
-    """What Linux says of the processor; elsewhere what Python calls it."""
+    """The name of the processor: from Linux, elsewhere from Python."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -95,39 +97,39 @@ def _with_statistics(model: nn.Module) -> nn.Module:
 
 
 def merging(model: nn.Module, kind: str, repeats: int = 15) -> Measured:
-    """Seconds of decompose + rebuild and of the same by the loop (l1-norm, half of every unit), and of the matrix product.
+    """Seconds of decompose + rebuild, of the same by the literal loop, and of the matrix product: l1-norm, half of every unit.
 
-    memory: the most that decompose + rebuild held beyond what was there, over the bytes of the model's weights.
+    memory: the most that decompose + rebuild took in addition, divided by the bytes of the model's weights.
     """
-    found = units(model)
-    widths = [len(model.get_submodule(unit.layer).weight) // 2 for unit in found]
+    all_units = units(model)
+    widths = [len(model.get_submodule(unit.layer).weight) // 2 for unit in all_units]
 
     def work() -> nn.Module:
-        return rebuild(model, found, decompose(model, found, widths, "l1-norm", kind, t=0.0, lam=0.85))
+        return rebuild(model, all_units, decompose(model, all_units, widths, "l1-norm", kind, t=0.0, lam=0.85))
 
     ours = seconds(work, repeats)
     forgets, before = memory.reset(CPU), memory.peak(CPU)
     small = work()
     held = memory.peak(CPU) - before
-    parts = decompose(model, found, widths, "l1-norm", kind, t=0.0, lam=0.85)
-    weights = [read(model, unit).W for unit in found]
+    parts = decompose(model, all_units, widths, "l1-norm", kind, t=0.0, lam=0.85)
+    weights = [read(model, unit).W for unit in all_units]
     pairs = [(W[part.keep], W[dropped(W, part.keep)]) for W, part in zip(weights, parts)]
     product = seconds(lambda: [kept @ others.T for kept, others in pairs])
     start = time.perf_counter()
-    by_loop = [loop(model, unit, width, kind) for unit, width in zip(found, widths)]
+    by_loop = [loop(model, unit, width, kind) for unit, width in zip(all_units, widths)]
     seconds_loop = time.perf_counter() - start
-    for unit, part, (keep, Z, W_next) in zip(found, parts, by_loop):  # the same result, or there is nothing to compare
+    for unit, part, (keep, Z, W_next) in zip(all_units, parts, by_loop):  # both have to give the same
         assert part.keep.tolist() == keep and abs(Z - part.Z.numpy()).max() < 1e-9, unit
         after = small.get_submodule(unit.next).weight.detach().numpy()
-        mine = next((p.keep for u, p in zip(found, parts) if u.layer == unit.next), slice(None))
+        mine = next((p.keep for u, p in zip(all_units, parts) if u.layer == unit.next), slice(None))
         assert abs(after - W_next[mine]).max() < 1e-5, unit
     size = sum(p.nbytes for p in model.parameters())
-    return {"kind": kind, "units": len(found), "ours": ours, "loop": seconds_loop, "product": product,
+    return {"kind": kind, "units": len(all_units), "ours": ours, "loop": seconds_loop, "product": product,
             "memory": 1e6 * held / size if forgets else None}  # fmt: skip
 
 
 def loop(model: nn.Module, unit: Unit, P: int, kind: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """keep, Z and W_next ×₂ Z of a unit, neuron by neuron in NumPy (experiments/literal.py)."""
+    """keep, Z and W_next ×₂ Z of a unit, computed neuron by neuron in NumPy (experiments/literal.py)."""
     neurons = read(model, unit)
     W = neurons.W.numpy()
     keep = literal.select(W, P, "l1-norm")
@@ -137,19 +139,19 @@ def loop(model: nn.Module, unit: Unit, P: int, kind: str) -> tuple[list[int], np
 
 
 def arrays(bn: BatchNorm | None) -> tuple | None:
-    """A BatchNorm for the literal loop."""
+    """A BatchNorm in the form that the literal loop takes."""
     return bn and (*(x.numpy() for x in (bn.gamma, bn.beta, bn.mu, bn.var)), bn.eps)
 
 
 def growth(width: int) -> Measured:
-    """`merging` of one layer of `width` neurons that reads as many and has a BatchNorm."""
+    """`merging` of one layer with `width` neurons, as many inputs, and a BatchNorm."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 10, 1)]
     return {"width": width} | merging(_with_statistics(nn.Sequential(*layers)), "merge", repeats=3)
 
 
 def slope(measured: Sequence[Measured], key: str) -> float:
-    """Of log seconds over log width, a line through the widest half of the widths."""
+    """The slope of log seconds over log width: of a line through the wider half of the widths."""
     wide = measured[len(measured) // 2 :]
     return float(np.polyfit(*(np.log([m[name] for m in wide]) for name in ("width", key)), 1)[0])
 
@@ -157,43 +159,43 @@ def slope(measured: Sequence[Measured], key: str) -> float:
 # ---------------------------------------------------------------- restoration
 
 
-def kept(model: nn.Module, found: Sequence[Unit], grid: Grid) -> list[torch.Tensor]:
-    """Half of every unit's neurons, or the paper's widths where it fixes them, by l2-norm."""
-    return choose(model, found, kept_widths(model, found, grid.experiment("restore")), "l2-norm")
+def kept(model: nn.Module, all_units: Sequence[Unit], grid: Grid) -> list[torch.Tensor]:
+    """The neurons that l2-norm keeps: half of every unit, or the paper's widths if it fixes them."""
+    return choose(model, all_units, kept_widths(model, all_units, grid.experiment("restore")), "l2-norm")
 
 
 def restoration(grid: Grid) -> Measured:
-    """Seconds of the probe and of restoration, the operations of its matrix products and convolutions, and its peak memory."""
+    """Seconds of making the probe and of restoration; restoration's matrix products and convolutions, and its peak memory."""
     model = random_network(grid)
-    found = units(model)
-    keep = kept(model, found, grid)
+    all_units = units(model)
+    keep = kept(model, all_units, grid)
     shape = settings.NETWORKS[grid.arch].shape
     synthetic.make(model, shape, 8)  # warms up
     forgets = memory.reset(CPU)
     start = time.perf_counter()
     x = synthetic.make(model, shape)
-    made = time.perf_counter()
-    restore(model, found, keep, x)
-    taken = time.perf_counter() - made
+    probe_done = time.perf_counter()
+    restore(model, all_units, keep, x)
+    taken = time.perf_counter() - probe_done
     held = memory.peak(CPU) if forgets else None
     with FlopCounterMode(display=False) as counter:
-        restore(model, found, keep, x)
-    return {"probe": made - start, "restore": taken, "operations": counter.get_total_flops(), "peak_mb": held}
+        restore(model, all_units, keep, x)
+    return {"probe": probe_done - start, "restore": taken, "operations": counter.get_total_flops(), "peak_mb": held}
 
 
-# ---------------------------------------------------------------- what it buys, evaluation, starting
+# ---------------------------------------------------------------- the smaller network, evaluation, starting
 
 
 def bought(grid: Grid) -> dict[str, Measured]:
-    """latency.compare of a network and of what is left of it; with these, how it was made smaller makes no difference."""
+    """benchmark.compare of a network and its smaller form. The method makes no difference here, so it is pruned."""
     model = random_network(grid)
-    found = units(model)
-    small = rebuild(model, found, compensate(model, found, kept(model, found, grid), "prune"))
+    all_units = units(model)
+    small = rebuild(model, all_units, compensate(model, all_units, kept(model, all_units, grid), "prune"))
     return compare({"original": model, "smaller": small}, settings.NETWORKS[grid.arch].shape)
 
 
 def evaluation(grid: Grid, count: int, batch_size: int = 128) -> Measured:
-    """Images a second of `evaluate.accuracy` and of the DataLoader loop over `count` made-up images, and what each finds."""
+    """Images per second of `evaluate.accuracy` and of the DataLoader loop on `count` made-up images, and both accuracies."""
     model, dataset = random_network(grid), DATASETS[grid.dataset]
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, *dataset.shape), dtype=torch.uint8, generator=random)
@@ -232,17 +234,17 @@ STARTS = {
 
 
 def _times(ratio: float) -> str:
-    """For people; what is slower is not rounded to the same."""
+    """A ratio as text. Below 10 it has a decimal, so that a ratio just below 1 is not shown as 1."""
     return f"{ratio:,.0f} ×" if ratio >= 10 else f"{ratio:.1f} ×"
 
 
 def _held(ratio: float | None) -> str:
-    """Memory for people; nothing where the system does not say how much it was."""
+    """Memory as text; empty if the system cannot measure it."""
     return "" if ratio is None else f"{ratio:.1f} ×"
 
 
 def document(report: Measured) -> str:
-    """BENCH.md."""
+    """The text of BENCH.md."""
     gemm = report["gemm_peak"]
     merged = [
         [m["network"], m["kind"], str(m["units"]), f"{m['ours']:.4f}", f"{m['loop']:.3f}",
@@ -342,7 +344,7 @@ Seconds of a whole process.
 
 
 def measured(grids: dict[str, Grid], widths: Sequence[int] = WIDTHS) -> Measured:
-    """Everything, for the networks `grids`; starting first, while the memory of this process is small."""
+    """All measurements for the networks `grids`. Starting comes first, while this process has little memory."""
     report: Measured = {"starting": {name: starting(*arguments) for name, arguments in STARTS.items()}}
     report |= {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     report |= {"versions": versions(), "gemm_peak": peak()}

@@ -1,4 +1,4 @@
-"""Images a second of the trainer against the usual loop (DataLoader, transforms, float32), in one run: BENCH_TRAIN.md."""
+"""Measures images per second of the trainer and of the usual loop (DataLoader, transforms, float32): BENCH_TRAIN.md."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ TRAINED = ("VGG", "ResNet", "WideResNet")  # on images of CIFAR's shape
 
 
 class Transformed(TensorDataset):
-    """Images one by one through torchvision's transforms, as the paper's code loads them."""
+    """Sends images one by one through torchvision's transforms, as the paper's code does."""
 
     def __init__(self, images: Images, augment: bool) -> None:
         super().__init__(images.pixels, images.labels)
@@ -48,7 +48,7 @@ class Transformed(TensorDataset):
 def usual(
     images: Images, batch_size: int, device: torch.device, augment: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a DataLoader, moved to the device one by one: for training (`augment`), or all in order."""
+    """Batches of a DataLoader, moved to the device one by one. With `augment` as in training, else all images in order."""
     for x, labels in DataLoader(
         Transformed(images, augment), batch_size, shuffle=augment, num_workers=2, drop_last=augment
     ):
@@ -56,13 +56,13 @@ def usual(
 
 
 def ours(images: Images, batch_size: int, device: torch.device, share: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
-    """The trainer's batches, cut on the device, at this share of the images' sides."""
+    """The trainer's batches, cropped on the device; the images' sides are shrunk to `share`."""
     for x, labels, _ in batches(images.to(device), batch_size, seed=1, share=share):
         yield x, labels
 
 
 def whole_cycle(sizes: settings.Sizes, rate: Callable[[float], float]) -> float:
-    """Images a second over a whole training, `rate(share)` being those at a share of the images' sides."""
+    """Images per second over a whole training. rate: gives those for one `share` of the images' sides."""
     ends = [start for start, _ in sizes[1:]] + [1.0]
     return 1 / sum((end - start) / rate(share) for (start, share), end in zip(sizes, ends))
 
@@ -70,7 +70,7 @@ def whole_cycle(sizes: settings.Sizes, rate: Callable[[float], float]) -> float:
 def images_per_second(
     arch: str, feed: Callable, images: Images, batch_size: int, device: torch.device, fast: bool, compiled: bool = False
 ) -> float:
-    """Of forward, backward and SGD steps over `images`, the first two batches left out; `fast` as the trainer does it."""
+    """Images per second of training on `images`, without the first two batches. fast: as the trainer does it."""
     torch.manual_seed(0)
     model = build(arch, settings.NETWORKS[arch].depth_wide).to(device).train()
     if fast:
@@ -97,11 +97,11 @@ def images_per_second(
 
 
 def document(report: dict[str, Any]) -> str:
-    """BENCH_TRAIN.md from what was measured, bench_train.json."""
+    """The text of BENCH_TRAIN.md from the content of bench_train.json."""
     lines = []
-    for found in report["rates"]:
-        usual, *others = (found[name] for name in ("usual", "trainer", "compiled", "cycle"))
-        lines.append([found["network"], *(f"{rate:,.0f}" for rate in (usual, *others))])
+    for rates in report["rates"]:
+        usual, *others = (rates[name] for name in ("usual", "trainer", "compiled", "cycle"))
+        lines.append([rates["network"], *(f"{rate:,.0f}" for rate in (usual, *others))])
         lines[-1] += [f"{rate / usual:.2f} ×" for rate in others]
     header = ["network", "usual loop, images/s", "trainer", "--compile", "fast recipe"]
     table = markdown([*header, *(f"{name}, ratio" for name in header[2:])], lines)

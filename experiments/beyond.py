@@ -1,4 +1,4 @@
-"""What goes beyond the paper: restoration (ours) and its rivals, in the paper's cells; experiments and their table."""
+"""Experiments beyond the paper, and their table: restoration (ours) and its rivals, at the paper's criteria and ratios."""
 
 from collections.abc import Iterator, Sequence
 from statistics import mean, median
@@ -10,14 +10,14 @@ from experiments.rows import ratio as ratio_label
 from neuron_merging.methods import NEED_IMAGES
 
 SEEDS = (1, 2, 3)
-IMAGES = 512  # that the data-using references look at
+IMAGES = 512  # number of real images for the methods that use data
 DATA_FREE, LOOKS = ("prune", "merge", "lbyl", "fold", "restore"), (*NEED_IMAGES, "restore")
 
 
 def experiments(grid: Grid) -> Iterator[Experiment]:
-    """Restoration for every criterion and ratio; rivals and, named as such, data-using references for the main criterion.
+    """Restoration for every criterion and ratio. For the main criterion also rivals, and methods that use real images.
 
-    VGG-16, whose widths the paper fixes, also with uniform ones.
+    VGG-16, whose widths the paper fixes, is also measured with uniform widths.
     """
     cells = [(criterion, ratio, "published") for criterion in CRITERIA for ratio in grid.beyond]
     cells += [(grid.criterion, ratio, "uniform") for ratio in grid.uniform_ratios]
@@ -33,7 +33,7 @@ def experiments(grid: Grid) -> Iterator[Experiment]:
 
 
 def criterion_of(grid: Grid, row: Row) -> str:
-    """A row's criterion. Clusters have none: fold stands with the one that its rivals are measured with."""
+    """A row's criterion. `fold` has none, as it clusters: it is listed under the criterion of its rivals."""
     return row["criterion"] or grid.criterion
 
 
@@ -43,13 +43,13 @@ def kind(row: Row) -> tuple[str, bool]:
 
 
 def complete(measured: Sequence[Row], seeds: int = len(SEEDS)) -> bool:
-    """Whether all seeds of a cell are measured, or the one number of a method without."""
+    """Whether a cell is complete: all seeds are measured, or, for a method without seeds, the one number."""
     seeded = measured and measured[0].get("seed") is not None and not measured[0].get("calibrate")
     return len(measured) >= (seeds if seeded else 1)
 
 
 def cell(measured: Sequence[Row], seeds: int = len(SEEDS)) -> str:
-    """An accuracy, or the mean over seeds ± half the range; nothing where seeds are still to be measured."""
+    """The text of a cell: an accuracy, or the mean over seeds ± half the range. Empty if seeds are missing."""
     values = [row["accuracy"] for row in measured]
     if not complete(measured, seeds):
         return ""
@@ -57,13 +57,13 @@ def cell(measured: Sequence[Row], seeds: int = len(SEEDS)) -> str:
 
 
 def seconds(measured: Sequence[Row], key: str) -> str:
-    """The median over seeds."""
+    """The median of `key` over the rows, as text; empty if no row has it."""
     values = [row[key] for row in measured if row.get(key) is not None]
     return f"{median(values):.1f}" if values else ""
 
 
 def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: a line for every criterion and ratio, data-free methods first, then those that look at images."""
+    """Header and lines of the table: a line for each criterion and ratio; data-free methods first, then those with images."""
     columns = [*((name, False) for name in DATA_FREE), *((name, True) for name in LOOKS)]
     shrunk = [row for row in measured if row["widths_rule"] not in (None, "auto")]
     lines = []

@@ -1,4 +1,4 @@
-"""Widths chosen without data (ours) against uniform ones (the paper's, for VGG-16), at no more parameters and MACs."""
+"""Experiments with chosen widths (ours), and their table. They have at most the size of uniform ones (VGG-16: the paper's)."""
 
 from collections.abc import Iterator, Sequence
 from math import inf
@@ -11,7 +11,7 @@ from experiments.rows import Row, ratio
 KINDS = ("prune", "merge", "restore")
 SMALLEST = {"params": 0.2, "macs": 0.65}  # for VGG-16: a fifth of the parameters, the MACs of the paper's widths
 BLOCKS = "auto, blocks may go"
-RULES = {  # by column: what is changed against the criterion's order and the same blocks
+RULES = {  # by column: the options that it changes; without a change, the criterion orders the neurons and all blocks stay
     "auto": {},
     "auto, neurons too": {"criterion": "auto"},
     BLOCKS: {"drop_blocks": True},
@@ -19,7 +19,7 @@ RULES = {  # by column: what is changed against the criterion's order and the sa
 
 
 def experiments(grid: Grid) -> Iterator[Experiment]:
-    """By ratio: every compensation with chosen widths, and restoration with chosen neurons too, and without some blocks."""
+    """For each ratio, all KINDS with chosen widths; restoration also with chosen neurons, and with blocks left out."""
     budgets = [{"ratio": ratio} for ratio in grid.beyond]
     if grid.fixed:
         budgets.append({"budget": SMALLEST})
@@ -38,7 +38,7 @@ def _experiment(grid: Grid, kind: str, seed: int, budget: dict, rule: dict) -> E
 
 
 def rule(grid: Grid, row: Row) -> str | None:
-    """The column of a row: "uniform" (or as published), one of RULES, or None for a row that is in none."""
+    """The column that a row belongs to: "uniform" (also for published widths), one of RULES, or None."""
     if row["criterion"] not in (grid.criterion, "auto") or row.get("calibrate") or row["type"] not in KINDS:
         return None
     if row["widths_rule"] == "published":
@@ -49,7 +49,7 @@ def rule(grid: Grid, row: Row) -> str | None:
 
 
 def table(grid: Grid, measured: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: a line for every ratio, a column for every compensation and rule."""
+    """Header and lines of the table: a line for every ratio, a column for every compensation and rule."""
     by_rule = "published" if grid.fixed else "uniform"
     columns = [(kind, name) for kind in KINDS for name in ("uniform", "auto")]
     columns += [("restore", name) for name in list(RULES)[1:] if name != BLOCKS or grid.blocks]

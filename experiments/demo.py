@@ -1,4 +1,4 @@
-"""`make demo`: the paper's LeNet table measured here and now, beside the published one, and as a figure."""
+"""`make demo`: measures the paper's LeNet table on this machine, prints it beside the published one, and draws a figure."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ FOLDER = rows.RESULTS / "demo"
 
 
 def table(measured: list[rows.Row], criterion: str = "l1-norm") -> str:
-    """For terminals: published beside measured, then restoration (mean of its seeds)."""
+    """The table as text: published numbers beside measured ones, then restoration (mean of its seeds)."""
     paper = rows.published()
     lines = [
         f"{'':<10}{'prune':>22}{'merge':>22}{'restore (ours)':>18}",
@@ -37,11 +37,11 @@ def table(measured: list[rows.Row], criterion: str = "l1-norm") -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure prune and both forms of merge for every criterion and ratio, and restore for l1-norm; print l1-norm, draw all."""
+    """Measure prune and both forms of merge for all criteria and ratios, and restore for l1-norm. Print l1-norm, draw all."""
     Parser(prog="python -m experiments.demo", description=main.__doc__).parse_args(argv)
     grid = GRIDS["lenet"]
     path = FOLDER / "rows.jsonl"
-    path.unlink(missing_ok=True)  # the demo measures, it does not remember
+    path.unlink(missing_ok=True)  # so that everything is measured again
     shown = ("restore", grid.criterion, None)
     restored = (e for e in beyond.experiments(grid) if (e.compensation, e.criterion, e.calibrate) == shown)
     measured = run(grid, choose_device("auto"), path, experiments=[*grid.experiments(), *restored])

@@ -1,4 +1,4 @@
-"""The accuracy of a network on one of the data sets."""
+"""Measures the accuracy of a network on one of the data sets."""
 
 import math
 
@@ -16,10 +16,10 @@ def accuracy(
     part: tuple[int, int] = (0, 1),
     share: float = 1.0,
 ) -> tuple[int, int]:
-    """(correct, total) of `model` on `images`; both have to lie on the same device.
+    """(correct, total) of `model` on `images`. Both have to be on the same device.
 
-    batch_size: None for the usual one. part = (rank, world size): of several processes each counts its part of the images.
-    share: of their sides, at which the network is shown them.
+    batch_size: None for the usual one. part: (rank, world size); each of several processes counts its part of the images.
+    share: the sides of the images are shrunk to it.
     """
     rank, world = part
     images = images[slice(rank, None, world)]

@@ -1,4 +1,4 @@
-"""One experiment, from a checkpoint to a row: load, find the units, decompose, rebuild, evaluate."""
+"""One experiment, from a checkpoint to a result row: load, find the units, decompose, rebuild, evaluate."""
 
 import argparse
 import shlex
@@ -49,10 +49,10 @@ def depth_wide(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(ShrinkConfig):
-    """What is measured: one of the paper's networks, a checkpoint of it, and how it is made smaller. None: as published.
+    """What is measured: one of the paper's networks, a checkpoint of it, and how it is made smaller. None means as published.
 
-    Beside `ShrinkConfig`: compensation may be "original", widths "published": the paper's list for VGG-16, uniform ones
-    elsewhere. calibrate: real images that a method is to look at instead of made-up inputs (data.calibration).
+    Different from `ShrinkConfig`: compensation may be "original"; widths may be "published", which is the paper's list for
+    VGG-16 and uniform elsewhere. calibrate: real images to use instead of made-up inputs (data.calibration).
     """
 
     arch: str = option("LeNet_300_100", "--arch", "-a", help=f"one of {', '.join(settings.NETWORKS)} [%(default)s]")
@@ -78,7 +78,7 @@ class Experiment(ShrinkConfig):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Fill in the published settings; raises NeuronMergingError for what does not exist or does not fit together."""
+        """Fill in the published settings. Raises NeuronMergingError for unknown names and for options that do not fit."""
         _one_of("network", self.arch, settings.NETWORKS)
         network = settings.NETWORKS[self.arch]
         self._fill("dataset", "FashionMNIST" if self.arch == "LeNet_300_100" else "cifar10")
@@ -116,36 +116,36 @@ class Experiment(ShrinkConfig):
             object.__setattr__(self, name, value)
 
     def plain(self) -> ShrinkConfig:
-        """What `shrink` is told of it."""
+        """The config for `shrink`, which is given the kept widths beside it."""
         rule = self.widths if self.widths in CHOSEN_WIDTHS else "uniform"
         multiple = self.multiple if isinstance(self.widths, str) else 1
-        told = {f.name: getattr(self, f.name) for f in fields(ShrinkConfig)}
-        return ShrinkConfig(**told | {"widths": rule, "multiple": multiple})
+        options = {f.name: getattr(self, f.name) for f in fields(ShrinkConfig)}
+        return ShrinkConfig(**options | {"widths": rule, "multiple": multiple})
 
     @property
     def looks(self) -> bool:
-        """Whether the method looks at inputs."""
+        """Whether the method runs the network on inputs."""
         return self.compensation != "original" and METHODS[self.compensation].looks
 
     @property
     def effective_ratio(self) -> float | None:
-        """The ratio that decides the widths; None where they are given, chosen by hand (VGG-16), or nothing is dropped."""
-        given = not isinstance(self.widths, str) or self.budget is not None
-        return None if self.compensation == "original" or self.by_hand or given else self.ratio
+        """The ratio that decides the widths. None if a list, a budget or the paper (VGG-16) does, or if nothing is dropped."""
+        without_ratio = not isinstance(self.widths, str) or self.budget is not None
+        return None if self.compensation == "original" or self.by_hand or without_ratio else self.ratio
 
     @property
     def by_hand(self) -> bool:
-        """Whether the widths, or the cost that chosen ones may have, are those that the paper picked by hand."""
+        """Whether the paper's hand-picked widths are used, or their cost limits the chosen ones."""
         return self.widths != "uniform" and self.published_widths is not None and not self.coupled
 
     @property
     def chooses(self) -> bool:
-        """Whether widths or neurons are chosen by looking at inputs."""
+        """Whether widths or neurons are chosen with the help of inputs."""
         return self.compensation != "original" and super().chooses
 
     @property
     def rule_chooses(self) -> bool:
-        """Whether widths are chosen, where a ratio or a list would give them."""
+        """Whether widths are chosen, instead of given by a ratio or a list."""
         return self.widths in CHOSEN_WIDTHS
 
     @property
@@ -154,7 +154,7 @@ class Experiment(ShrinkConfig):
         return settings.PUBLISHED_WIDTHS.get((self.arch, self.depth_wide, self.dataset))
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the result beside the checkpoint, as plain JSON values; None: not felt by the result."""
+        """All settings that decide the result, except the checkpoint, as plain JSON values. None: it makes no difference."""
         method = METHODS.get(self.compensation)
         if method is None:
             kept: set[str] = {"compensation"}
@@ -185,25 +185,28 @@ ROW_KEYS = (*(row_key(f) for f in fields(Experiment) if f.init and f.name != "pr
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A network after an experiment's compression. `widths`: kept width of every unit; None where nothing was to be done."""
+    """A network after an experiment's compression. `widths`: kept width of every unit; None if nothing was dropped."""
 
     model: nn.Module
     widths: list[int] | None
     seconds: float
     peak_mb: float | None = None
-    seconds_widths: float | None = None  # of `seconds`, those of the choice of widths or neurons
+    seconds_widths: float | None = None  # the part of `seconds` that the choice of widths or neurons took
 
 
 def load(experiment: Experiment) -> tuple[nn.Module, Checkpoint]:
-    """The checkpoint in the network it belongs to. Raises NeuronMergingError where there is none, or it does not fit."""
+    """The experiment's network with the weights of its checkpoint, and the checkpoint.
+
+    Raises NeuronMergingError if there is no checkpoint, or it does not fit.
+    """
     path, network = experiment.pretrained, experiment.network()
     if not path.exists():
         raise NeuronMergingError(f"{path} is not there; train it with: {_training_command(experiment)}")
     checkpoint = load_checkpoint(path)
     for name, wanted in (("arch", experiment.arch), ("dataset", experiment.dataset)):
-        found = checkpoint.about.get(name, wanted)
-        if found != wanted:
-            raise NeuronMergingError(f"{path} is a checkpoint of {found}, not of {wanted}: check --{name}")
+        actual = checkpoint.about.get(name, wanted)
+        if actual != wanted:
+            raise NeuronMergingError(f"{path} is a checkpoint of {actual}, not of {wanted}: check --{name}")
     return load_weights(network, checkpoint), checkpoint
 
 
@@ -213,10 +216,10 @@ def shrink(
     images: Tensor | None = None,
     searches: dict[Experiment, WidthSearch] | None = None,
 ) -> Shrunk:
-    """`model` compressed as the experiment says; the model itself is left as it is.
+    """`model` compressed as the experiment says. The model itself is unchanged.
 
-    `images`: the network inputs that `experiment.calibrate` names, for the methods that look at data. `searches`: what earlier
-    calls measured of the same network's units for the choice of widths: it serves all budgets. Looked up and added to.
+    `images`: the network inputs that `experiment.calibrate` names, for methods that use data. `searches`: a cache, which is
+    read and added to. It keeps what was measured of this network's units for the choice of widths, which serves all budgets.
     """
     if experiment.compensation == "original":
         return Shrunk(model, None, 0.0)
@@ -240,9 +243,9 @@ def shrink(
 
 
 def kept_widths(model: nn.Module, units: Sequence[Unit | Stream], experiment: Experiment) -> list[int]:
-    """Kept width of every unit, or those whose cost is the budget where widths are chosen.
+    """The kept width of every unit. If widths are chosen, these are the ones whose cost is the budget.
 
-    Raises NeuronMergingError where there are no units, and for a list of another length (`choose` checks its numbers).
+    Raises NeuronMergingError if there are no units, or for a list of another length (`choose` checks its numbers).
     """
     full = [width(model, unit) for unit in units]
     if not full:
@@ -266,14 +269,14 @@ def measure(
     searches: dict[Experiment, WidthSearch] | None = None,
     root: Path | None = None,
 ) -> dict[str, Any]:
-    """Load, compress, evaluate: the result row. `searches`: as of `shrink`; root: as of `calibration`."""
+    """Load, compress and evaluate; returns the result row. `searches`: as in `shrink`; root: as in `calibration`."""
     model, checkpoint = load(experiment)
     shrunk = shrink(placed(model, device), experiment, calibration(experiment, root), searches)
     return row(experiment, checkpoint, shrunk, images, device, batch_size)
 
 
 def calibration(experiment: Experiment, root: Path | None = None) -> Tensor | None:
-    """The network inputs [N, …] that `experiment.calibrate` names, None where it names none. root: folder of the data sets."""
+    """The network inputs [N, …] that `experiment.calibrate` names; None if it names none. root: folder of the data sets."""
     if experiment.calibrate is None:
         return None
     images = data.calibration(experiment.calibrate, experiment.dataset, root or settings.data_folder(), experiment.seed)
@@ -288,9 +291,9 @@ def row(
     device: torch.device,
     batch_size: int | None,
 ) -> dict[str, Any]:
-    """Evaluate a compressed network on `images` and put down all that is known of it, as plain JSON values.
+    """Evaluate a compressed network on `images`. Returns all that is known of it, as plain JSON values.
 
-    `checkpoint`: what it was made from, None for a network trained from scratch.
+    `checkpoint`: the one it was made from; None for a network trained from scratch.
     """
     model, images = shrunk.model.to(device), images.to(device)
     start = time.perf_counter()

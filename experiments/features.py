@@ -1,4 +1,4 @@
-"""How far the feature maps move: ‖a − â‖ / ‖a‖ at every unit's consumer, prune against merge (results/features.jsonl)."""
+"""Measures how much feature maps change: ‖a − â‖ / ‖a‖ at every unit's consumer, for prune and merge (features.jsonl)."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ CRITERION, RATIO, BATCH = "l2-norm", 0.5, 256
 
 
 def outputs(model: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, Tensor]:
-    """What the modules `names` give for the batch x [B, …]: name → [B, M, …]."""
+    """The outputs of the modules `names` for the batch x [B, …]: name → [B, M, …]."""
     seen: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
@@ -43,11 +43,11 @@ def outputs(model: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, Tens
 
 
 def relative_errors(
-    model: nn.Module, small: nn.Module, found: Sequence[Unit], parts: Sequence[Decomposition], x: Tensor
+    model: nn.Module, small: nn.Module, all_units: Sequence[Unit], parts: Sequence[Decomposition], x: Tensor
 ) -> list[float]:
-    """‖a − â‖ / ‖a‖ of every unit's consumer, over the batch and those of its own neurons that both networks have."""
-    keep = {unit.layer: part.keep for unit, part in zip(found, parts)}
-    names = [unit.next for unit in found]
+    """‖a − â‖ / ‖a‖ of every unit's consumer, over the batch and over those of the consumer's neurons that are kept."""
+    keep = {unit.layer: part.keep for unit, part in zip(all_units, parts)}
+    names = [unit.next for unit in all_units]
     whole, shrunk = outputs(model, names, x), outputs(small, names, x)
     errors = []
     for name in names:
@@ -57,17 +57,19 @@ def relative_errors(
 
 
 def measure(grid: Grid, images: Images) -> dict[str, Any]:
-    """The errors of every type of compensation on the first test images: one row of features.jsonl."""
+    """One row of features.jsonl: the errors of every compensation in FORMS, on the first test images."""
     experiment = grid.experiment("prune", criterion=CRITERION, ratio=RATIO)
     model, checkpoint = load_network(experiment)
     model.eval()
-    found = units(model)
-    widths = kept_widths(model, found, experiment)
+    all_units = units(model)
+    widths = kept_widths(model, all_units, experiment)
     x = images.normalised(images.pixels[:BATCH])
     errors = {}
     for kind in FORMS:
-        parts = decompose(model, found, widths, CRITERION, kind, t=experiment.threshold, lam=experiment.lamda)
-        errors[kind] = [round(e, 6) for e in relative_errors(model, rebuild(model, found, parts), found, parts, x)]
+        parts = decompose(model, all_units, widths, CRITERION, kind, t=experiment.threshold, lam=experiment.lamda)
+        errors[kind] = [
+            round(e, 6) for e in relative_errors(model, rebuild(model, all_units, parts), all_units, parts, x)
+        ]
     return {
         "arch": grid.arch,
         "dataset": grid.dataset,
@@ -76,13 +78,13 @@ def measure(grid: Grid, images: Images) -> dict[str, Any]:
         "widths": widths,
         "images": len(x),
         "checkpoint_sha256": checkpoint.sha256,
-        "consumers": [unit.next for unit in found],
+        "consumers": [unit.next for unit in all_units],
         "errors": errors,
     }
 
 
 def read() -> list[dict[str, Any]]:
-    """The measured rows, one a network."""
+    """The measured rows, one for each network."""
     measured = rows.load(FEATURES)
     rows.keys(measured, FEATURES, lambda row: row["checkpoint_sha256"])
     return measured
@@ -90,7 +92,7 @@ def read() -> list[dict[str, Any]]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure every network of the grid whose checkpoint is there and was not measured yet."""
+    """Measure every network of the grid that has a checkpoint and was not measured yet."""
     Parser(prog="python -m experiments.features", description=main.__doc__).parse_args(argv)
     known = {row["checkpoint_sha256"]: row for row in read()}
     there = [grid for grid in GRIDS.values() if grid.checkpoint.exists()]

@@ -1,4 +1,4 @@
-"""Figures from measured rows: accuracy against ratio, one panel per criterion; errors of the feature maps, layer by layer."""
+"""Draws figures from measured rows: accuracy against ratio and size, chosen widths, errors of feature maps, growth of time."""
 
 import io
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from neuron_merging.graph.tracing import units
 plt.switch_backend("Agg")  # files only: no display is needed
 plt.rcParams["svg.hashsalt"] = "neuron-merging"  # the same rows make the same file
 
-# Okabe & Ito's colours, which stay apart for colour-blind readers; the marker says the same once more.
-OTHER = ("#009E73", "d", "-")  # a compensation that has no style of its own yet
+# Okabe & Ito's colours, which colour-blind readers can tell apart. Each line also has a marker of its own.
+OTHER = ("#009E73", "d", "-")  # for a compensation that has no style of its own yet
 STYLES = {
     "prune": ("#999999", "s", "-"),
     "merge": ("#0072B2", "o", "-"),
@@ -36,10 +36,10 @@ BEYOND = tuple(name for name in STYLES if name != "merge-derived")
 def accuracy_against_ratio(
     grid: Grid, measured: Sequence[Row], paths: Sequence[Path], kinds: Sequence[str] = FORMS
 ) -> None:
-    """Draw the rows of one grid and checkpoint, the mean where there are seeds, into each of `paths`.
+    """Draw the rows of one grid and checkpoint into each of `paths`. If a method has several seeds, their mean is drawn.
 
-    `kinds`: the lines, by the names of STYLES. Published accuracies are hollow markers. Of a network whose widths the paper
-    fixes, the uniform ones.
+    `kinds`: the lines, by the names in STYLES. Published accuracies are hollow markers. A network whose widths the paper fixes
+    is drawn with uniform widths.
     """
     criteria, all_ratios = ((grid.criterion,), grid.uniform_ratios) if grid.fixed else (CRITERIA, grid.ratios)
     paper = published()
@@ -89,8 +89,8 @@ def accuracy_against_ratio(
 
 
 def _line(measured: Sequence[Row], kind: str, criterion: str, grid: Grid) -> dict[float, float]:
-    """Ratio → accuracy, the mean over seeds, in order; without those of which seeds are still to be measured."""
-    found: dict[float, list[Row]] = {}
+    """Ratio → accuracy (mean over seeds), in the order of ratios; without ratios of which seeds are missing."""
+    by_ratio: dict[float, list[Row]] = {}
     for row in measured:
         if (
             label(row) == kind
@@ -98,17 +98,17 @@ def _line(measured: Sequence[Row], kind: str, criterion: str, grid: Grid) -> dic
             and row["ratio"]
             and row["widths_rule"] != "auto"
         ):
-            found.setdefault(row["ratio"], []).append(row)
-    return {ratio: mean(row["accuracy"] for row in found[ratio]) for ratio in sorted(found) if complete(found[ratio])}
+            by_ratio.setdefault(row["ratio"], []).append(row)
+    return {r: mean(row["accuracy"] for row in by_ratio[r]) for r in sorted(by_ratio) if complete(by_ratio[r])}
 
 
 def label(row: Row) -> str:
-    """Which line a row belongs to: its type, and whether it looked at real images."""
+    """The line that a row belongs to: its type, and whether it used real images."""
     return row["type"] + (f", {IMAGES} real images" if row.get("calibrate") else "")
 
 
 def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) -> None:
-    """Draw the mean accuracy of uniform and of chosen widths against parameters, left, and MACs, right."""
+    """Draw the mean accuracy of uniform and of chosen widths, against parameters on the left and MACs on the right."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     original = next(row for row in measured if row["type"] == "original")
     fixed = "the paper's widths" if grid.fixed else "uniform widths"
@@ -139,7 +139,7 @@ def accuracy_against_size(grid: Grid, measured: Sequence[Row], paths: Sequence[P
 
 
 def chosen_widths(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) -> None:
-    """Draw the share of neurons that restoration's chosen widths keep in every unit, a line for every ratio (first seed)."""
+    """Draw the share of neurons that each unit keeps with widths chosen for restoration: a line for each ratio (first seed)."""
     drawn = {}
     for row in sorted(measured, key=lambda r: r["ratio"] or 0):
         if (row["type"], chosen.rule(grid, row), row.get("seed")) == ("restore", "auto", SEEDS[0]):
@@ -186,7 +186,7 @@ def feature_errors(title: str, measured: dict[str, Any], paths: Sequence[Path]) 
 
 
 def growth(measured: Sequence[dict[str, Any]], paths: Sequence[Path]) -> None:
-    """Draw the seconds of merging one layer against its width (rows of bench.growth): ours, the loop's, the product's."""
+    """Draw the seconds of merging one layer against its width (rows of bench.growth): ours, of the loop, of the product."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     lines = {"loop": ("literal loop", "prune"), "ours": ("decompose + rebuild", "merge")}
     lines["product"] = ("the float64 matrix product alone", "merge-derived")
@@ -211,7 +211,7 @@ def growth(measured: Sequence[dict[str, Any]], paths: Sequence[Path]) -> None:
 
 
 def write(figure: plt.Figure, paths: Sequence[Path]) -> None:
-    """Save `figure` into each of `paths`, in the format of its ending, the same bytes for the same content."""
+    """Save `figure` into each of `paths`, in the format of its ending. The same content gives the same bytes."""
     for path in paths:
         buffer = io.BytesIO()
         figure.savefig(

@@ -1,4 +1,4 @@
-"""Which experiments the paper has, and a runner that measures those that are not measured yet."""
+"""The list of the paper's experiments, and a runner that measures those that are not measured yet."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ from neuron_merging.errors import NeuronMergingError
 from neuron_merging.widths.search import WidthSearch
 
 PRETRAINED = settings.PRETRAINED
-# What the paper compares, and the form of merging that follows from its formulas (ours). What is added to decompose.py later
-# does not join the paper's tables.
+# What the paper compares, and the form of merging that follows from its formulas (ours). This list is fixed, so that
+# compensations which are added to decompose.py later do not get into the paper's tables.
 CRITERIA = ("l1-norm", "l2-norm", "l2-GM")
 FORMS = ("prune", "merge", "merge-derived")
 CIFAR_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -25,16 +25,16 @@ CIFAR_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 @dataclass(frozen=True)
 class Grid:
-    """A network of the paper and the ratios it is pruned at; VGG's widths are fixed, so it has one cell per criterion."""
+    """A network of the paper, and the ratios at which it is pruned. VGG's widths are fixed, so it has one ratio."""
 
     title: str
     arch: str
     depth_wide: tuple[int, ...]
     dataset: str
     ratios: tuple[float, ...]
-    criterion: str = "l2-norm"  # what rivals are compared with
-    uniform_ratios: tuple[float, ...] = ()  # for restoration, where the paper fixes the widths
-    fewer: tuple[float, ...] = ()  # of the ratios, those of what goes beyond the paper, where all would take half a day
+    criterion: str = "l2-norm"  # the one that rivals are compared with
+    uniform_ratios: tuple[float, ...] = ()  # ratios for restoration, if the paper fixes the widths
+    fewer: tuple[float, ...] = ()  # ratios for experiments beyond the paper, if all would take half a day
     blocks: bool = False  # whether it has residual blocks, which can be left out
 
     @property
@@ -44,21 +44,21 @@ class Grid:
 
     @property
     def fixed(self) -> bool:
-        """Whether the paper fixes the widths, in place of a ratio of every layer."""
+        """Whether the paper fixes the widths, instead of a ratio for every layer."""
         return bool(self.uniform_ratios)
 
     @property
     def checkpoint(self) -> Path:
-        """Where the network's own checkpoint is shipped."""
+        """The file of the network's shipped checkpoint."""
         return PRETRAINED / settings.checkpoint_name(self.arch, self.depth_wide, self.dataset)
 
     @property
     def figure(self) -> str:
-        """Name of the figure's files, without their ending."""
+        """The name of the figure's files, without their ending."""
         return "_".join([self.arch, *map(str, self.depth_wide), self.dataset])
 
     def experiment(self, kind: str = "original", **about: Any) -> Experiment:
-        """An experiment with the grid's own checkpoint."""
+        """An experiment with the shipped checkpoint of this network."""
         return Experiment(
             arch=self.arch, dataset=self.dataset, pretrained=self.checkpoint, depth_wide=self.depth_wide,
             compensation=kind, **about,
@@ -120,6 +120,6 @@ def run(
 
 
 def check_same(checkpoint: Path, before: str, measured: str) -> None:
-    """Raises NeuronMergingError where a checkpoint's SHA-256 has changed: what is known of its units is of the one before."""
+    """Raises NeuronMergingError if a checkpoint's SHA-256 has changed: then earlier measurements are of another file."""
     if measured != before:
         raise NeuronMergingError(f"{checkpoint} was replaced while it was measured: run this again")

@@ -1,4 +1,4 @@
-"""The method once more, from its formulas, neuron by neuron in plain loops: oracle of the tests, yardstick of the benchmark."""
+"""The method again, written from its formulas in plain loops over neurons. Tests and the benchmark compare with it."""
 
 from math import inf, sqrt
 
@@ -8,7 +8,7 @@ FORMS = ("prune", "merge", "merge-derived")  # what `scaling_matrix` knows
 
 
 def scores(W: np.ndarray, criterion: str) -> list[float]:
-    """One score a neuron (row of W)."""
+    """A score for every neuron (row of W)."""
     if criterion == "l1-norm":
         return [float(np.sum(np.abs(w))) for w in W]
     if criterion == "l2-norm":
@@ -17,7 +17,7 @@ def scores(W: np.ndarray, criterion: str) -> list[float]:
 
 
 def select(W: np.ndarray, P: int, criterion: str) -> list[int]:
-    """The P neurons of largest score, ascending."""
+    """The indices of the P neurons with the largest scores, ascending."""
     of = scores(W, criterion)
     return sorted(sorted(range(len(W)), key=lambda n: -of[n])[:P])
 
@@ -101,7 +101,7 @@ def absorb(W_next: np.ndarray, Z: np.ndarray) -> np.ndarray:
 
 
 def absorb_by_neuron(W_next: np.ndarray, Z: np.ndarray) -> np.ndarray:
-    """The same, input neuron by input neuron, for Z with at most one entry a column."""
+    """The same, one input neuron at a time, for Z with at most one entry in each column."""
     P, N = Z.shape
     W = W_next.reshape(len(W_next), N, -1)
     out = np.zeros((len(W), P, W.shape[2]))
@@ -112,7 +112,7 @@ def absorb_by_neuron(W_next: np.ndarray, Z: np.ndarray) -> np.ndarray:
 
 
 def lbyl_column(W: np.ndarray, bn: tuple | None, keep: list[int], p: int, ridge: float) -> tuple[np.ndarray, float]:
-    """Column p of Z [P, N] by baselines.lbyl, and the condition number of its linear system. bn: as of `scaling_matrix`."""
+    """Column p of the Z [P, N] of baselines.lbyl, and the condition number of its linear system. bn: as in `scaling_matrix`."""
     P = len(keep)
     X = [W[j] for j in keep]
     a, k, g, wanted = np.zeros(P), np.ones(P), 0.0, 0.0
@@ -122,11 +122,11 @@ def lbyl_column(W: np.ndarray, bn: tuple | None, keep: list[int], p: int, ridge:
         g = gamma[p] / sigma[p]
         wanted = g * mu[p] - beta[p]
         for i, j in enumerate(keep):
-            usable = abs(gamma[j]) > 1e-6  # else it is a constant, and of no use
+            usable = abs(gamma[j]) > 1e-6  # else the neuron is a constant
             X[i] = W[j] if usable else 0 * W[j]
             a[i] = mu[j] - sigma[j] * beta[j] / gamma[j] if usable else 0
             k[i] = (gamma[p] / gamma[j]) * (sigma[j] / sigma[p]) if usable else 0
-    least = max(1e-8 * sum(float(W[j] @ W[j]) for j in keep) / P, 1e-30)  # so that it can be solved
+    least = max(1e-8 * sum(float(W[j] @ W[j]) for j in keep) / P, 1e-30)  # so that the system can be solved
     A, right = np.zeros((P, P)), np.zeros(P)
     for i in range(P):
         right[i] = X[i] @ W[p] + ridge * g * wanted * a[i]

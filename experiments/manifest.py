@@ -1,4 +1,4 @@
-"""pretrained/MANIFEST.json: for every shipped checkpoint what it is, the command that made it, its accuracy and SHA-256."""
+"""Writes pretrained/MANIFEST.json: what every shipped checkpoint is, its training command, its accuracy and its SHA-256."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ MANIFEST = PRETRAINED / "MANIFEST.json"
 
 
 def read() -> dict[str, dict[str, Any]]:
-    """File name → entry. Raises NeuronMergingError where the file is something else."""
+    """The manifest: file name → entry. Raises NeuronMergingError if the file is damaged."""
     if not MANIFEST.exists():
         return {}
     with reported_as(f"{MANIFEST} is damaged, delete it and run make manifest"):
@@ -37,14 +37,14 @@ def shipped() -> set[str]:
 
 
 def entry(title: str, experiment: Experiment, split: str) -> dict[str, Any]:
-    """Evaluate the file as it is shipped, on the `split` of its data set, and put down what it says of itself."""
+    """The entry of a shipped checkpoint: what its file says of itself, and its accuracy on the `split` of its data set."""
     path = experiment.pretrained
     about = load_checkpoint(path).about
-    made = " && ".join(_as_shipped(part, path.name) for part in (about.get("command") or "").split(" && "))
+    training = " && ".join(_as_shipped(part, path.name) for part in (about.get("command") or "").split(" && "))
     row = measure(experiment, load(experiment.dataset, split, settings.data_folder()), torch.device("cpu"))
     return {
         "what": f"{title}, epoch {about.get('epochs')} (the last)",
-        "command": made,
+        "command": training,
         "accuracy": row["accuracy"],
         "correct": row["correct"],
         "total": row["total"],
@@ -55,9 +55,9 @@ def entry(title: str, experiment: Experiment, split: str) -> dict[str, Any]:
     }
 
 
-def _as_shipped(made: str, name: str) -> str:
-    """A training command for whoever repeats it: where it was made is not where it is."""
-    parts = [part for part in shlex.split(made) if part != "--resume"]
+def _as_shipped(command: str, name: str) -> str:
+    """A training command as others can repeat it: saves to pretrained/, without --data and --resume."""
+    parts = [part for part in shlex.split(command) if part != "--resume"]
     for option, wanted in (("--save", f"pretrained/{name}"), ("--data", None)):
         if option in parts:
             place = parts.index(option)
@@ -74,7 +74,7 @@ def workbench() -> Experiment:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rebuild the manifest from the checkpoints in pretrained/; of those that it knows already nothing is measured again."""
+    """Rebuild the manifest from the checkpoints in pretrained/. Only new checkpoints are measured."""
     Parser(prog="python -m experiments.manifest", description=main.__doc__).parse_args(argv)
     files = [(g.title, g.experiment(), "test") for g in GRIDS.values()]
     files.append(("ResNet-20 on CIFAR-10 without the val images, to choose settings on", workbench(), "val"))

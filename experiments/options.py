@@ -1,4 +1,4 @@
-"""The published command line: its flags, and what of them makes no sense."""
+"""The flags of the published command line (main.py), and checks of them."""
 
 import argparse
 import os
@@ -15,11 +15,11 @@ from neuron_merging.config import add_flags
 from neuron_merging.errors import NeuronMergingError
 
 NETWORK = ("arch", "depth_wide", "dataset", "pretrained")
-PUBLISHED_FOLDER = "saved_models"  # where the authors' scripts look for checkpoints
+PUBLISHED_FOLDER = "saved_models"  # the folder in which the authors' scripts look for checkpoints
 
 
 def parser() -> Parser:
-    """All flags: the published ones keep their names and meanings."""
+    """The parser with all flags. The published ones keep their names and meanings."""
     p = Parser(
         prog="main.py",
         description="Neuron Merging: train a network, make it smaller without data, measure what is left."
@@ -44,7 +44,7 @@ def parser() -> Parser:
         "what to do (without --evaluate: train the original, or fine-tune what was pruned; --save: default saves/)"
     )
     add_result_flags(work)
-    work.add_argument("--retrain", action="store_true", help="fine-tune the checkpoint, or what the type leaves of it")
+    work.add_argument("--retrain", action="store_true", help="fine-tune the checkpoint, or the smaller network")
     work.add_argument(
         "--append", type=Path, metavar="FILE", help="add the result as a line to FILE (results/rows.jsonl)"
     )
@@ -74,11 +74,11 @@ def from_scratch(args: argparse.Namespace) -> bool:
 
 
 def recipe(args: argparse.Namespace) -> Recipe:
-    """The network's recipe with what the command line says instead. Raises NeuronMergingError for senseless numbers."""
+    """The network's recipe, changed as the command line says. Raises NeuronMergingError for numbers that make no sense."""
     chosen = settings.recipe(args.arch, args.recipe)
     if not from_scratch(args):
-        chosen = replace(chosen, sizes=())  # what is trained already needs no small images first
-    for name in vars(chosen):  # of which some are no options
+        chosen = replace(chosen, sizes=())  # only training from scratch begins with small images
+    for name in vars(chosen):  # some of these have no flag
         value = getattr(args, name, None)
         if value is not None:
             chosen = replace(chosen, **{name: tuple(value) if isinstance(value, list) else value})
@@ -107,10 +107,10 @@ def recipe(args: argparse.Namespace) -> Recipe:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be said of the command line before anything is loaded. Raises NeuronMergingError."""
+    """Raises NeuronMergingError for a command line that makes no sense, before anything is loaded."""
     if args.arch not in settings.NETWORKS:
         raise NeuronMergingError(f"unknown network {args.arch!r}: choose one of {', '.join(settings.NETWORKS)}")
-    silent = args.compensation is None
+    no_method = args.compensation is None
     args.compensation = args.compensation or "original"
     if args.log_interval < 0:
         raise NeuronMergingError("--log-interval has to be at least 0")
@@ -123,10 +123,10 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--evaluate trains nothing: leave it out, or --resume and --compile")
     check_shared(args)
     if args.append:
-        rows.keys(rows.load(args.append), args.append)  # what it holds has to be rows
+        rows.keys(rows.load(args.append), args.append)  # raises if the file holds anything but rows
         if args.append.exists() and not os.access(args.append, os.W_OK):
             raise NeuronMergingError(f"cannot write {args.append}: check its permission")
-    warn_of_nothing(args, silent)
+    warn_of_nothing(args, no_method)
 
 
 def experiment_of(args: argparse.Namespace, **others: Any) -> Experiment:
@@ -137,6 +137,7 @@ def experiment_of(args: argparse.Namespace, **others: Any) -> Experiment:
 
 
 def _shipped(path: Path | None) -> Path | None:
-    """The checkpoint in pretrained/ for one of that name in the authors' folder, where that is not there."""
-    ours = path and settings.PRETRAINED / path.name
-    return ours if path and path.parent.name == PUBLISHED_FOLDER and not path.exists() and ours.exists() else path
+    """`path`; or, if it is in the authors' folder and does not exist, the file of the same name in pretrained/, if any."""
+    shipped = path and settings.PRETRAINED / path.name
+    missing = path and path.parent.name == PUBLISHED_FOLDER and not path.exists()
+    return shipped if missing and shipped.exists() else path

@@ -1,4 +1,4 @@
-"""A result row of one of the paper's networks, for people."""
+"""Prints a result row of one of the paper's networks as text."""
 
 from neuron_merging.commandline import Row, exports_for_people
 from neuron_merging.config import CHOSEN_WIDTHS
@@ -6,7 +6,7 @@ from neuron_merging.memory import held
 
 
 def for_people(row: Row) -> str:
-    """The row as a small table: accuracy, size and seconds beside the original's."""
+    """The row as a small table: accuracy and size beside the original's, and seconds."""
     if "summary" in row:
         return row["summary"]
     network = " ".join([row["arch"], "-".join(map(str, row["depth_wide"]))]).strip()

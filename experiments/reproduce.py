@@ -13,7 +13,7 @@ from neuron_merging.errors import NeuronMergingError
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiments of all checkpoints that are there, or of one network and checkpoint."""
+    """Run the experiments of all checkpoints in pretrained/, or of one network and checkpoint."""
     parser = Parser(prog="python -m experiments.reproduce", description=main.__doc__)
     parser.add_argument("network", nargs="?", choices=GRIDS, help="[every network whose checkpoint is there]")
     parser.add_argument("--pretrained", type=Path, help="another checkpoint of that network")
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (args.pretrained or grid.checkpoint).exists():
             print(f"{grid.title}: no checkpoint yet ({grid.checkpoint.name})")
             continue
-        ours = () if args.paper else (*beyond.experiments(grid), *chosen.experiments(grid))
-        wanted = [*grid.experiments(), *ours]
+        others = () if args.paper else (*beyond.experiments(grid), *chosen.experiments(grid))
+        wanted = [*grid.experiments(), *others]
         measured = run(grid, device, args.rows, args.pretrained, wanted, args.data)
         print(f"{grid.title}: {len(measured)} rows in {args.rows}")
     return 0

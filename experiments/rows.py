@@ -1,4 +1,4 @@
-"""Result rows, one JSON object a line: appended by runs (also by several at once), read by tables and figures."""
+"""Files of result rows, one JSON object in each line. Runs append rows, also several at once; tables and figures read them."""
 
 import csv
 import errno
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def key(row: Row) -> str:
-    """What makes two rows the same measurement: all settings and the checkpoint's content."""
+    """The key of a measurement, which two rows share if all settings and the checkpoint's content are the same."""
     missing = next((name for name in ("arch", "dataset", "type", "checkpoint_sha256") if name not in row), None)
     if missing:
         raise KeyError(missing)
@@ -30,16 +30,16 @@ def key(row: Row) -> str:
 
 
 def load(path: Path = ROWS) -> list[Row]:
-    """All rows of a file, none where there is no file. Raises NeuronMergingError where a line is no JSON object."""
+    """All rows of a file; none if there is no file. Raises NeuronMergingError if a line is no JSON object."""
     if not path.exists():
         return []
     with open(path, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # no line that is half written
+        fcntl.flock(file, fcntl.LOCK_SH)  # waits for a line that is being written
         return _rows(file.read(), path)
 
 
 def keys(measured: Iterable[Row], path: Path, key: Callable[[Row], Hashable] = key) -> set[Hashable]:
-    """What tells the rows of a file apart. Raises NeuronMergingError where one is no row of that kind."""
+    """The keys of the rows of a file. Raises NeuronMergingError if one is not such a row."""
     try:
         return {key(row) for row in measured}
     except KeyError as error:
@@ -47,9 +47,9 @@ def keys(measured: Iterable[Row], path: Path, key: Callable[[Row], Hashable] = k
 
 
 def append(row: Row, path: Path = ROWS, key: Callable[[Row], Hashable] = key) -> bool:
-    """Add a row unless the same measurement, by `key`, is there; whether it was added. The file is locked meanwhile.
+    """Add a row, unless the file has one with the same `key`. Returns whether it was added. The file is locked meanwhile.
 
-    Raises NeuronMergingError where the file holds something else, or cannot be written: then it is left as it was.
+    Raises NeuronMergingError, and leaves the file as it was, if it holds anything but rows or cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,21 +75,21 @@ def append(row: Row, path: Path = ROWS, key: Callable[[Row], Hashable] = key) ->
 
 def _rows(content: bytes, path: Path) -> list[Row]:
     try:
-        found = [json.loads(line) for line in content.splitlines()]
+        rows = [json.loads(line) for line in content.splitlines()]
     except ValueError as error:
         raise NeuronMergingError(f"{path} has a line that is no JSON object: {error}") from error
-    if not all(isinstance(row, dict) for row in found):
+    if not all(isinstance(row, dict) for row in rows):
         raise NeuronMergingError(f"{path} has a line that is no JSON object")
-    return found
+    return rows
 
 
 def percent(ratio: float) -> str:
-    """A ratio for people."""
+    """A ratio as text, in percent."""
     return f"{100 * ratio:.0f} %"
 
 
 def ratio(row: Row) -> str:
-    """A row's ratio, or budget, for people."""
+    """A row's ratio or budget, as text."""
     if row["ratio"] is not None:
         return percent(row["ratio"])
     if row.get("budget"):
@@ -110,7 +110,7 @@ def published() -> dict[tuple, float]:
 
 @functools.cache
 def published_checkpoints() -> set[str]:
-    """SHA-256 of the checkpoints that the paper's authors published, as far as we have seen them."""
+    """SHA-256 of those checkpoints of the paper's authors that we have seen."""
     return {line["checkpoint_sha256"] for line in _published_lines()} - {""}
 
 

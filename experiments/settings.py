@@ -14,7 +14,7 @@ PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
 
 @dataclass(frozen=True)
 class Network:
-    """What the experiments use a network family with."""
+    """How the experiments use a network family."""
 
     depth_wide: tuple[int, ...]  # the published one
     shape: tuple[int, int, int]  # of its input: channels, height, width
@@ -52,9 +52,10 @@ PUBLISHED_WIDTHS = {  # chosen by hand, whatever the ratio
 
 
 def uniform_widths(arch: str, depth_wide: Sequence[int], full: Sequence[int], ratio: float) -> list[int]:
-    """The paper's rounding of (1 − ratio) of every unit's width: LeNet to the nearest, WideResNet in steps of its widening.
+    """The kept width of every unit: (1 − ratio) of its width, rounded as in the paper.
 
-    `full`: width of every unit. Raises NeuronMergingError where a unit would lose its last neuron.
+    LeNet is rounded to the nearest, the others down, WideResNet in steps of its widening factor. `full`: width of every unit.
+    Raises NeuronMergingError if a unit would lose its last neuron.
     """
     if arch == "LeNet_300_100":
         widths = [round(n * (1 - ratio)) for n in full]
@@ -68,26 +69,26 @@ def uniform_widths(arch: str, depth_wide: Sequence[int], full: Sequence[int], ra
     return widths
 
 
-Sizes = tuple[tuple[float, float], ...]  # (from this share of the training on, side of the image as a share of its own)
+Sizes = tuple[tuple[float, float], ...]  # (start as a share of the training, side as a share of the full side), …
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD, and either steps or one cycle.
+    """How to train: with SGD, and a learning rate that follows steps or one cycle.
 
     schedule: epochs at which the rate is multiplied by `gammas`. norm_decay: weight decay of BatchNorm and biases; None: the
-    same as of weights. cutout: side in pixels of the square that every training image loses. sizes: images are shown smaller
-    first.
+    same as for weights. cutout: side in pixels of the square that is hidden in every training image. sizes: of the images,
+    which may be smaller at first.
     """
 
-    epochs: int = option(MISSING, "--epochs", type=int, help="how many")
+    epochs: int = option(MISSING, "--epochs", type=int, help="number of epochs")
     lr: float = option(MISSING, "--lr", type=float, help="learning rate")
     weight_decay: float = option(
         MISSING,
         "--weight-decay",
         "--wd",
         type=float,
-        help="of weights, and of all else unless --norm-decay says otherwise",
+        help="weight decay of weights; also of all else unless --norm-decay is given",
     )
     schedule: tuple[int, ...] = option(
         (),
@@ -97,9 +98,11 @@ class Recipe:
         metavar="EPOCH",
         help="epochs at which the rate is multiplied by --gammas",
     )
-    gammas: tuple[float, ...] = option((), "--gammas", type=float, nargs="+", metavar="G", help="a factor for each")
-    batch_size: int = option(128, "--batch-size", type=int, help="images of a step")
-    momentum: float = option(0.9, "--momentum", type=float, help="of SGD")
+    gammas: tuple[float, ...] = option(
+        (), "--gammas", type=float, nargs="+", metavar="G", help="a factor for each epoch of --schedule"
+    )
+    batch_size: int = option(128, "--batch-size", type=int, help="images in a step")
+    momentum: float = option(0.9, "--momentum", type=float, help="momentum of SGD")
     nesterov: bool = False
     label_smoothing: float = 0.0
     norm_decay: float | None = option(
@@ -121,9 +124,9 @@ RECIPES = ("published", "fast")
 def recipe(arch: str, name: str = "published") -> Recipe:
     """The published recipe of a network, or the `fast` one: one cycle, Nesterov, label smoothing, decay of weights only.
 
-    The fast one also shows convolutional networks small images first, at a quarter and about half of the price: the last
-    three tenths of the training see them in full size (progressive resizing: Howard 2018, Tan & Le 2021). Not when it
-    fine-tunes.
+    The fast one also shows convolutional networks small images first, which cost a quarter and about half as much. Only the
+    last three tenths of the training see full size (progressive resizing: Howard 2018, Tan & Le 2021). Fine-tuning only sees
+    full size.
     """
     published = LENET if arch == "LeNet_300_100" else CIFAR
     if name == "published":
@@ -148,5 +151,5 @@ def checkpoint_name(arch: str, depth_wide: Sequence[int], dataset: str) -> str:
 
 
 def data_folder() -> Path:
-    """Where data sets lie unless --data says otherwise."""
+    """The folder of the data sets if --data names none."""
     return Path(os.environ.get("NEURON_MERGING_DATA") or Path(__file__).resolve().parents[1] / "data")

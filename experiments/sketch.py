@@ -1,4 +1,4 @@
-"""docs/restore.svg: the idea of restoration in one picture."""
+"""Draws docs/restore.svg and docs/restore.png: the idea of restoration in one picture."""
 
 import sys
 from collections.abc import Sequence

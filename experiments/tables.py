@@ -1,4 +1,4 @@
-"""Tables from result rows: results/TABLES.md, two tables of the README, and the figures; `--check` only compares."""
+"""Builds results/TABLES.md, two tables of the README and the figures from the result rows; `--check` only compares."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ BENCH = rows.RESULTS / "bench.json"
 BEGIN, END = "<!-- results: made by `make tables` -->", "<!-- end of results -->"
 BEGIN_COSTS, END_COSTS = "<!-- costs: made by `make tables` -->", "<!-- end of costs -->"
 CHECKPOINTS = {"authors'": "the file that the paper's authors published", "ours": "the file in `pretrained/`"}
-IN_README = {  # the ratios that the README shows of a network; None: the paper's widths, which have no ratio
+IN_README = {  # the ratios that the README shows for each network; None: the paper's widths, which have no ratio
     "LeNet_300_100": (0.5, 0.8),
     "VGG": (None, 0.3),
     "ResNet": (0.3, 0.5),
@@ -29,7 +29,7 @@ IN_README = {  # the ratios that the README shows of a network; None: the paper'
 
 
 def checkpoint(row: Row) -> str | None:
-    """Whose checkpoint a row was measured with: the authors', ours (as shipped now), or None for another."""
+    """Whose checkpoint a row was measured with: "authors'", "ours" (the one that is shipped now), or None for another."""
     if row["checkpoint_sha256"] in rows.published_checkpoints():
         return "authors'"
     return "ours" if row["checkpoint_sha256"] in shipped() else None
@@ -42,7 +42,7 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], right_from: 
 
 
 def full_table(measured: Sequence[Row]) -> str:
-    """Every row of a network: settings, published accuracy, measured one, size, seconds, checkpoint."""
+    """A table of all rows of a network: settings, published and measured accuracy, size, seconds, checkpoint."""
     paper = rows.published()
     order = {name: i for i, name in enumerate([None, *CRITERIA])}
     lines = []
@@ -74,20 +74,20 @@ def full_table(measured: Sequence[Row]) -> str:
     return markdown(header, lines, right_from=3)
 
 
-COLUMNS = {  # of the short tables: type, and how the widths were found
+COLUMNS = {  # of the short tables: the type, and the rule for the widths
     "prune": ("prune", "uniform"),
     "merge": ("merge", "uniform"),
     "restore (ours)": ("restore", "uniform"),
     "restore, chosen widths (ours)": ("restore", "auto"),
 }
 Line = tuple[str, str, float | None, str]
-"""Of a short table: its label, and the criterion, ratio and rule for widths (uniform or published) of its rows."""
+"""A line of a short table: its label, and the criterion, ratio and rule for widths (uniform or published) of its rows."""
 
 
 def lines_of(grid: Grid) -> list[Line]:
     """The lines of a network's short table: one for every ratio.
 
-    A network whose widths the paper fixes has one for every criterion instead, and then one for every uniform ratio.
+    If the paper fixes the widths of the network: one for every criterion, then one for every uniform ratio.
     """
     if not grid.fixed:
         return [(rows.percent(ratio), grid.criterion, ratio, "published") for ratio in grid.ratios]
@@ -109,25 +109,25 @@ def rows_of(measured: Sequence[Row], column: str, line: Line) -> list[Row]:
     ]  # fmt: skip
 
 
-def papers_number(found: Sequence[Row]) -> str:
-    """What the paper has for the rows of a cell; nothing where it has nothing."""
-    number = rows.published().get(rows.published_key(found[0])) if found else None
+def papers_number(cell_rows: Sequence[Row]) -> str:
+    """The paper's number for the rows of a cell, as text; empty if it has none."""
+    number = rows.published().get(rows.published_key(cell_rows[0])) if cell_rows else None
     return "" if number is None else f"{number:.2f}"
 
 
 def short_table(grid: Grid, measured: Sequence[Row]) -> str:
-    """One network and checkpoint: published accuracy beside the measured one, then what is ours; lines as of `lines_of`."""
+    """The table for one network and checkpoint: published accuracies beside measured ones, then ours. Lines: `lines_of`."""
     original = next(row for row in measured if row["type"] == "original")
     lines: dict[str, dict[str, str]] = {}
     for line in lines_of(grid):
         cells = {}
         for column in COLUMNS:
-            found = rows_of(measured, column, line)
-            cells |= {f"{column}: paper": papers_number(found), column: beyond.cell(found)}
+            cell_rows = rows_of(measured, column, line)
+            cells |= {f"{column}: paper": papers_number(cell_rows), column: beyond.cell(cell_rows)}
         if any(cells.values()):
             lines[line[0]] = cells
     header = [c for name in COLUMNS for c in (f"{name}: paper", name) if any(line.get(c) for line in lines.values())]
-    header = header or ["measured"]  # nothing else is, yet
+    header = header or ["measured"]  # if only the original is measured yet
     known = papers_number([original])
     beside = any(name.endswith(": paper") for name in header)
     baseline = f"original (paper: {known})" if known and not beside else "original"
@@ -141,25 +141,25 @@ def short_table(grid: Grid, measured: Sequence[Row]) -> str:
 
 
 def readme_lines(grid: Grid, measured: Sequence[Row], whose: str) -> list[list[str]]:
-    """The README's lines for one network and checkpoint, and the paper's numbers at their end."""
+    """The README's lines for one network and checkpoint; each ends with the paper's numbers."""
     original = next(row for row in measured if row["type"] == "original")
     name = f"{grid.title.split()[0]}, {whose}"
     table = []
     for line in lines_of(grid):
         if line[1] != grid.criterion or line[2] not in IN_README[grid.arch]:
             continue
-        found = {column: rows_of(measured, column, line) for column in COLUMNS}
-        numbers = [papers_number(of) or "–" for of in ([original], found["prune"], found["merge"])]
+        by_column = {column: rows_of(measured, column, line) for column in COLUMNS}
+        numbers = [papers_number(of) or "–" for of in ([original], by_column["prune"], by_column["merge"])]
         paper = "" if set(numbers) == {"–"} else " / ".join(numbers)
         dropped = "the paper's widths" if line[2] is None else rows.percent(line[2])
-        cells = [beyond.cell(of) for of in found.values()]
+        cells = [beyond.cell(of) for of in by_column.values()]
         if any(cells):
             table.append([name, dropped, f"{original['accuracy']:.2f}", *cells, paper])
     return table
 
 
 def costs(by_grid: dict[Grid, list[Row]]) -> str:
-    """The README's table of seconds and memory: from the benchmark, and from the rows for the choice of widths."""
+    """The README's table of seconds and memory. They come from the benchmark; those of the choice of widths from the rows."""
     report = json.loads(BENCH.read_text(encoding="utf-8"))
     lines = []
     for grid, measured in by_grid.items():
@@ -183,9 +183,9 @@ def costs(by_grid: dict[Grid, list[Row]]) -> str:
 
 
 def of_grid(grid: Grid, everything: Sequence[Row]) -> list[Row]:
-    """The rows of a network's own experiments that were measured with a checkpoint we can name.
+    """The rows of a network's listed experiments, if measured with the authors' or the shipped checkpoint.
 
-    A row that somebody added with other settings (`main.py --append`) is in the file, but in no table.
+    A row with other settings, which `main.py --append` may have added to the file, is in no table.
     """
     network = (grid.arch, list(grid.depth_wide), grid.dataset)
     listed = (*grid.experiments(), *beyond.experiments(grid), *chosen.experiments(grid))
@@ -244,8 +244,8 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
                 summary += readme_lines(grid, of_checkpoint, name)
         tables += [f"### The paper's methods: {grid.title}", "", full_table(papers(measured)), ""]
         for name, of_checkpoint in by_checkpoint.items():
-            found = {"Beyond the paper": beyond, f"Widths chosen without data, {grid.criterion}": chosen}
-            for title, module in found.items():
+            modules = {"Beyond the paper": beyond, f"Widths chosen without data, {grid.criterion}": chosen}
+            for title, module in modules.items():
                 header, lines = module.table(grid, of_checkpoint)
                 if lines:
                     text = markdown(header, lines, 2 if module is beyond else 1)
@@ -260,7 +260,7 @@ def documents(everything: Sequence[Row]) -> dict[Path, str]:
 
 
 def drawn(grid: Grid, measured: Sequence[Row]) -> dict[str, str]:
-    """The figures of a network, by the name of their files: what they show."""
+    """The figures of a network that can be drawn: file name, without ending → title."""
     what = {
         "": ("accuracy against pruning ratio", has_figure(grid, measured)),
         "_beyond": ("restoration and its rivals", has_beyond_figure(grid, measured)),
@@ -272,7 +272,7 @@ def drawn(grid: Grid, measured: Sequence[Row]) -> dict[str, str]:
 
 
 def draw(grid: Grid, measured: Sequence[Row]) -> None:
-    """Draw the figures of a network that its rows are enough for."""
+    """Draw all figures of a network that its rows suffice for."""
     from experiments import figures
 
     own = ours(measured)
@@ -290,7 +290,7 @@ def draw(grid: Grid, measured: Sequence[Row]) -> None:
 
 
 def replaced(text: str, path: Path, begin: str, end: str, content: str) -> str:
-    """The text of `path` with what stands between two marker lines replaced. Raises NeuronMergingError without them."""
+    """`text` with `content` in place of what is between two marker lines. Raises NeuronMergingError if `path` lacks them."""
     if begin not in text or end not in text:
         raise NeuronMergingError(f"{path.name} has lost the lines {begin} and {end}")
     return f"{text.split(begin)[0]}{begin}\n{content}{end}{text.split(end)[1]}"
@@ -302,7 +302,7 @@ def papers(measured: Sequence[Row]) -> list[Row]:
 
 
 def ours(measured: Sequence[Row]) -> list[Row]:
-    """The rows measured with the shipped checkpoint: those that are drawn."""
+    """The rows measured with the shipped checkpoint, which are the ones that figures show."""
     return [row for row in measured if checkpoint(row) == "ours"]
 
 
@@ -323,19 +323,19 @@ def has_chosen_figure(grid: Grid, measured: Sequence[Row]) -> bool:
 
 
 def has_feature_figure(grid: Grid, row: dict) -> bool:
-    """Whether `row` of features.jsonl is this network's, with its shipped checkpoint, and more than two points."""
+    """Whether `row` of features.jsonl is of this network and its shipped checkpoint, and has more than two points."""
     of_this = (row["arch"], row["dataset"]) == (grid.arch, grid.dataset) and row["checkpoint_sha256"] in shipped()
     return of_this and len(row["consumers"]) > 2
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rebuild tables and figures from the rows; with --check, fail where a table no longer matches them."""
+    """Rebuild tables and figures from the rows; with --check, fail if a table does not match them."""
     parser = Parser(prog="python -m experiments.tables", description=main.__doc__)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     everything = rows.load(rows.ROWS)
-    rows.keys(everything, rows.ROWS)  # or it is no file of rows
+    rows.keys(everything, rows.ROWS)  # raises if the file holds anything but rows
     for path, text in documents(everything).items():
         if not args.check:
             write_text(path, text)

@@ -1,8 +1,8 @@
-"""The trainer: the paper's recipe and a short one, resumable to the same result, on one process or many (torchrun).
+"""The trainer: runs the paper's recipe or a short one, in one process or many (torchrun). A resumed run gives the same result.
 
-The whole data set lies on the device as uint8; crops and flips are one gather a batch. What is saved is the last
-epoch: the paper's published code kept the epoch that was best on the *test* set, which we do not. The curve's test
-accuracy is measured in the precision of the training and, where a recipe shows smaller images first, at the epoch's size.
+The whole data set is on the device as uint8; crops and flips are a single gather for each batch. The last epoch is saved,
+not the one that is best on the *test* set, which the paper's published code kept. The curve's test accuracy is measured in the
+precision of the training and, if a recipe shows smaller images first, at the epoch's image size.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ from experiments.winograd import Winograd
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.files import remove_partials, write_atomically, write_text
 
-SAVE_SECONDS = 300  # within an epoch, the state is written this often
+SAVE_SECONDS = 300  # within an epoch, the state is saved each time this many seconds have passed
 
 
 def learning_rate(recipe: Recipe, epoch: int, progress: float) -> float:
     """The learning rate in `epoch` (from 0) when `progress` (0…1) of the whole training is done.
 
-    published: lr times gammas[i] from epoch schedule[i] on, constant within an epoch.
-    fast: one cycle: linear from 0.1 lr to lr over the first fifth, then linear to 0.
+    published: constant within an epoch; from epoch schedule[i] on, it is multiplied by gammas[i].
+    fast: one cycle, linear from 0.1 lr to lr over the first fifth, then linear to 0.
     """
     if recipe.one_cycle:
         return recipe.lr * (0.1 + 0.9 * progress / 0.2 if progress < 0.2 else (1 - progress) / 0.8)
@@ -52,7 +52,7 @@ def image_share(recipe: Recipe, progress: float) -> float:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware computes in it, None (float32) elsewhere: emulated, it is many times slower."""
+    """bfloat16 if the hardware computes in it, else None (float32): emulated bfloat16 is many times slower."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
     if device.type == "cpu":
@@ -64,10 +64,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def arithmetic(
     device: torch.device, winograd: bool = False, share: float = 1.0
 ) -> contextlib.AbstractContextManager[Any]:
-    """What training computes in: bfloat16 where the device has it, else float32.
+    """A context for the arithmetic of training: bfloat16 if the device has it, else float32.
 
-    winograd: on a CPU, Winograd's convolutions in float32 where they are the quicker ones: without bfloat16, and for images
-    whose sides are a smaller `share` of their own.
+    winograd: on a CPU, use Winograd's convolutions in float32 when they are quicker. That is without bfloat16, or if the
+    images' sides are shrunk (`share` < 1).
     """
     dtype = autocast_dtype(device)
     if winograd and device.type == "cpu" and (dtype is None or share < 1):
@@ -84,12 +84,12 @@ def batches(
     first: int = 0,
     cutout: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """One epoch of (network input, labels, size of the global batch) in a random order, augmented where the data set says so.
+    """One epoch of (network input, labels, size of the global batch) in a random order; augmented if the data set says so.
 
-    The order and the crops are those of `seed` alone: the same for one process and for the shares of many. `part` =
-    (rank, world size) picks every world-th image of each global batch. `share`: the sides of the images are shrunk to it,
-    after the crop. `first`: the number of the batch to begin with. A last batch too small for BatchNorm is left out.
-    `cutout`: side in pixels of a square, its centre anywhere in the image, that shows the mean colour (DeVries & Taylor 2017).
+    Order and crops depend on `seed` alone, so they are the same for one process and for many. `part`: (rank, world size); picks
+    every world-th image of each global batch. `share`: the sides of the images are shrunk to it after the crop. `first`: the
+    number of the first batch. A last batch that is too small for BatchNorm is left out. `cutout`: side in pixels of a square
+    that shows the mean colour; its centre can be anywhere in the image (DeVries & Taylor 2017).
     """
     rank, world = part
     device, count = images.labels.device, len(images)
@@ -134,13 +134,13 @@ def train(
     compiled: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train `model` in place; the last epoch's row: epoch, lr, image_share, loss, train and test accuracy in %, seconds.
+    """Train `model` in place. The last epoch's row: epoch, lr, image_share, loss, train and test accuracy in %, seconds.
 
-    `state`: file that holds all that `resume` needs to go on as if nothing had happened (model, optimiser, RNG, place
-    in the epoch), and what run it is: recipe, seed, network and `experiment`, plain values that the caller chooses. It is
-    written by rename after every epoch and, by a single process, every five minutes and at Ctrl-C. `curve`: a CSV, a row
-    an epoch. With several processes BatchNorm is synchronised on GPUs; on CPUs each normalises its own share.
-    Raises NeuronMergingError where the loss is no longer finite or the state does not belong to this run.
+    `state`: a file with all that `resume` needs to continue as if nothing had happened: model, optimiser, RNG and place in the
+    epoch. It also says which run it belongs to: recipe, seed, network and `experiment`, which is plain values of the caller. It
+    is written after every epoch; a single process also writes it every five minutes and at Ctrl-C. `curve`: a CSV file with a
+    row for each epoch. With several processes, BatchNorm is synchronised on GPUs; on CPUs each normalises its own part.
+    Raises NeuronMergingError if the loss is no longer finite, or the state does not belong to this run.
     """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     torch.manual_seed(seed + rank)  # dropout; the batches have a generator of their own
@@ -156,7 +156,7 @@ def train(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = sgd(model, recipe)
     epoch, step, rows, earlier = 0, 0, [], 0.0  # seconds of the epoch before this run
-    # Loss, correct and images of the epoch so far: on the device and read rarely, since reading waits for it.
+    # Sums over the epoch so far: loss, correct, images. On the device, and read rarely, since reading waits for the device.
     seen = torch.zeros(3, device=device)
     if resume:
         saved = _read_state(state, identity)
@@ -165,10 +165,10 @@ def train(
         for group in optimizer.param_groups:
             group["fused"] = optimizer.defaults["fused"]  # the state may come from another device
         epoch, step, rows, earlier = saved["epoch"], saved["step"], saved["rows"], saved.get("seconds", 0.0)
-        if rank == 0:  # all processes' are added up
+        if rank == 0:  # the sums of all processes are added up later
             seen = saved["seen"].to(device)
         torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and "rng_cuda" in saved:  # not in the state of a run that began on a CPU
+        if device.type == "cuda" and "rng_cuda" in saved:  # a run that began on a CPU has none
             torch.cuda.set_rng_state(saved["rng_cuda"], device)
     parallel = DistributedDataParallel(model) if world > 1 else model
     forward = torch.compile(parallel, dynamic=False) if compiled else parallel
@@ -228,7 +228,7 @@ def train(
                 anew = f" and delete {state}" if state is not None and state.exists() else ""
                 raise NeuronMergingError(f"the loss is no longer finite in epoch {epoch + 1}: lower --lr{anew}")
             if world > 1:
-                for buffer in model.buffers():  # the running statistics that are saved are those that are measured
+                for buffer in model.buffers():  # measure with the running statistics that are saved
                     dist.broadcast(buffer, 0)
             with computing:
                 counts = accuracy(model, test, part=(rank, world), share=share)
@@ -250,13 +250,13 @@ def train(
 
 
 def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """The optimiser of a recipe: weights in one group, BatchNorm and biases, whose decay may be another, in a second."""
+    """The optimiser of a recipe. Its first group is the weights; its second is BatchNorm and biases, with their own decay."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]  # γ, β and biases
     decay = recipe.weight_decay if recipe.norm_decay is None else recipe.norm_decay
     groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": decay}]
     device = next(model.parameters()).device.type
-    fused = device in ("cpu", "cuda")  # one pass over the weights, not five: those are a tenth of VGG-16's time on CPUs
+    fused = device in ("cpu", "cuda")  # one pass over the weights instead of five, a tenth of VGG-16's time on CPUs
     return torch.optim.SGD(
         [g for g in groups if g["params"]], recipe.lr, recipe.momentum, nesterov=recipe.nesterov, fused=fused
     )
@@ -309,7 +309,7 @@ def _write_curve(curve: Path | None, rows: list[dict[str, Any]]) -> None:
 
 
 class _StopRequest:
-    """Ctrl-C and SIGTERM wait for the end of the step, where the state is whole; a second one does not wait."""
+    """Lets Ctrl-C and SIGTERM wait for the end of the step, when the state can be saved. A second one does not wait."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -335,7 +335,7 @@ def launched() -> bool:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[torch.device, int]]:
-    """Join the processes that torchrun started, if it did; gives the device and the rank of this process."""
+    """Join the other processes, if torchrun started this one. Gives the device and the rank of this process."""
     if not launched():
         yield device, 0
         return
@@ -345,7 +345,7 @@ def process_group(device: torch.device) -> Iterator[tuple[torch.device, int]]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device, dist.get_rank()
-        dist.barrier()  # nobody leaves before all are done
+        dist.barrier()  # no process ends before all are done
     finally:
-        gc.collect()  # what still holds the group, as DistributedDataParallel does in a cycle
+        gc.collect()  # frees what still refers to the group: DistributedDataParallel is in a reference cycle
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""How the settings of restoration and of the choice of widths were found, on training images (results/tuning/).
+"""Measures the settings of restoration and of the choice of widths, to choose the defaults (results/tuning/).
 
-Never on the test set. The workbenches are a small ResNet-20, trained without the images that are measured here, and the
-shipped LeNet-300-100. `make tuning` measures what rows.jsonl does not hold yet and rebuilds the tables.
+It uses training images, never the test set. The networks are a small ResNet-20, which was trained without the images used here,
+and the shipped LeNet-300-100. `make tuning` measures what rows.jsonl does not hold yet and rebuilds the tables.
 """
 
 import inspect
@@ -42,7 +42,7 @@ IMAGES = 2000  # of the val split
 
 @dataclass(frozen=True)
 class Bench:
-    """A network to choose settings on, and the cells it is measured in."""
+    """A network to choose settings on, with the criterion and ratios that are measured."""
 
     arch: str
     depth_wide: tuple[int, ...]
@@ -53,7 +53,7 @@ class Bench:
 
     @property
     def checkpoint(self) -> Path:
-        """Its file."""
+        """The file of the network."""
         return PRETRAINED / self.file
 
 
@@ -65,7 +65,7 @@ BENCHES = {
 }  # fmt: skip
 
 
-ROW_NAMES = {"compensation": "model_type"}  # what options are called in rows
+ROW_NAMES = {"compensation": "model_type"}  # options that have another name in rows
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class Variant:
     experiment: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        """All settings, those that are not changed too: a row belongs to them."""
-        given = inspect.signature(synthetic.make).parameters.values()
-        defaults = {p.name: p.default for p in given if p.kind == p.KEYWORD_ONLY and p.name != "seed"}
-        told = defaults | self.probe
+        """All settings, changed or not. They are part of the key of a row."""
+        parameters = inspect.signature(synthetic.make).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "seed"}
+        probe = defaults | self.probe
         return {
             "options": asdict(Options(**self.options)),
-            "probe": told | {"kind": synthetic.rule(told["kind"])},
+            "probe": probe | {"kind": synthetic.rule(probe["kind"])},
             "experiment": {ROW_NAMES.get(name, name): value for name, value in self.experiment.items()},
         }
 
@@ -116,7 +116,7 @@ SWEEP = {
     "ReLU-aware target four times": Variant({"relu_steps": 4}),
     "32 positions a feature": Variant({"positions": 32}),
     "all positions": Variant({"positions": 10**9}),
-    "twice the samples": Variant(probe={"samples": 2}),  # times the default
+    "twice the samples": Variant(probe={"samples": 2}),  # as a multiple of the default
     "512 real images (not data-free)": Variant(experiment={"calibrate": "{dataset}:512"}),
 }
 WIDTHS = {
@@ -130,7 +130,7 @@ WIDTHS = {
         ("auto, neurons that explain most", "auto", {"criterion": "auto"}),
         ("auto, blocks may be left out", "auto", {"drop_blocks": True}),
     )
-    if (kind == "restore" or not change) and (kind, rule) != ("restore", "uniform")  # which is restoration as it is
+    if (kind == "restore" or not change) and (kind, rule) != ("restore", "uniform")  # that one is AS_IT_IS
 }
 VARIANTS = ABLATIONS | SWEEP | WIDTHS
 
@@ -138,7 +138,7 @@ VARIANTS = ABLATIONS | SWEEP | WIDTHS
 def measure(
     bench: Bench, variant: Variant, ratio: float, seed: int, images: Images, searches: dict
 ) -> tuple[float, str]:
-    """Accuracy in % on training images, and the SHA-256 of the checkpoint. `searches`: as of `experiment.shrink`."""
+    """Accuracy in % on training images, and the SHA-256 of the checkpoint. `searches`: as in `experiment.shrink`."""
     changes = {"compensation": "restore", "criterion": bench.criterion} | variant.experiment
     changes |= {name: value.format(dataset=bench.dataset) for name, value in changes.items() if name == "calibrate"}
     experiment = Experiment(
@@ -147,14 +147,14 @@ def measure(
     )  # fmt: skip
     model, checkpoint = load_network(experiment)
     model.eval()
-    if variant.options or variant.probe:  # what the command line does not offer
-        found = units(model)
-        keep = choose(model, found, kept_widths(model, found, experiment), bench.criterion)
-        told = dict(variant.probe)
-        if "samples" in told:
-            told["samples"] *= synthetic.default_samples(model, images.dataset.shape)
-        x = synthetic.make(model, images.dataset.shape, seed=seed, **told)
-        small = restore(model, found, keep, x, Options(**variant.options))
+    if variant.options or variant.probe:  # these have no flags, so `restore` is called itself
+        all_units = units(model)
+        keep = choose(model, all_units, kept_widths(model, all_units, experiment), bench.criterion)
+        probe = dict(variant.probe)
+        if "samples" in probe:
+            probe["samples"] *= synthetic.default_samples(model, images.dataset.shape)
+        x = synthetic.make(model, images.dataset.shape, seed=seed, **probe)
+        small = restore(model, all_units, keep, x, Options(**variant.options))
     else:
         small = shrink(model, experiment, calibration(experiment), searches).model
     correct, total = accuracy(small, images)
@@ -162,13 +162,13 @@ def measure(
 
 
 def key(row: Row) -> tuple:
-    """What makes two rows the same measurement."""
-    told = json.dumps(row["settings"], sort_keys=True)
-    return row["network"], row["variant"], row["ratio"], row["seed"], row["checkpoint_sha256"], told
+    """The key of a measurement, which two rows share if they measure the same."""
+    settings_text = json.dumps(row["settings"], sort_keys=True)
+    return row["network"], row["variant"], row["ratio"], row["seed"], row["checkpoint_sha256"], settings_text
 
 
 def wanted() -> list[Row]:
-    """All rows that there should be, without what is measured."""
+    """All rows that there should be, without their accuracies."""
     return [
         {"network": name, "variant": variant, "ratio": ratio, "seed": seed, "checkpoint_sha256": checkpoint,
          "settings": VARIANTS[variant].settings()}
@@ -181,7 +181,7 @@ def wanted() -> list[Row]:
 
 
 def run(path: Path) -> list[Row]:
-    """Measure every variant on every bench whose row `path` does not hold yet; all rows."""
+    """Measure every variant on every bench, if `path` does not hold its row yet. Returns all rows."""
     done = rows.keys(rows.load(path), path, key)
     todo = [row for row in wanted() if key(row) not in done]
     loaded: dict[str, Images] = {}
@@ -197,16 +197,16 @@ def run(path: Path) -> list[Row]:
 
 
 def table(measured: Sequence[Row], variants: Sequence[str]) -> str:
-    """Mean over seeds ± half the range; a column for every network and ratio."""
+    """A table of accuracies (mean over seeds ± half the range). Lines: variants. Columns: networks and ratios."""
     columns = [(name, ratio) for name, bench in BENCHES.items() for ratio in bench.ratios]
-    found = {(n, v, r): [row for row in measured if key(row)[:3] == (n, v, r)] for v in variants for n, r in columns}
-    lines = [[v, *(cell(found[n, v, r], len(SEEDS)) for n, r in columns)] for v in variants]
+    cells = {(n, v, r): [row for row in measured if key(row)[:3] == (n, v, r)] for v in variants for n, r in columns}
+    lines = [[v, *(cell(cells[n, v, r], len(SEEDS)) for n, r in columns)] for v in variants]
     return markdown(["", *(f"{name} {rows.percent(ratio)}" for name, ratio in columns)], lines)
 
 
 def documents(measured: Sequence[Row]) -> dict[Path, str]:
-    """results/tuning/TABLES.md, and docs/restore.md with its ablation table rebuilt."""
-    current = {key(row) for row in wanted()}  # the others are of another checkpoint, or of settings that are no more
+    """The texts of results/tuning/TABLES.md, and of docs/restore.md with its ablation table rebuilt."""
+    current = {key(row) for row in wanted()}  # other rows have another checkpoint, or settings that no longer exist
     measured = [row for row in measured if key(row) in current]
     ablation = table(measured, list(ABLATIONS))
     tables = f"""# How settings were chosen
@@ -239,7 +239,7 @@ Chosen widths have at most the parameters and MACs of uniform ones.
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what is missing, rebuild the tables."""
+    """Measure missing rows and rebuild the tables."""
     Parser(prog="python -m experiments.tuning", description=main.__doc__).parse_args(argv)
     torch.manual_seed(0)
     for path, text in documents(run(FOLDER / "rows.jsonl")).items():

@@ -1,9 +1,9 @@
-"""3 × 3 convolutions in float32 on a CPU with as little as a quarter of the products: Winograd's minimal filtering.
+"""3 × 3 convolutions in float32 on a CPU by Winograd's minimal filtering: takes down to a quarter of the multiplications.
 
-For the fast recipe (training.py). A tile Y of the output, m × m, depends on a tile X of the input,
-(m + 2) × (m + 2), and on the filter W as Y = Aᵀ[(G W Gᵀ) ⊙ (Bᵀ X B)]A (Lavin & Gray, Fast Algorithms for Convolutional
-Neural Networks, CVPR 2016, equation 8). With the sum over the input channels, ⊙ is a product of matrices for each of the
-(m + 2)² places: (m + 2)² products a tile and pair of channels, where the definition takes 9 m².
+The fast recipe uses it (training.py). An m × m tile Y of the output depends on an (m + 2) × (m + 2) tile X of the input and on
+the filter W: Y = Aᵀ[(G W Gᵀ) ⊙ (Bᵀ X B)]A (Lavin & Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016,
+equation 8). Summed over the input channels, ⊙ becomes a matrix product for each of the (m + 2)² places. So each tile and pair
+of channels takes (m + 2)² multiplications, where the definition takes 9 m².
 """
 
 import itertools
@@ -17,18 +17,18 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 LEAST = 64  # channels: with fewer, transforming the tiles costs more than it saves
-TILES = 256  # computed at once, those of whole images, one at least: most of it fits the cache
-POINTS = (0, 1, -1, 2, -2)  # where polynomials are evaluated, and ∞: more, larger ones would cost float32 digits
-SIDES = (4, 3, 2)  # m: takes m + 1 of the points
+TILES = 256  # about how many tiles are computed at once, so that they fit the cache; at least those of one image
+POINTS = (0, 1, -1, 2, -2)  # points at which polynomials are evaluated, beside ∞; larger ones would cost precision
+SIDES = (4, 3, 2)  # the sides m of output tiles; each takes the first m + 1 points
 
 
 class Winograd(TorchFunctionMode):
-    """Within it, 3 × 3 convolutions are computed this way if called as nn.Conv2d calls them: of many channels, on a CPU.
+    """A mode in which 3 × 3 convolutions are computed this way if nn.Conv2d calls them, in float32 on a CPU.
 
-    They have stride and padding 1, and compute in float32. Values and gradients differ from the usual ones by rounding:
-    about 1e-5 of the largest, where those have 1e-6 themselves. Until the gradients are computed, the transformed input is
-    kept: 2.25 times the input for maps that tiles of 4 × 4 fill. Activation checkpointing computes again outside of the
-    mode, and refuses the difference.
+    They need stride 1, padding 1 and at least `LEAST` channels. Values and gradients differ from the usual ones by rounding: by
+    about 1e-5 of the largest, while the usual ones have errors of 1e-6. The transformed input is kept until the gradients are
+    computed. It has 2.25 times the size of the input if tiles of 4 × 4 fill the map. Activation checkpointing fails, since it
+    computes the values again outside of this mode and finds them different.
     """
 
     def __torch_function__(
@@ -54,7 +54,7 @@ def _suits(x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any
 def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of x [B, C, H, W] with weight [K, C, 3, 3], stride 1, zero padding 1: [B, K, H, W], channels last."""
     if x.shape[2:] == (1, 1):
-        return F.conv2d(x, weight[:, :, 1:2, 1:2])  # all but the middle of the filter sees zeros
+        return F.conv2d(x, weight[:, :, 1:2, 1:2])  # only the middle of the filter sees something other than zeros
     return _Convolution.apply(x, weight)
 
 
@@ -76,7 +76,7 @@ class _Convolution(torch.autograd.Function):
         AT, _, G = TRANSFORMS[m, g.dtype]
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = _convolved(g.shape, _transformed(g), _filters(G.flip(1), weight))  # of the filters flipped
+            dx = _convolved(g.shape, _transformed(g), _filters(G.flip(1), weight))  # with the flipped filters
         if ctx.needs_input_grad[1]:  # ∂Y = ∂[Aᵀ(U ⊙ V)A]: ∂U = (A ∂Y Aᵀ) ⊙ V, summed over the tiles, and ∂W = Gᵀ ∂U G
             dU = g.new_zeros((m + 2) ** 2, *weight.shape[:2])
             for outputs, inputs in zip(g.split(at_once), V):
@@ -86,7 +86,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _transformed(x: Tensor) -> Iterator[Tensor]:
-    """V = Bᵀ X B of all tiles X, in parts: [tiles, (m + 2)², C]."""
+    """V = Bᵀ X B of all tiles X, some images at a time: [tiles, (m + 2)², C]."""
     m, _, _, at_once = _tiling(x.shape)
     _, BT, _ = TRANSFORMS[m, x.dtype]
     for images in x.split(at_once):
@@ -94,12 +94,12 @@ def _transformed(x: Tensor) -> Iterator[Tensor]:
 
 
 def _filters(G: Tensor, weight: Tensor) -> Tensor:
-    """U = G W Gᵀ [(m + 2)², K, C] of weight [K, C, 3, 3]; with G's columns backwards, of the filters flipped."""
+    """U = G W Gᵀ [(m + 2)², K, C] for the weight [K, C, 3, 3]. If G has its columns reversed, U is of the flipped filters."""
     return (G @ weight.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)
 
 
 def _convolved(shape: torch.Size, V: Iterable[Tensor], U: Tensor) -> Tensor:
-    """Aᵀ(U ⊙ V)A, put together: an input of `shape` [B, C, H, W], as V, with the filters U [(m + 2)², C, K]."""
+    """The output, put together from the tiles Aᵀ(U ⊙ V)A. V: from an input of `shape` [B, C, H, W]. U: [(m + 2)², C, K]."""
     m, rows, columns, at_once = _tiling(shape)
     AT, _, _ = TRANSFORMS[m, U.dtype]
     size = (shape[0], U.shape[2], rows * m, columns * m)
@@ -113,14 +113,14 @@ def _convolved(shape: torch.Size, V: Iterable[Tensor], U: Tensor) -> Tensor:
 
 
 def _tiling(shape: torch.Size) -> tuple[int, int, int, int]:
-    """m, the tiles in a column and in a row of an image [B, C, H, W], and how many images are computed at once."""
+    """m, the numbers of tiles in a column and in a row of an image, and the number of images that are computed at once."""
     tilings = [(m, *(-(-size // m) for size in shape[2:])) for m in SIDES]
     m, rows, columns = min(tilings, key=lambda tiling: (tiling[0] + 2) ** 2 * tiling[1] * tiling[2])  # fewest products
     return m, rows, columns, max(1, TILES // (rows * columns))
 
 
 def _tiles(x: Tensor, side: int, step: int, border: int = 0) -> Tensor:
-    """Tiles of x [B, C, H, W] with the given side, `step` apart, x with a border of zeros around it: [tiles, side², C]."""
+    """The tiles [tiles, side², C] of x [B, C, H, W], `step` apart, after a border of zeros was put around x."""
     lacking = [-(size + 2 * border - side) % step for size in x.shape[2:]]  # of the last tiles
     pads = (border, border + lacking[1], border, border + lacking[0])
     x = F.pad(x, pads) if any(pads) else x
@@ -129,11 +129,11 @@ def _tiles(x: Tensor, side: int, step: int, border: int = 0) -> Tensor:
 
 
 def _transforms(m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Aᵀ ⊗ Aᵀ [m², (m + 2)²], Bᵀ ⊗ Bᵀ [(m + 2)², (m + 2)²], G ⊗ G [(m + 2)², 9]: both dimensions at once, in float64.
+    """The transforms of both dimensions at once: Aᵀ ⊗ Aᵀ [m², (m + 2)²], Bᵀ ⊗ Bᵀ [(m + 2)², (m + 2)²], G ⊗ G [(m + 2)², 9].
 
-    The product of two polynomials (filter and output) is found from their values at m + 2 points, ∞ among them, which are
-    products of numbers: A and G evaluate the two, B⁻¹ evaluates their product. A correlation is that product transposed
-    (Toom–Cook).
+    In float64. The product of two polynomials (filter and output) follows from its values at m + 2 points, one of them ∞. Each
+    value is a product of two numbers. A and G evaluate the two polynomials, B⁻¹ evaluates their product. A correlation is that
+    product transposed (Toom–Cook).
     """
     points = torch.tensor(POINTS[: m + 1], dtype=torch.float64)
 
@@ -141,8 +141,8 @@ def _transforms(m: int) -> tuple[Tensor, Tensor, Tensor]:
         at_infinity = torch.eye(coefficients, dtype=torch.float64)[-1:]
         return torch.cat([points[:, None] ** torch.arange(coefficients), at_infinity])
 
-    one = evaluation(m).T, evaluation(m + 2).inverse().T, evaluation(3)
-    return tuple(torch.kron(matrix, matrix) for matrix in one)
+    one_dimension = evaluation(m).T, evaluation(m + 2).inverse().T, evaluation(3)
+    return tuple(torch.kron(matrix, matrix) for matrix in one_dimension)
 
 
 TRANSFORMS = {

@@ -1,9 +1,14 @@
-"""Every classification network of torchvision that torch.fx traces, made smaller: results/zoo.md.
+"""Makes every classification network of torchvision smaller that torch.fx can trace: results/zoo.md.
 
-Random weights and made-up BatchNorm statistics: nothing here says how accurate a network would be. It says what can be
-pruned in it, that the result runs and is smaller, that dropping nothing changes nothing, and that planted twins, channels
-that are alike wherever they are written, are found and folded without loss. Weights that begin as nothing, such as the scale
-of ConvNeXt's branches (1e-6) or ViT's head (0), are made up too: otherwise nothing that happens before them would show.
+Weights are random and BatchNorm statistics made up, so nothing here says how accurate a network would be. It checks:
+
+- what can be pruned in it,
+- that the result runs and is smaller,
+- that dropping nothing changes nothing,
+- that planted twins, which are channels made equal wherever they are written, are merged without loss.
+
+Weights that start at nearly 0, such as the scale of ConvNeXt's branches (1e-6) or ViT's head (0), get random values too: else
+they would hide all that happens before them.
 """
 
 import copy
@@ -35,11 +40,11 @@ from neuron_merging.synthetic import inputs
 FOLDER = RESULTS / "zoo"
 TABLE = RESULTS / "zoo.md"
 KINDS = ("prune", "merge", "restore")
-RATIO = 0.3  # of the neurons that are dropped
-SAMPLES = 8  # inputs of the probe
-TWINS = 0.99  # least cosine of what is merged where there are twins
-SIDES = {"inception_v3": 96, "alexnet": 80, "maxvit_t": 224, "vit": 224}  # by name or its beginning
-LARGEST = 1e9  # parameters; the largest of torchvision's, 645 M, takes 16 GB of memory
+RATIO = 0.3  # share of the neurons that is dropped
+SAMPLES = 8  # inputs in the probe
+TWINS = 0.99  # least cosine for a merge in the test with twins
+SIDES = {"inception_v3": 96, "alexnet": 80, "maxvit_t": 224, "vit": 224}  # of inputs, by how a name begins; else 64
+LARGEST = 1e9  # most parameters of a network that is tried; torchvision's largest, 645 M, takes 16 GB of memory
 
 
 INTRODUCTION = f"""# torchvision's networks, made smaller
@@ -67,7 +72,7 @@ def networks() -> list[str]:
 
 
 def made(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A network with random weights and made-up statistics, all of which matter, and the shape of an input."""
+    """A network with random weights and made-up statistics, none of them nearly 0, and the shape of an input."""
     torch.manual_seed(0)
     model = get_model_builder(name)(weights=None)
     for module in model.modules():
@@ -84,7 +89,7 @@ def made(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
 
 
 def places(unit: Unit | Stream) -> Iterator[tuple[str, int]]:
-    """The modules that have something for every neuron of a unit or channel of a stream, and the first of these."""
+    """The modules with an entry for every neuron of a unit or channel of a stream, each with the offset of the first one."""
     if isinstance(unit, Unit):
         yield from ((name, 0) for name in (unit.layer, unit.bn) if name)
     else:
@@ -93,10 +98,13 @@ def places(unit: Unit | Stream) -> Iterator[tuple[str, int]]:
 
 
 @torch.no_grad()
-def plant(model: nn.Module, found: Sequence[Unit | Stream], share: float = 0.5) -> list[Tensor]:
-    """Make twins of channels, in `model` itself: everywhere that they are written or followed; by unit one [P] of each."""
+def plant(model: nn.Module, units: Sequence[Unit | Stream], share: float = 0.5) -> list[Tensor]:
+    """Make channels copies (twins) of others wherever they are written or followed. Changes `model`.
+
+    Returns for each unit the indices [P] of the channels that are no copies.
+    """
     random, keep = torch.Generator().manual_seed(5), []
-    for unit in found:
+    for unit in units:
         N = width(model, unit)
         order = torch.randperm(N, generator=random)
         P = max(1, round(N * share))
@@ -113,31 +121,31 @@ def plant(model: nn.Module, found: Sequence[Unit | Stream], share: float = 0.5) 
 
 @torch.no_grad()
 def tried(name: str, largest: float = LARGEST) -> Row:
-    """All that is asked of one network of at most `largest` parameters."""
+    """The row of one network: the results of all checks. It is not tried if it has more than `largest` parameters."""
     model, shape = made(name)
     row: dict[str, Any] = {"network": name, "parameters": count_parameters(model), "input": list(shape)}
     if row["parameters"] > largest:
         return row | {"not_tried": f"more than {largest / 1e6:.0f} M parameters (`--largest`)"}
     try:
-        found, left_out = prunable(model, coupled=True)
+        units, left_out = prunable(model, coupled=True)
     except NeuronMergingError as error:
         return row | {"why_not": str(error)}
-    kinds = [sum(isinstance(unit, kind) for unit in found) for kind in (Unit, Stream)]
+    kinds = [sum(isinstance(unit, kind) for unit in units) for kind in (Unit, Stream)]
     row |= {"units": kinds[0], "streams": kinds[1], "left_out": left_out}
-    if not found:
+    if not units:
         return row | {"why_not": "nothing can be pruned"}
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
     before, wanted = copy.deepcopy(model.state_dict()), model(x)
-    told = {"example_input": shape, "coupled": True, "probe_samples": SAMPLES}
+    options = {"example_input": shape, "coupled": True, "probe_samples": SAMPLES}
     for kind in KINDS:
         start = time.perf_counter()
         try:
-            small, report = shrink(model, RATIO, compensation=kind, **told)
+            small, report = shrink(model, RATIO, compensation=kind, **options)
         except NeuronMergingError as error:
             row[kind] = {"why_not": str(error)}
             continue
         seconds, y = round(time.perf_counter() - start, 1), small(x)
-        whole, _ = shrink(model, 0.0, compensation=kind, **told)
+        whole, _ = shrink(model, 0.0, compensation=kind, **options)
         fine = y.shape == wanted.shape and bool(y.isfinite().all()) and report.params[1] < report.params[0]
         untouched = all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
         row[kind] = {
@@ -145,12 +153,12 @@ def tried(name: str, largest: float = LARGEST) -> Row:
             "error_at_0": _off(whole(x), wanted),
         }  # fmt: skip
         del small, whole
-    keep = plant(model, found)
-    told_twins = ShrinkConfig(threshold=TWINS, probe_samples=SAMPLES)
+    keep = plant(model, units)
+    config = ShrinkConfig(threshold=TWINS, probe_samples=SAMPLES)
     wanted = model(x)
     for kind in KINDS[1:]:
         if "ok" in row[kind]:
-            folded = METHODS[kind].run(model, found, keep, told_twins, partial(inputs, model, shape, told_twins))
+            folded = METHODS[kind].run(model, units, keep, config, partial(inputs, model, shape, config))
             row[kind]["error_of_twins"] = _off(folded(x), wanted)
     return row
 
@@ -161,11 +169,11 @@ def _off(y: Tensor, wanted: Tensor) -> float:
 
 
 def table(measured: Sequence[Row]) -> str:
-    """results/zoo.md."""
+    """The text of results/zoo.md."""
     header = ["network", "parameters", "units", "streams", "left out", *KINDS, "error at 0 %"]
     header += [f"error of twins, {kind}" for kind in KINDS[1:]]
     lines, refused, waiting = [], [], {}
-    measured = list({row["network"]: row for row in measured}.values())  # the last one counts
+    measured = list({row["network"]: row for row in measured}.values())  # the last row of a network counts
     for row in sorted(measured, key=lambda row: row["network"]):
         if "not_tried" in row:
             waiting.setdefault(row["not_tried"], []).append(row["network"])
@@ -195,16 +203,16 @@ def table(measured: Sequence[Row]) -> str:
 
 
 def _cell(row: Row, kind: str) -> str:
-    found = row[kind]
-    if "why_not" in found:
+    result = row[kind]
+    if "why_not" in result:
         return "no"
-    share = f"{100 * found['parameters'] / row['parameters']:.0f} %, {found['seconds']:.1f} s"
-    return share if found["ok"] else f"**wrong**: {share}"
+    share = f"{100 * result['parameters'] / row['parameters']:.0f} %, {result['seconds']:.1f} s"
+    return share if result["ok"] else f"**wrong**: {share}"
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Try the networks that no row is there of, rebuild the table."""
+    """Try the networks that have no row yet, and rebuild the table."""
     parser = Parser(prog="python -m experiments.zoo", description=main.__doc__)
     parser.add_argument("names", nargs="*", help="[all]")
     parser.add_argument(

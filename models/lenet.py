@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class LeNet_300_100(nn.Module):
     """784 → 300 → 100 → classes with ReLU between; the input is a 28 × 28 image or 784 numbers.
 
-    `widths`: neurons of ip1 and ip2, (300, 100) where None.
+    `widths`: neurons of ip1 and ip2; None for (300, 100).
     """
 
     def __init__(self, num_classes: int = 10, widths: Sequence[int] | None = None) -> None:

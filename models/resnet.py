@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Three stages of (depth − 2) / 6 blocks with 16, 32 and 64 planes, global average pooling, one linear layer.
 
-    `widths`: filters of conv1 in every block in order (27 for ResNet-56), the block's planes where None.
+    `widths`: filters of conv1 in every block, in order (27 for ResNet-56); None for the block's planes.
     """
 
     def __init__(self, depth: int = 56, num_classes: int = 10, widths: Sequence[int] | None = None) -> None:

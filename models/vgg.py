@@ -18,7 +18,7 @@ PLANES = (64, 128, 256, 512, 512)
 class VGG(nn.Module):
     """conv3x3–BatchNorm–ReLU stages with 2 × 2 max pooling between, global average pooling, two linear layers.
 
-    `widths`: filters of every convolution in order (13 for VGG-16), the full ones where None.
+    `widths`: filters of every convolution, in order (13 for VGG-16); None for the full widths.
     """
 
     def __init__(self, depth: int = 16, num_classes: int = 10, widths: Sequence[int] | None = None) -> None:

@@ -11,7 +11,7 @@ PLANES = (16, 32, 64)
 
 
 class BasicBlock(nn.Module):
-    """bn1–ReLU–conv1–bn2–ReLU–conv2 plus the shortcut: x, or a 1 × 1 convolution of it activated. `width`: filters of conv1."""
+    """bn1–ReLU–conv1–bn2–ReLU–conv2 plus a shortcut: x, or a 1 × 1 convolution of ReLU(bn1(x)). `width`: filters of conv1."""
 
     def __init__(self, inputs: int, planes: int, stride: int, width: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class NetworkBlock(nn.Module):
 class WideResNet(nn.Module):
     """Three stages of (depth − 4) / 6 blocks with 16k, 32k and 64k planes, global average pooling, one linear layer.
 
-    `widths`: filters of conv1 in every block in order (18 for WRN-40-4), the block's planes where None.
+    `widths`: filters of conv1 in every block, in order (18 for WRN-40-4); None for the block's planes.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ CPU_BATCH = 64
 
 
 def batch_size(model: nn.Module, device: torch.device) -> int:
-    """Inputs a batch: 1000, or, for convolutions on a CPU, as many images as leave the activations in its cache."""
+    """How many inputs a batch has: 1000; fewer for convolutions on a CPU, so that the activations fit its cache."""
     small = device.type == "cpu" and any(isinstance(m, CONVS) for m in model.modules())
     return CPU_BATCH if small else 1000
 
@@ -28,7 +28,7 @@ def count_correct(
 ) -> tuple[int, int]:
     """(correct, total) of `model` on batches of inputs [B, …] and labels [B], on the network's device.
 
-    number: of batches, for the progress bar, which is silent where nobody watches.
+    number: how many batches there are, for the progress bar. The bar is only shown in a terminal.
     """
     model = fused(model.eval())
     correct, total = 0, 0
@@ -43,8 +43,8 @@ def count_correct(
 def fused(model: nn.Module) -> nn.Module:
     """A copy of `model` (in evaluation mode) that computes the same with fewer passes over its activations.
 
-    BatchNorms behind a convolution are folded into it. A network that torch.fx cannot trace, or that has none, is returned
-    as it is.
+    Each BatchNorm directly after a convolution is folded into it. Returns `model` itself if it has no such BatchNorm, or if
+    torch.fx cannot trace it.
     """
     try:
         network = Graph(model)

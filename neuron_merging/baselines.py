@@ -1,8 +1,8 @@
-"""Other people's compensations, to compare with: they keep as many neurons as merging and restoration do.
+"""Other people's methods, to compare with. They keep as many neurons as merging and restoration do.
 
-lbyl: every dropped filter as a ridge combination of all kept ones ("Look before you leap", arXiv 2502.08474).
-fold: filters clustered, each cluster one filter, with a data-free repair of its variance (arXiv 2502.10216).
-re-estimation: BatchNorm statistics measured anew on real images; not data-free.
+lbyl: replaces every dropped filter by a ridge combination of all kept ones ("Look before you leap", arXiv 2502.08474).
+fold: clusters the filters, makes each cluster one filter and repairs its variance without data (arXiv 2502.10216).
+re-estimation: measures the BatchNorm statistics again on real images; not data-free.
 """
 
 import copy
@@ -21,16 +21,16 @@ from neuron_merging.graph.tracing import NORMS, Unit
 from neuron_merging.network import read, rebuild
 
 LBYL_RIDGE = 1e-2  # λ₁ and λ₂
-ENTRIES = 2**24  # numbers in the matrices that are solved at once, at most: 128 MB
+ENTRIES = 2**24  # the most numbers in the matrices that are solved at once: 128 MB
 
 
 def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
-    """Z [P, N] of the least-squares combination of kept filters, with terms for what BatchNorm makes of it.
+    """Z [P, N]: every dropped filter as a least-squares combination of the kept ones, with terms for the BatchNorm.
 
     For filter p with X = W[keep]ᵀ, y = w_p and g = γ_p/σ_p:
         α = (XᵀX + λ₁ g² a aᵀ + λ₂ diag(k²))⁻¹ (Xᵀy + λ₁ g (g μ_p − β_p) a)
     with a_j = μ_j − σ_j β_j / γ_j and k_j = (γ_p/γ_j)(σ_j/σ_p), and Z[:, p] = k ∘ α. Without BatchNorm a = 0, k = 1.
-    Kept filters with γ_j = 0 are left out of the combination; λ₂ k² is kept a little above 0.
+    Kept filters with γ_j = 0 are left out of the combination. λ₂ k² is never quite 0, so that the matrix can be inverted.
     """
     W, N = neurons.W, len(neurons.W)
     drop = dropped(W, keep)
@@ -61,11 +61,11 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
 
 
 def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: int = 0) -> nn.Module:
-    """A smaller copy of `model`: the neurons of every unit in `widths[i]` clusters, each replaced by its centroid.
+    """A smaller copy of `model`: the neurons of unit i form `widths[i]` clusters, and a centroid replaces each cluster.
 
-    All members of a cluster are made equal to it, then one stands in for the others, which is exact. With BatchNorm the
-    filters are compared and averaged as it scales them, and the centroid's variance is brought back to that of its members
-    by N_c / √(N_c + (N_c² − N_c) c̄) with c̄ their mean cosine.
+    First all members of a cluster are set to its centroid. Then one member stands in for the others, which is exact.
+    With BatchNorm, filters are scaled by it before they are compared and averaged. Averaging makes the variance smaller, so
+    the centroid is multiplied by N_c / √(N_c + (N_c² − N_c) c̄), with c̄ the mean cosine of its N_c members.
     """
     clustered, parts = copy.deepcopy(model), []
     for unit, P in zip(units, widths):
@@ -86,20 +86,20 @@ def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: i
         if bn is None and layer.bias is not None:
             mean, bias = mean[:, :-1], mean[:, -1]
         else:
-            bias = W.new_zeros(len(W))  # a BatchNorm has taken it in
+            bias = W.new_zeros(len(W))  # it is part of the BatchNorm's mean
         _fill(layer.weight, mean)
         if layer.bias is not None:
             _fill(layer.bias, bias)
         if bn is not None:
             direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
-            together = (Z @ direction).norm(dim=1)  # its square is the sum of all cosines of a cluster
-            gamma = torch.where(together > 1e-9, Z.sum(1) / together, 1)  # 1 for a cluster of zeros
+            length = (Z @ direction).norm(dim=1)  # its square is the sum of all cosines in a cluster
+            gamma = torch.where(length > 1e-9, Z.sum(1) / length, 1)  # 1 for a cluster of zeros
             _replace_norm(clustered.get_submodule(unit.bn), Z.T @ gamma, average @ bn.beta, average @ shift)
     return rebuild(clustered, units, parts)
 
 
 def _scaled(neurons: Neurons) -> tuple[Tensor, Tensor]:
-    """The filters as their BatchNorm scales them, [N, D], and the mean that it takes off them then, [N]."""
+    """The filters scaled by their BatchNorm, [N, D], and the means that it then subtracts, [N]."""
     W, bn = neurons.W, neurons.bn
     if bn is None:
         return W, W.new_zeros(len(W))
@@ -107,17 +107,17 @@ def _scaled(neurons: Neurons) -> tuple[Tensor, Tensor]:
 
 
 def _clusters(neurons: Neurons, P: int, seed: int) -> Tensor:
-    """Which of P clusters every neuron is in: [P, N] of zeros and ones."""
+    """Which of the P clusters each neuron belongs to: [P, N] of zeros and ones."""
     try:
-        from sklearn.cluster import KMeans  # here: it takes long to import, and nothing else needs it
+        from sklearn.cluster import KMeans  # imported here: it takes long, and nothing else needs it
     except ModuleNotFoundError as error:
         raise NeuronMergingError(f"fold: {missing(str(error.name))}") from error
 
     points = effective(neurons)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that some neurons are equal is no surprise
+        warnings.simplefilter("ignore")  # k-means warns of equal neurons
         label = torch.from_numpy(KMeans(P, n_init=3, random_state=seed).fit(points.cpu().numpy()).labels_).long()
-    # Of equal neurons k-means makes fewer clusters than it is asked for.
+    # If neurons are equal, k-means may return fewer clusters than it was asked for.
     for empty in set(range(P)) - set(label.tolist()):
         largest = label.bincount(minlength=P).argmax()
         label[(label == largest).nonzero()[-1]] = empty
@@ -125,14 +125,14 @@ def _clusters(neurons: Neurons, P: int, seed: int) -> Tensor:
 
 
 def averages(Z: Tensor) -> Tensor:
-    """What gives every neuron the mean over its cluster, [N, N], for clusters Z [P, N]."""
+    """The matrix [N, N] that replaces every neuron by the mean of its cluster, for clusters Z [P, N]."""
     return Z.T @ (Z / Z.sum(1, keepdim=True))
 
 
 def folded(neurons: Neurons, keep: Tensor, seed: int = 0) -> Decomposition:
-    """What folding makes of a layer's activations, to first order: every neuron gives the mean over its cluster.
+    """Folding of one layer, to first order: every neuron's activation becomes the mean over its cluster.
 
-    Only the number of the kept neurons matters. For the choice of widths; `fold` itself averages filters.
+    Used for the choice of widths; `fold` itself averages filters. Of `keep` only the length matters.
     """
     N = len(neurons.W)
     return Decomposition(torch.arange(N, device=keep.device), averages(_clusters(neurons, len(keep), seed)))
@@ -153,9 +153,10 @@ def _replace_norm(bn: nn.Module, gamma: Tensor, beta: Tensor, mean: Tensor) -> N
 
 
 def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:
-    """Measure the statistics of every BatchNorm that evaluation uses anew on `images` [B, …]; changes and returns `model`.
+    """Measure the statistics of every BatchNorm again on `images` [B, …]. Changes `model` and returns it.
 
-    Raises NeuronMergingError where the network does not run on the images.
+    A BatchNorm that evaluation never calls keeps its statistics. Raises NeuronMergingError if the network does not run on
+    the images.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS) and module.running_mean is not None]
     before = [{name: value.clone() for name, value in bn._buffers.items()} for bn in norms]
@@ -167,7 +168,7 @@ def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Mo
     what = f"{type(model).__name__} does not run in batches on images of shape {list(images.shape)}"
     with torch.no_grad(), reported_as(what, typed=True):
         for part in images.tensor_split(math.ceil(len(images) / batch_size)):  # no batch of one
-            model(part.clone())  # which it may overwrite
+            model(part.clone())  # the network may overwrite its input
     for bn, momentum, buffers in zip(norms, momenta, before):
         bn.momentum = momentum
         if isinstance(bn, nn.SyncBatchNorm):

@@ -1,4 +1,4 @@
-"""What a smaller network buys: latency, throughput, size and memory beside the original's, measured in one run."""
+"""What a smaller network gains: its latency, throughput, size and memory beside the original's, measured in one run."""
 
 import io
 import math
@@ -13,14 +13,15 @@ from neuron_merging import memory
 from neuron_merging.checkpoint import stored
 from neuron_merging.counting import count_macs, count_parameters
 
-SECONDS = 2.0  # of every measurement, about
+SECONDS = 2.0  # that every measurement takes, about
 REPEATS = 7
 
 
 def compare(networks: dict[str, nn.Module], shape: tuple[int, ...], batch: int = 64) -> dict[str, dict[str, Any]]:
-    """By name: latency of one input and throughput of a `batch` (medians of rounds in which the networks take turns), sizes.
+    """By name of each network: its sizes, the latency of one input, the throughput in batches of `batch`, and its memory.
 
-    shape: of one input, without the batch. All run in their own precision, on the device where they lie.
+    Times are medians of several rounds; in each round the networks take turns. shape: of one input, without the batch. Every
+    network runs in its own precision, on its own device.
     """
     measured: dict[str, dict[str, Any]] = {}
     for name, model in networks.items():
@@ -38,8 +39,8 @@ def compare(networks: dict[str, nn.Module], shape: tuple[int, ...], batch: int =
             for name, model in networks.items():
                 seconds[name].append(_time(model, shape, count, runs[name]))
         for name, times in seconds.items():
-            one = statistics.median(times)
-            measured[name][label] = round(1000 * one, 4) if count == 1 else round(count / one, 1)
+            median = statistics.median(times)
+            measured[name][label] = round(1000 * median, 4) if count == 1 else round(count / median, 1)
     for name, model in networks.items():
         parameter = next(model.parameters())
         device = parameter.device
@@ -52,7 +53,7 @@ def compare(networks: dict[str, nn.Module], shape: tuple[int, ...], batch: int =
 
 
 def _runs(model: nn.Module, shape: tuple[int, ...], count: int) -> int:
-    """How many passes make a measurement of `SECONDS` / `REPEATS`."""
+    """How many passes take `SECONDS` / `REPEATS`."""
     _time(model, shape, count, 1)
     return max(1, round(SECONDS / REPEATS / max(_time(model, shape, count, 2), 1e-6)))
 
@@ -73,7 +74,7 @@ def _time(model: nn.Module, shape: tuple[int, ...], count: int, runs: int) -> fl
 
 
 def table(measured: dict[str, dict[str, Any]]) -> str:
-    """For people: a line for every quantity, the second network's as a share of the first's."""
+    """A table for people: a line for every quantity, with the second network's value as a share of the first's."""
     first, second = measured.values()
     lines = [f"{'':<22}{''.join(f'{name:>16}' for name in measured)}   ratio"]
     labels = {
@@ -81,7 +82,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
         "latency_ms": "latency of one, ms", "images_per_second": "inputs a second",
     }  # fmt: skip
     for key, label in labels.items():
-        if first[key] is None:  # not known here
+        if first[key] is None:  # it cannot be measured on this system
             continue
         ratio = f"{second[key] / first[key]:.2f}" if first[key] else ""
         lines.append(f"{label:<22}{first[key]:>16,}{second[key]:>16,}   {ratio}".rstrip())

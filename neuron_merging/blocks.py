@@ -8,7 +8,7 @@ from neuron_merging.graph.tracing import CONVS, Unit, put_module
 
 
 class _Sized(nn.Module):
-    """Stands in the place of a convolution or linear layer; its outputs have the same size."""
+    """Replaces a convolution or linear layer; its outputs have the same spatial size."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class _Sized(nn.Module):
 
 
 class Silence(_Sized):
-    """A layer without neurons. It gives a single channel of zeros, so that what follows can run."""
+    """Replaces a layer that has no neurons left. It gives a single channel of zeros, so that the layers behind it can run."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, …] → [B, 1, …], or [B, …, 1]"""
@@ -35,7 +35,7 @@ class Silence(_Sized):
 
 
 class Constant(_Sized):
-    """The consumer of a layer without neurons: gives `value` [M] at every position."""
+    """Replaces the consumer of a layer that has no neurons left: gives `value` [M] at every position."""
 
     def __init__(self, layer: nn.Module, value: Tensor) -> None:
         super().__init__(layer)
@@ -48,7 +48,7 @@ class Constant(_Sized):
 
 @torch.no_grad()
 def drop(model: nn.Module, unit: Unit) -> None:
-    """Replace a unit's branch, in `model` itself, by the constant that it gives when all its neurons give 0."""
+    """Replace a unit's branch by the constant that it gives when all its neurons are 0. Changes `model`."""
     consumer = model.get_submodule(unit.next)
     value = consumer.weight.new_zeros(len(consumer.weight)) if consumer.bias is None else consumer.bias.detach().clone()
     if unit.next_bn is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints: dicts with at least `state_dict`, as the published ones; read without running anything they contain."""
+"""Checkpoint files: dicts that have at least a `state_dict`, like the published ones. Reading one never runs code in it."""
 
 import argparse
 import hashlib
@@ -21,20 +21,20 @@ from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.files import write_atomically
 from neuron_merging.graph.tracing import CONVS, NORMS, units
 
-KEYS = (  # under which others save a state_dict; where a file has several, the first of these is read
+KEYS = (  # names under which a file may hold its state_dict; if it has several of them, the first in this list is read
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "net_state_dict", "weights", "params",
     "module", "ema", "model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "params_ema", "ema_model",
 )  # fmt: skip
-WRAPPERS = {"module", "_orig_mod"}  # in names, also of parts of a network: of nn.DataParallel and torch.compile
+WRAPPERS = {"module", "_orig_mod"}  # parts of names that nn.DataParallel and torch.compile add, at any depth
 AVERAGED = "n_averaged"  # a count that torch.optim.swa_utils.AveragedModel saves with the weights
-HARMLESS = [  # values that stand beside the weights in many files, and that reading makes without running anything of theirs
+HARMLESS = [  # types of values that many files have beside the weights; making them runs no code of the file
     argparse.Namespace, PosixPath, np.dtype,
     *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")},
 ]  # fmt: skip
-SAFETENSORS, ABOUT = ".safetensors", "neuron_merging"  # the ending, and the key of what else is known
+SAFETENSORS, ABOUT = ".safetensors", "neuron_merging"  # the file's ending; the key of `about` in its metadata
 HALF_ABOVE = 16 * 2**20  # bytes of float32 weights above which a file is stored in half precision
-REMAINS = 1e-6  # of the norm of a layer's weights: what half precision may take from a small neuron
+REMAINS = 1e-6  # the most that half precision may take from a small neuron, as a share of its layer's norm
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,25 @@ class Checkpoint:
 
     @property
     def widths(self) -> list[int] | None:
-        """Kept width of every unit if the file holds a pruned network and says so in sensible numbers."""
+        """Kept width of every unit, if the file holds a pruned network and lists them as whole numbers; else None."""
         widths = self.about.get("widths")
         return widths if isinstance(widths, list) and all(type(width) is int for width in widths) else None
 
     @property
     def made_by(self) -> str | None:
-        """The method that made the network smaller, where the file is ours and says one."""
+        """The method that made the network smaller, if this program wrote the file and names one; else None."""
         kind = self.about.get("type")
         return kind if isinstance(kind, str) and kind != "original" and "command" in self.about else None
 
     def history(self, names: Sequence[str]) -> dict[str, Any]:
-        """Of these names what the file says, in plain values, of how its network was made smaller, where it was."""
+        """How the network was made smaller: what the file says under these `names`. Empty if it was not made smaller."""
         plain = (str, int, float, list, dict)
         about = self.about if self.made_by else {}
         return {name: about[name] for name in names if isinstance(about.get(name), plain)}
 
     @property
     def accuracy(self) -> float | None:
-        """What the file says of its accuracy in %, on its `split` or else the test set, if it says anything sensible."""
+        """The accuracy in % that the file states, on its `split` or else the test set; None if it states no finite number."""
         acc = self.about.get("acc")
         acc = float(acc) if isinstance(acc, Real | Tensor) and torch.as_tensor(acc).numel() == 1 else math.nan
         return acc if math.isfinite(acc) else None
@@ -75,14 +75,14 @@ class Checkpoint:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read `path` with weights_only=True; half-precision weights are cast up to float32.
 
-    The weights are a state_dict, or what is under one of the usual `KEYS`; what stands beside them is `about`.
-    Raises NeuronMergingError for a file that is missing, not a checkpoint, cut short, made of more than tensors and plain
-    values, or holds NaN, Inf or variances below 0.
+    The file is a state_dict itself, or has one under one of `KEYS`; everything else in it becomes `about`.
+    Raises NeuronMergingError for a file that is missing, cut short, not a checkpoint, not made of tensors and plain values
+    alone, or that has NaN, Inf or variances below 0.
     """
     path = Path(path)
     digest = sha256(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch.load has to say of an odd file is said below
+        warnings.simplefilter("ignore")  # instead of torch.load's warnings, an error is raised below
         try:
             loaded = (_read_safetensors if path.suffix == SAFETENSORS else _read)(path)
         except Exception as error:  # a damaged file can raise nearly anything out of the unpickler
@@ -120,9 +120,9 @@ def _unreadable(error: Exception) -> str:
 
 
 def _opened(path: Path, loaded: Any, depth: int = 3) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict in what a file holds, `depth` dicts down at most, and what stands beside it.
+    """The state_dict in a file's content, at most `depth` dicts deep, and everything beside it.
 
-    Raises NeuronMergingError, which names what is there, where there is none.
+    Raises NeuronMergingError that lists what the file holds, if it has no state_dict.
     """
     if _is_state_dict(loaded):  # as `torch.save(model.state_dict(), …)` writes it
         return loaded, {}
@@ -134,15 +134,15 @@ def _opened(path: Path, loaded: Any, depth: int = 3) -> tuple[dict[str, Tensor],
         weights, about = _opened(path, entries[known[0]], depth - 1)
         return weights, {name: value for name, value in entries.items() if name != known[0]} | about
     odd_first = sorted(entries.items(), key=lambda entry: isinstance(entry[1], Tensor))
-    found = ", ".join(f"{str(name)[:40]} ({type(value).__name__})" for name, value in odd_first[:6])
+    listed = ", ".join(f"{str(name)[:40]} ({type(value).__name__})" for name, value in odd_first[:6])
     raise NeuronMergingError(
-        f"{path} holds no state_dict of tensors, alone or under a usual key, but {found or type(loaded).__name__}"
+        f"{path} holds no state_dict of tensors, alone or under a usual key, but {listed or type(loaded).__name__}"
         f"{_and_more(odd_first[5:])}: save the network's state_dict() alone"
     )
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Tensors by name, one at least."""
+    """Whether `value` is a dict from names to tensors, with at least one entry."""
     return (
         isinstance(value, dict)
         and len(value) > 0
@@ -159,7 +159,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Of the file's content, in hexadecimal. Raises NeuronMergingError for a file that cannot be read."""
+    """SHA-256 of the file's content, in hexadecimal. Raises NeuronMergingError for a file that cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -167,9 +167,9 @@ def sha256(path: Path) -> str:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Copy the checkpoint's weights into `model` and return it; every name and shape has to fit (names as of `unwrapped`).
+    """Copy the checkpoint's weights into `model` and return it. All names (as `unwrapped` gives them) and shapes must fit.
 
-    Where the file holds a pruned network, `model` is cut to its shapes (`fit`).
+    If the file holds a pruned network, `model` is first cut to its shapes (`fit`).
     Raises NeuronMergingError that names the first mismatch of each kind.
     """
     weights = unwrapped(checkpoint.state_dict, model.state_dict())
@@ -186,8 +186,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
         problems.append(f"has {unknown[0]}{_and_more(unknown)} that the network does not have")
     if shapes:
         name = shapes[0]
-        found, wanted = list(weights[name].shape), list(expected[name].shape)
-        problems.append(f"{name} is {found} where {wanted} is expected{_and_more(shapes)}")
+        actual, wanted = list(weights[name].shape), list(expected[name].shape)
+        problems.append(f"{name} is {actual} where {wanted} is expected{_and_more(shapes)}")
     if problems:
         raise NeuronMergingError(
             f"{checkpoint.path} does not fit {type(model).__name__}: {'; '.join(problems)};"
@@ -199,10 +199,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
 
 
 def unwrapped(weights: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """`weights` without what a wrapper put into their names, if so more of them are `names` of the network.
+    """`weights` without the parts of their names that a wrapper added, if more of them are then `names` of the network.
 
-    Such as module. (nn.DataParallel), _orig_mod. (torch.compile) and model. or net. (the attribute of a training module): what
-    all names begin with, and `WRAPPERS` anywhere.
+    Examples are module. (nn.DataParallel), _orig_mod. (torch.compile) and model. or net. (an attribute of a training module).
+    Removed are prefixes that all names share, and `WRAPPERS` at any depth.
     """
     candidates = [weights]
     for wrappers in (set(), WRAPPERS):
@@ -215,15 +215,15 @@ def unwrapped(weights: dict[str, Tensor], names: Collection[str]) -> dict[str, T
             if len({path[0] for path in paths.values()}) > 1:
                 break
             paths = {name: path[1:] for name, path in paths.items()}
-    return max(candidates, key=lambda renamed: sum(name in names for name in renamed))  # of equals the first
+    return max(candidates, key=lambda renamed: sum(name in names for name in renamed))  # the first of several best ones
 
 
 def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """Cut the layers of `model` (whose own weights do not matter) to the shapes that they have in `weights`; returns it.
+    """Cut the layers of `model` to the shapes that they have in `weights`, and return it. Its own weights do not matter.
 
-    So a smaller network can be read into the code of the original one, whoever wrote it. A bias, or a BatchNorm's factor,
-    that only the file has is made; a block that the file has as a constant is left out. What still does not fit is for
-    `load_weights` to say.
+    So a smaller network can be loaded into the code of the original one, whatever program wrote the file. A bias, or a
+    BatchNorm's factor, that only the file has is added. A block that the file has as a constant is left out. `fit` does not
+    complain of other differences; `load_weights` does.
     """
     weights = unwrapped(weights, model.state_dict())
     if any(name.endswith(".value") for name in weights):
@@ -249,7 +249,7 @@ def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def _resize(module: nn.Module, shape: torch.Size) -> None:
-    """Give a layer the weights' `shape`, or a BatchNorm the number of its channels."""
+    """Give a layer weights of `shape`, or a BatchNorm that number of channels."""
     for kind, tensors in (("_parameters", module._parameters), ("_buffers", module._buffers)):
         for name, tensor in tensors.items():
             if tensor is not None and tensor.ndim:
@@ -268,9 +268,10 @@ def _resize(module: nn.Module, shape: torch.Size) -> None:
 def stored(model: nn.Module, half_above: float | None = None) -> dict[str, Tensor]:
     """The weights as a checkpoint file holds them, on the CPU.
 
-    Of a model above `half_above` bytes (`HALF_ABOVE`) tensors of two dimensions and more, as the weights of convolutions and
-    linear layers are, are rounded to half precision where every neuron stays what it was to a thousandth, or to `REMAINS` of
-    the layer's norm, as weight decay leaves dead ones; BatchNorm, whose variances leave that range easily, stays float32.
+    If the model has more than `half_above` bytes (None: `HALF_ABOVE`), the weights of convolutions and linear layers are
+    rounded to half precision. A layer stays in float32 if a neuron would change by more than a thousandth of its norm; for
+    the tiny neurons that weight decay leaves, `REMAINS` of the layer's norm is allowed. BatchNorm stays in float32, as
+    its variances can be outside of the range of half precision.
     """
     weights = {name: w.detach().cpu() for name, w in model.state_dict().items()}
     if sum(w.nbytes for w in weights.values()) <= (HALF_ABOVE if half_above is None else half_above):
@@ -289,10 +290,9 @@ def _and_more(names: Sequence[Any]) -> str:
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, half_above: float | None = None, **about: Any) -> None:
-    """Write `model` and what is known `about` it (plain numbers, strings, lists), whole or not at all.
+    """Write `model` and what is known `about` it (plain numbers, strings, lists). A file is written whole or not at all.
 
-    As safetensors where that is the file's ending, with what is known in its metadata. Above `half_above` bytes in half
-    precision where that holds them: see `stored`.
+    A file that ends in .safetensors has `about` in its metadata. half_above: see `stored`.
     """
     weights, path = stored(model, half_above), Path(path)
     if path.suffix == SAFETENSORS:

@@ -1,4 +1,4 @@
-"""What a network has to be before anything is made of it: complete, finite, copyable, and able to run on its input."""
+"""Checks of a network before it is made smaller: it must be complete, finite, copyable, and able to run on its input."""
 
 import contextlib
 import copy
@@ -19,21 +19,30 @@ from neuron_merging.graph.streams import Stream
 from neuron_merging.graph.tracing import CONVS, NORMS, WRAPPERS, Unit, check_wrapper
 from neuron_merging.network import check_finite
 
-SIDES = (32, 224)  # of images that a network is tried on where nobody says which it takes
-INSIDE = WRAPPERS | {"AveragedModel": "its .module"}  # by class of a wrapper, what of it can be traced
-OPAQUE = ("OptimizedModule", "RecursiveScriptModule", "TopLevelTracedModule")  # nor as a part of a network
+SIDES = (32, 224)  # sides of the images that a network is tried on if no input is given
+INSIDE = WRAPPERS | {"AveragedModel": "its .module"}  # by class of a wrapper: where the network that can be traced is
+OPAQUE = ("OptimizedModule", "RecursiveScriptModule", "TopLevelTracedModule")  # cannot even be a part of a network
+
+
+def check_module(model: Any) -> None:
+    """Raises NeuronMergingError if `model` is no network, for example a state_dict."""
+    if not isinstance(model, nn.Module):
+        raise NeuronMergingError(f"model is of type {type(model).__name__}: give the network, a torch.nn.Module")
 
 
 def check_sizes(model: nn.Module) -> None:
-    """Raises NeuronMergingError where a layer has no size yet, since it has not seen an input."""
+    """Raises NeuronMergingError for a lazy layer, which has no size before its first input."""
     for name, module in model.named_modules():
         if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
             raise NeuronMergingError(f"{name} ({type(module).__name__}) has no size yet: run the network once")
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises NeuronMergingError where a parameter or a running statistic is NaN or infinite (or a variance below 0), or
-    there is none yet, or the network, or a part that cannot even be run while it is traced, is wrapped in something else.
+    """Raises NeuronMergingError for weights or wrappers that cannot be worked with:
+
+    - a parameter or running statistic that is NaN or infinite, or a variance below 0,
+    - a layer that has no size or no weights yet,
+    - a network, or a part of one, inside a wrapper that torch.fx cannot trace.
     """
     check_wrapper(model)
     for name, module in model.named_modules():
@@ -57,8 +66,9 @@ def check_weights(model: nn.Module) -> None:
 
 
 def check_copies(model: nn.Module, shape: tuple[int, ...] | None = None) -> None:
-    """Raises NeuronMergingError where a network cannot be copied, and names the tensor that stands in the way, if it is one;
-    or where, on inputs of this shape, a copy gives something else than the network does.
+    """Raises NeuronMergingError if a network cannot be copied; names the tensor that prevents it, if it is one.
+
+    With a `shape`, also raises it if a copy gives other outputs than the network on an input of that shape.
     """
     try:
         with reported_as(f"{type(model).__name__} cannot be copied", typed=True):
@@ -68,27 +78,27 @@ def check_copies(model: nn.Module, shape: tuple[int, ...] | None = None) -> None
             for attribute, value in (vars(module) | module._buffers).items():
                 if isinstance(value, Tensor) and not value.is_leaf:
                     raise NeuronMergingError(
-                        f"{f'{name}.'.lstrip('.')}{attribute} cannot be copied, being computed from what is learned: detach"
-                        " it, or remove what torch.nn.utils.prune or weight_norm left"
+                        f"{f'{name}.'.lstrip('.')}{attribute} cannot be copied, as it is not a leaf tensor: detach it, or"
+                        " remove the masks of torch.nn.utils.prune and weight_norm"
                     ) from error
         raise
     off = 0.0 if shape is None else _difference(model, copied, shape)
     if off > 0.01:
         raise NeuronMergingError(
             f"a copy of {type(model).__name__} (copy.deepcopy) gives other outputs than the network, off by {off:.1%}:"
-            " a hook or something else of it is not copied"
+            " copy.deepcopy does not copy a hook or another part of it"
         )
 
 
 @torch.no_grad()
 def _difference(model: nn.Module, copied: nn.Module, shape: tuple[int, ...]) -> float:
-    """How far the outputs of two networks in evaluation are apart on one input; 0 where there are none that can be compared."""
+    """How far the outputs of two networks differ on one input, in evaluation mode; 0 if they cannot be compared."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(1, *shape, generator=random, dtype=torch.float32, device="cpu")
     with contextlib.suppress(Exception), _as_before(model):  # whether it runs is checked elsewhere
         x = x.to(next(model.parameters()).device, dtype(model))
-        wanted, again, found = (_tensors(network.eval()(x.clone())) for network in (model, model, copied))
-        return _off(found, wanted) if _off(again, wanted) <= 0.01 else 0.0
+        first, second, of_copy = (_tensors(network.eval()(x.clone())) for network in (model, model, copied))
+        return _off(of_copy, first) if _off(second, first) <= 0.01 else 0.0  # 0: the network itself is random
     return 0.0
 
 
@@ -97,7 +107,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _off(outputs: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest relative error of outputs; infinite where there are others."""
+    """The largest relative error of any output; infinite if the number or shapes of outputs differ."""
     if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in wanted]:
         return float("inf")
     errors = ((a - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(outputs, wanted))
@@ -106,7 +116,7 @@ def _off(outputs: list[Tensor], wanted: list[Tensor]) -> float:
 
 @contextlib.contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Undo afterwards what a forward pass may leave in a network: modes, attributes, buffers."""
+    """Afterwards, restore what a forward pass may change in a network: modes, attributes, buffers."""
     attributes = {module: dict(vars(module)) for module in model.modules()}
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
@@ -123,16 +133,16 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 
 def take_modes(model: nn.Module, modes: dict[nn.Module, bool]) -> None:
-    """Let every module be in training or evaluation mode again, also one that is another network in each."""
+    """Put every module back into its training or evaluation mode, also a module that changes its parts when it is switched."""
     model.train(not modes[model])
-    for module, mode in modes.items():  # a network comes before its parts
+    for module, mode in modes.items():  # every module comes before its parts
         if module.training != mode:
             module.train(mode)
         module.training = mode
 
 
 def out_of_inference(model: nn.Module) -> nn.Module:
-    """`model`, or a copy of it where it was made under torch.inference_mode: tensors of that cannot be worked with."""
+    """`model`; or a copy if it was made under torch.inference_mode, whose tensors cannot be changed."""
     if not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         return model
     check_copies(model)
@@ -142,9 +152,9 @@ def out_of_inference(model: nn.Module) -> nn.Module:
 
 
 def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | None = None) -> int:
-    """Multiply-accumulates for one input. Raises NeuronMergingError where the network does not run on such a one.
+    """Multiply-accumulates for one input of `shape`. Raises NeuronMergingError if the network does not run on it.
 
-    example: inputs that the shape was read from.
+    example: the tensor of inputs that the shape was read from, if there was one.
     """
     what = f"{type(model).__name__} does not run on an input of shape {list(shape)}"
     try:
@@ -173,19 +183,19 @@ def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
 
 
 def _needed_inputs(model: nn.Module) -> list[str]:
-    """The names of the inputs that a forward pass cannot do without."""
+    """The names of the arguments of `forward` that have no default."""
     parameters = inspect.signature(model.forward).parameters.values()
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.default is p.empty and p.kind not in several]
 
 
 def _first(model: nn.Module) -> nn.Module | None:
-    """The first layer that says something of the inputs."""
+    """The first layer that shows what shape the inputs have."""
     return next((m for m in model.modules() if isinstance(m, (*CONVS, nn.Linear, nn.Embedding))), None)
 
 
 def likely_shape(model: nn.Module) -> tuple[int, ...] | None:
-    """A shape of inputs that a network runs on, by its first layer; None where none is found."""
+    """A shape of inputs that a network runs on, guessed from its first layer; None if no guess runs."""
     first = _first(model)
     if isinstance(first, CONVS):
         shapes = [(first.in_channels, *[side] * len(first.kernel_size)) for side in SIDES]
@@ -196,9 +206,9 @@ def likely_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 @torch.no_grad()
 def check_vectors(model: nn.Module, units: Sequence[Unit | Stream], shape: tuple[int, ...] | None) -> None:
-    """Raises NeuronMergingError where a BatchNorm1d behind a linear layer has inputs [B, L, C]: it normalises L, not C.
+    """Raises NeuronMergingError for a BatchNorm1d that reads [B, L, C] from a linear layer: it normalises L, not C.
 
-    shape: of an input; None where it is not known, which is said too if there is such a BatchNorm.
+    shape: of one input, or None. Also raises the error if there is such a BatchNorm and no shape is known or can be guessed.
     """
 
     def check(layer: str, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -229,7 +239,10 @@ def check_vectors(model: nn.Module, units: Sequence[Unit | Stream], shape: tuple
 
 
 def input_shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) -> tuple[int, ...] | None:
-    """Of one input, without the batch. Raises NeuronMergingError where what is given is no tensor, or no shape."""
+    """The shape of one input, without the batch; None if it is unknown.
+
+    Raises NeuronMergingError if `example_input` is neither a tensor nor a shape, or `images` is no tensor.
+    """
     if images is not None and not isinstance(images, Tensor):
         raise NeuronMergingError(f"images of type {type(images).__name__}: give a tensor of inputs [B, …]")
     if isinstance(example_input, Tensor):

@@ -1,4 +1,4 @@
-"""A network of one's own on the command line: imported, loaded, made smaller, measured, written.
+"""The command `neuron-merging`: imports a network of the user's, makes it smaller, measures it and saves it.
 
 neuron-merging --model torchvision.models:resnet18 --input-size 3,224,224 --model-type restore --pruning-ratio 0.3 --benchmark
 """
@@ -42,9 +42,9 @@ from neuron_merging.loading import build_model, origin, with_weights
 from neuron_merging.shrink import shrink, summarize
 
 Datasets = Callable[[argparse.Namespace, torch.device], Labelled | None]
-"""What opens the data set that --dataset names, if it knows it."""
+"""Opens the data set that --dataset names; gives None for a name that it does not know."""
 
-SAVED = ("type", "criterion", "ratio", "budget", "widths", "input_size")  # of a row, in the file of the network
+SAVED = ("type", "criterion", "ratio", "budget", "widths", "input_size")  # entries of a row that --save writes too
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def parser(prog: str = "neuron-merging") -> Parser:
-    """The flags."""
+    """The parser with all flags of the command."""
     p = Parser(
         prog=prog, description="Make a trained network smaller, without data and without training.", allow_abbrev=False
     )
@@ -68,18 +68,20 @@ def parser(prog: str = "neuron-merging") -> Parser:
         "--model",
         required=True,
         metavar="MODULE:NAME",
-        help="a callable that makes it, such as torchvision.models:resnet18; this imports and runs that code",
+        help="a callable that makes the network, such as torchvision.models:resnet18; this imports and runs that code",
     )
-    network.add_argument("--model-args", metavar="JSON", help="its keyword arguments, such as '{\"num_classes\": 10}'")
+    network.add_argument(
+        "--model-args", metavar="JSON", help="keyword arguments of that callable, such as '{\"num_classes\": 10}'"
+    )
     network.add_argument(
         "--weights",
         metavar="FILE",
-        help="its state_dict, or a file that --save wrote, or the name of torchvision's weights",
+        help="the network's state_dict, or a file that --save wrote, or the name of torchvision's weights",
     )
     network.add_argument("--input-size", type=shape, metavar="C,H,W", help="the shape of one input, such as 3,224,224")
     network.add_argument("--dataset", metavar="imagefolder:DIR", help="labelled images to measure on, with --evaluate")
     network.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the data sets [$NEURON_MERGING_DATA, or data]"
+        "--data", type=Path, metavar="DIR", help="main.py: folder of its data sets [$NEURON_MERGING_DATA, or data]"
     )
     network.add_argument(
         "--evaluate-with",
@@ -91,19 +93,23 @@ def parser(prog: str = "neuron-merging") -> Parser:
             f"--{name}",
             type=numbers,
             metavar="X,…",
-            help=f"{what} of the channels that images, in [0, 1], are normalised with [torchvision's, or the data set's]",
+            help=f"{what} of the channels, for normalising images in [0, 1] [torchvision's, or the data set's]",
         )
-    network.add_argument("--split", default="test", help="images to measure on, of a data set that has several")
+    network.add_argument(
+        "--split", default="test", help="main.py: the part of its data sets to measure on [%(default)s]"
+    )
     method = p.add_argument_group("method")
     add_flags(method, ShrinkConfig)
     method.add_argument(
         "--ratios",
         type=numbers_by_name,
         metavar="NAME=R,…",
-        help="by layer name or glob, others stay whole, instead of --pruning-ratio",
+        help="instead of --pruning-ratio: a share for each layer name or glob; other layers stay whole",
     )
     method.add_argument(
-        "--calibrate", metavar="DIR", help="let restore, prune-bn, merge-bn or the choice look at images of a folder"
+        "--calibrate",
+        metavar="DIR",
+        help="real images for restore, prune-bn, merge-bn and the choice of widths: a folder, or DIR:N for N of them",
     )
     p.set_defaults(compensation=None, criterion="l1-norm", ratio=None, widths="uniform")
     add_result_flags(p.add_argument_group("what to do"))
@@ -112,8 +118,8 @@ def parser(prog: str = "neuron-merging") -> Parser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be said of the command line before anything is made. Raises NeuronMergingError."""
-    silent = args.compensation is None
+    """Raises NeuronMergingError for a command line that makes no sense, before any network is made."""
+    no_method = args.compensation is None
     args.compensation = args.compensation or "original"
     args.widths = "uniform" if args.widths == "published" else args.widths
     args.evaluate = args.evaluate or bool(args.evaluate_with)
@@ -131,11 +137,11 @@ def check(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--model needs --input-size, the shape of one input, such as 3,224,224")
     _check_data(args)
     check_shared(args)
-    warn_of_nothing(args, silent)
+    warn_of_nothing(args, no_method)
 
 
 def _check_data(args: argparse.Namespace) -> None:
-    """What is wrong with the flags of what is measured on. Raises NeuronMergingError."""
+    """Raises NeuronMergingError for flags about the data to measure on that make no sense together."""
     if args.dataset and args.evaluate_with:
         raise NeuronMergingError("--dataset and --evaluate-with both say what to measure on: give one of them")
     if args.evaluate and not (args.dataset or args.evaluate_with):
@@ -159,14 +165,17 @@ def _check_data(args: argparse.Namespace) -> None:
 
 
 def config_of(args: argparse.Namespace) -> ShrinkConfig:
-    """What the flags say of the method; a list of --widths becomes the ratio."""
-    given = not isinstance(args.widths, str)
-    ratio = args.widths if given else args.ratios or (0.5 if args.ratio is None else args.ratio)
-    return ShrinkConfig.from_flags(args, ratio=ratio, widths="uniform" if given else args.widths)
+    """The config that the flags describe; a list of --widths becomes its ratio."""
+    listed = not isinstance(args.widths, str)
+    ratio = args.widths if listed else args.ratios or (0.5 if args.ratio is None else args.ratio)
+    return ShrinkConfig.from_flags(args, ratio=ratio, widths="uniform" if listed else args.widths)
 
 
 def run(args: argparse.Namespace, datasets: Datasets) -> tuple[Row, Callable[[], Row]]:
-    """Do what the checked command line says; the result row, and what makes the rest of it: exports, comparisons."""
+    """Do what the checked command line says. Returns the result row, and a function that exports and compares speeds.
+
+    That function gives the rest of the row.
+    """
     config, device = config_of(args), choose_device("cpu" if args.no_cuda else args.device)
     memory.keep_freed()
     model = build_model(args.model, args.model_args)
@@ -179,9 +188,9 @@ def run(args: argparse.Namespace, datasets: Datasets) -> tuple[Row, Callable[[],
         check_weights(model)
     model = placed(model, device).eval()
     check_copies(model)
-    macs = network_macs(model, args.input_size)  # or a line that says that it does not run
+    macs = network_macs(model, args.input_size)  # raises if the network does not run
     began = args.weights if checkpoint is None else origin(checkpoint)
-    labelled = _labelled(args, began, device, datasets) if args.evaluate else None  # it may not be there
+    labelled = _labelled(args, began, device, datasets) if args.evaluate else None  # now, since it may be missing
     small, row = model, {
         "model": args.model, "weights": args.weights, "checkpoint_sha256": checkpoint and checkpoint.sha256,
         "type": args.compensation, **(checkpoint.history(SAVED) if checkpoint else {}),
@@ -204,13 +213,13 @@ def run(args: argparse.Namespace, datasets: Datasets) -> tuple[Row, Callable[[],
     if args.save:
         known = description(row, SAVED) | ({"weights": began} if began else {})
         save_checkpoint(args.save, small, math.inf, network=args.model, **known)
-    if args.benchmark and small is model:  # the file may hold a smaller network already: this is what it was made from
+    if args.benchmark and small is model:  # the file may hold a smaller network already: compare with the original
         model = build_model(args.model, args.model_args).eval().to(device)
     return row, partial(exports_and_speed, args, model, small, args.input_size)
 
 
 def _images(args: argparse.Namespace, began: str | None) -> Tensor | None:
-    """What --calibrate names. began: torchvision's name for the weights that the network began with."""
+    """The images that --calibrate names. began: torchvision's name for the weights that the network started from."""
     if not args.calibrate:
         return None
     return pictures(args.calibrate, transforms(args.model, began, args.input_size, _scale(args)), args.seed)
@@ -221,8 +230,8 @@ def _scale(args: argparse.Namespace) -> tuple[Sequence[float], Sequence[float]] 
 
 
 def _summary(args: argparse.Namespace, config: ShrinkConfig, model: nn.Module, checkpoint: Checkpoint | None) -> str:
-    given = args.ratio is not None or args.ratios or not isinstance(args.widths, str)
-    thins = given or args.compensation != "original"
+    says_how_much = args.ratio is not None or args.ratios or not isinstance(args.widths, str)
+    thins = says_how_much or args.compensation != "original"
     began = args.weights if checkpoint is None else origin(checkpoint)
     return summarize(
         model.eval(), config.ratio if thins else None, compensation=args.compensation, example_input=args.input_size,
@@ -231,18 +240,18 @@ def _summary(args: argparse.Namespace, config: ShrinkConfig, model: nn.Module, c
 
 
 def _shrunk_row(args: argparse.Namespace, config: ShrinkConfig) -> Row:
-    """The options of a run as a row has them."""
-    given = not isinstance(args.widths, str)
+    """The options of a run, as entries of its row."""
+    listed = not isinstance(args.widths, str)
     names = ("multiple", "drop_blocks", "coupled", "threshold", "lamda", "probe", "probe_samples", "ridge", "seed")
     return {
-        "criterion": config.criterion, "ratio": None if given or config.budget else config.ratio,
-        "widths_rule": "given" if given else config.widths, "budget": shares_text(config.budget), "ignore": list(config.ignore),
-        "calibrate": args.calibrate, **{name: getattr(config, name) for name in names},
+        "criterion": config.criterion, "ratio": None if listed or config.budget else config.ratio,
+        "widths_rule": "given" if listed else config.widths, "budget": shares_text(config.budget),
+        "ignore": list(config.ignore), "calibrate": args.calibrate, **{name: getattr(config, name) for name in names},
     }  # fmt: skip
 
 
 def _labelled(args: argparse.Namespace, began: str | None, device: torch.device, datasets: Datasets) -> Labelled:
-    """What --dataset names. began: torchvision's name for the weights that the network began with."""
+    """The labelled inputs that --dataset or --evaluate-with names. began: as in `_images`."""
     if args.evaluate_with:
         return loader(args.evaluate_with, device)
     name, _, folder = args.dataset.partition(":")
@@ -258,7 +267,7 @@ def _labelled(args: argparse.Namespace, began: str | None, device: torch.device,
 
 
 def _measure(args: argparse.Namespace, networks: dict[str, nn.Module], labelled: Labelled) -> Row:
-    """The accuracy of networks by name. Raises NeuronMergingError where they have other classes than the inputs."""
+    """The accuracies of the networks, as entries of a row. Raises NeuronMergingError if their classes do not fit the labels."""
     counts, where = {}, f"--dataset {args.dataset}" if args.dataset else labelled.named
     with reported_as(f"{args.model} does not fit {where}", typed=True):
         for name, model in networks.items():
@@ -274,7 +283,7 @@ def _measure(args: argparse.Namespace, networks: dict[str, nn.Module], labelled:
 
 @torch.inference_mode()
 def _outputs(model: nn.Module, shape: tuple[int, ...], labelled: Labelled) -> int:
-    """How many classes a network tells apart. Raises NeuronMergingError where the inputs have others."""
+    """How many classes a network tells apart. Raises NeuronMergingError if the data set has another number of them."""
     device = next(model.parameters()).device
     outputs = model.eval()(torch.zeros(1, *shape, dtype=dtype(model), device=device)).shape[1]
     if labelled.classes not in (None, outputs):
@@ -285,7 +294,7 @@ def _outputs(model: nn.Module, shape: tuple[int, ...], labelled: Labelled) -> in
 
 
 def _within(outputs: int, batches: Iterable[tuple[Tensor, Tensor]], named: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches. Raises NeuronMergingError for labels that the network has no output for: none of them could be right."""
+    """The same batches. Raises NeuronMergingError for a label that the network has no output for."""
     for x, labels in batches:
         low, high = map(int, labels.aminmax()) if len(labels) else (0, 0)
         if low < 0 or high >= outputs:
@@ -314,9 +323,9 @@ def for_people(row: Row) -> str:
 def main(
     argv: Sequence[str] | None = None, prog: str = "neuron-merging", datasets: Datasets = lambda args, device: None
 ) -> int:
-    """Run one command line; 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C.
+    """Run one command line. Returns 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C.
 
-    datasets: opens data sets by name, beside folders of images.
+    datasets: opens data sets by name, other than folders of images.
     """
 
     def work() -> int:

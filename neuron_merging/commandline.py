@@ -1,4 +1,4 @@
-"""What both command lines share: the paper's (main.py) and the one for a network of one's own (cli.py)."""
+"""What both command lines share: the paper's (main.py) and `neuron-merging` for the user's own network (cli.py)."""
 
 import argparse
 import json
@@ -27,17 +27,17 @@ Row = dict[str, Any]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in the one line that every other one has."""
+    """argparse, but its complaints are one line, like all other errors here."""
 
     def error(self, message: str) -> NoReturn:
-        """A wrong command line. Raises NeuronMergingError."""
+        """Raises NeuronMergingError for a wrong command line."""
         raise NeuronMergingError(f"{message}; {self.prog} --help lists the options")
 
 
 def add_result_flags(group: argparse._ActionsContainer) -> None:
-    """What to do with a network that was made smaller."""
-    group.add_argument("--evaluate", action="store_true", help="measure on the test set; train nothing")
-    group.add_argument("--save", type=Path, metavar="FILE", help="write the resulting network, reloadable")
+    """Add the flags that say what to do with the smaller network."""
+    group.add_argument("--evaluate", action="store_true", help="measure the accuracy; train nothing")
+    group.add_argument("--save", type=Path, metavar="FILE", help="write the resulting network, to load it again")
     group.add_argument(
         "--summary",
         action="store_true",
@@ -56,19 +56,19 @@ def add_result_flags(group: argparse._ActionsContainer) -> None:
 
 
 def add_machine_flags(group: argparse._ActionsContainer) -> None:
-    """Where to compute."""
+    """Add the flags that say where to compute."""
     group.add_argument(
         "--test-batch-size",
         type=int,
         metavar="B",
-        help="[64 for a folder of images and for convolutions on a CPU, else 1000]",
+        help="images per batch when measuring [64 for a folder of images and for convolutions on a CPU, else 1000]",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
     group.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
 
 
 def check_shared(args: argparse.Namespace) -> None:
-    """What is wrong with flags that both command lines have. Raises NeuronMergingError."""
+    """Raises NeuronMergingError for flags of both command lines that make no sense."""
     if isinstance(args.ratio, float) and not 0 <= args.ratio < 1:
         raise NeuronMergingError(f"--pruning-ratio {args.ratio} is outside [0, 1){meant(args.ratio)}")
     if args.test_batch_size is not None and args.test_batch_size < 1:
@@ -77,7 +77,7 @@ def check_shared(args: argparse.Namespace) -> None:
         raise NeuronMergingError(f"--seed {args.seed} has to be in [0, 2**32)")
     if args.multiple > 1 and not isinstance(args.widths, str):
         raise NeuronMergingError(
-            "--multiple is for widths that a ratio or a budget leaves: a list of --widths is as it is"
+            "--multiple is for widths that a ratio or a budget gives: a list of --widths is taken as it is"
         )
     if args.compensation == "original":
         flags = ("budget", "calibrate", "drop_blocks", *(() if args.summary else ("ratios", "ignore", "coupled")))
@@ -93,7 +93,7 @@ def check_shared(args: argparse.Namespace) -> None:
     if args.export and args.export.suffix not in EXPORTS:
         raise NeuronMergingError(f"--export {args.export}: name a file that ends in {', '.join(EXPORTS)}")
     for name in ONNX if args.export and args.export.suffix == ".onnx" else ():
-        if find_spec(name) is None:  # said before anything is measured
+        if find_spec(name) is None:  # an error now, before anything is measured
             raise NeuronMergingError(f"--export {args.export}: {missing(name)}")
     append = getattr(args, "append", None)
     files = [args.save, append, args.export, None if args.json in (None, "-") else Path(args.json)]
@@ -104,43 +104,46 @@ def check_shared(args: argparse.Namespace) -> None:
         raise NeuronMergingError("--save, --append, --export and --json are to be different files")
 
 
-def warn_of_nothing(args: argparse.Namespace, silent: bool) -> None:
-    """Say that nothing is dropped where a command line says how much, but not by which method."""
-    if silent and not args.summary and (args.ratio is not None or args.widths not in ("published", "uniform")):
+def warn_of_nothing(args: argparse.Namespace, no_method: bool) -> None:
+    """Warn that nothing is dropped if the command line says how much to drop, but not by which method."""
+    if no_method and not args.summary and (args.ratio is not None or args.widths not in ("published", "uniform")):
         print("warning: nothing is dropped: without --model-type a network stays as it is", file=sys.stderr)
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. Raises NeuronMergingError for a device this machine does not have."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """The device of this name; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    Raises NeuronMergingError for a device that this machine does not have.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
-    if name not in there:
-        raise NeuronMergingError(f"unknown --device {name!r}: choose one of {', '.join(there)}")
-    if not there[name]:
+        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if name not in available:
+        raise NeuronMergingError(f"unknown --device {name!r}: choose one of {', '.join(available)}")
+    if not available[name]:
         raise NeuronMergingError(f"--device {name}: PyTorch sees no such device on this machine; use --device cpu")
     return torch.device(name)
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` where it can be decomposed: on `device`, or on the CPU where that has no float64 (MPS)."""
+    """`model` on a device that can decompose it: `device`, or the CPU if that is MPS, which has no float64."""
     return model if device.type == "mps" else model.to(device)
 
 
 def versions() -> dict[str, str]:
-    """The versions that a number can depend on."""
+    """The versions of Python and of the packages that a result can depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "torchvision", "numpy")}}
 
 
 def description(row: Row, names: Sequence[str]) -> Row:
-    """What a file that is saved says of itself: of its row what is known of `names`, and the command that made it."""
+    """What a saved file says of itself: the entries `names` of its row, as far as they are known, and the command."""
     prog = Path(sys.argv[0]).name
     command = shlex.join([*(["python", "main.py"] if prog != "neuron-merging" else [prog]), *sys.argv[1:]])
     return {name: row[name] for name in names if row.get(name) is not None} | {"command": command}
 
 
 def exports_and_speed(args: argparse.Namespace, model: nn.Module, small: nn.Module, shape: tuple[int, ...]) -> Row:
-    """Export the smaller network and compare its speed with `model`'s, where the command line wants it."""
+    """Export the smaller network and compare its speed with `model`'s, if the command line asks for it."""
     results: Row = {}
     if args.export:
         results |= {"export": str(args.export), "export_error": export(small, args.export, shape)}
@@ -151,7 +154,7 @@ def exports_and_speed(args: argparse.Namespace, model: nn.Module, small: nn.Modu
 
 
 def exports_for_people(row: Row) -> list[str]:
-    """Lines about what `exports_and_speed` did."""
+    """The results of `exports_and_speed`, as lines of text."""
     lines = []
     if row.get("export"):
         lines.append(f"exported {row['export']}, outputs off by at most {row['export_error']:.1e}")
@@ -161,12 +164,12 @@ def exports_for_people(row: Row) -> list[str]:
 
 
 def print_result(args: argparse.Namespace, row: Row, text: str) -> None:
-    """Print a row for people, and write it as JSON where the command line wants it."""
+    """Print a row for people, and write it as JSON if the command line asks for it."""
     json_line = json.dumps(row, ensure_ascii=False) + "\n"
     try:
         if args.json not in (None, "-"):
             write_text(Path(args.json), json_line)
-    finally:  # a full disk does not hide what was measured, a closed pipe does not lose it
+    finally:  # print the result even if the disk is full
         print(text, file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     if args.json == "-":
         if sys.stdout is None:
@@ -175,7 +178,7 @@ def print_result(args: argparse.Namespace, row: Row, text: str) -> None:
 
 
 def run_command(work: Callable[[], int], prog: str) -> int:
-    """Run one command line; 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C."""
+    """Run one command line. Returns 0, or 2 after one line on stderr that says what is wrong, or 130 after Ctrl-C."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if sys.stderr is None:  # closed by the caller
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -186,7 +189,7 @@ def run_command(work: Callable[[], int], prog: str) -> int:
 
 
 def measured(run: Callable[[], tuple[Row, Callable[[], Row]]], report: Callable[[Row], None]) -> int:
-    """Run a command and report its row, also where an export or a comparison fails afterwards."""
+    """Run a command and report its row, even if an export or a comparison fails afterwards."""
     row, rest = run()
     try:
         row |= rest()

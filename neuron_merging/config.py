@@ -1,7 +1,7 @@
-"""The options of making a network smaller, written once: `ShrinkConfig`.
+"""All options for making a network smaller, each written once: `ShrinkConfig`.
 
-A field is a keyword argument of `shrink`, a flag of both command lines and a key of a result row. Its metadata has the
-flags, their help and how their text is read; `add_flags` and `from_flags` are the way from a command line to a config.
+A field is a keyword argument of `shrink`, a flag of both command lines and a key of a result row. Its metadata says what the
+flags are called, what their help is and how their text is parsed. `add_flags` and `from_flags` make a config of a command line.
 """
 
 import argparse
@@ -15,22 +15,22 @@ from neuron_merging.errors import NeuronMergingError
 
 Ratio = float | Mapping[str, float] | Sequence[int]  # for all units, by layer name or glob, or the kept widths
 RIDGE = 3e-2  # λ of restoration (ours), for all networks and ratios
-CHOSEN_WIDTHS = ("auto", "quick")  # rules by which widths are chosen (ours, widths/)
+CHOSEN_WIDTHS = ("auto", "quick")  # rules that choose the widths (ours, widths/)
 
 
 def option(default: Any, *flags: str, help: str, row: str | None = None, **how: Any) -> Any:
-    """A field with its flags. row: its key in a result row, where that is not its name; how: of `add_argument`."""
+    """A field with its flags. row: its key in a result row, if not its name. how: arguments for `add_argument`."""
     return field(default=default, metadata={"flags": flags, "help": help, "row": row, "how": how})
 
 
 def changed(config: type, name: str, default: Any) -> Any:
-    """The field `name` of another config with another default."""
-    same = next(f for f in fields(config) if f.name == name)
-    return field(default=default, metadata=same.metadata)
+    """A copy of the field `name` of `config`, with another default."""
+    original = next(f for f in fields(config) if f.name == name)
+    return field(default=default, metadata=original.metadata)
 
 
 def layer_names(text: str) -> tuple[str, ...]:
-    """conv1,layer1.* → the names."""
+    """conv1,layer1.* → a tuple of names, for an `argparse` type."""
     return tuple(text.split(","))
 
 
@@ -57,7 +57,7 @@ def shares_text(budget: Mapping[str, float] | None) -> str | None:
 
 
 def kept_widths(text: str) -> str | tuple[int, ...]:
-    """A rule, or N,N,… → the kept widths, for an `argparse` type."""
+    """N,N,… → a tuple of kept widths; the name of a rule stays as it is. For an `argparse` type."""
     if text in ("published", "uniform", *CHOSEN_WIDTHS):
         return text
     try:
@@ -72,13 +72,17 @@ def kept_widths(text: str) -> str | tuple[int, ...]:
 class ShrinkConfig:
     """How a network is made smaller. Raises NeuronMergingError for values that make no sense.
 
-    ratio: the share of neurons to drop in every unit; by layer name or glob, the others staying whole; or the kept widths.
-    compensation: of methods.METHODS. criterion: of decompose.CRITERIA, or "auto" (widths/). widths: "uniform": as `ratio`
-    says; "auto" or "quick": chosen for no more parameters and MACs than the ratio would leave, or for `budget`, the shares to
-    keep: {"params": 0.5, "macs": 0.4}. multiple: widths are multiples of it, or full. drop_blocks: the choice may leave
-    residual blocks out. coupled: also drop channels that several layers share. ignore: layer names or globs that stay whole.
-    threshold, lamda: t and λ of merging. probe, probe_samples, seed: of the made-up inputs that restoration and the choice
-    look at (synthetic.make). ridge: λ of their regressions.
+    ratio: the share of neurons to drop in every unit; or a dict of shares by layer name or glob, where other layers stay
+    whole; or a list of the kept widths.
+    compensation: a name in methods.METHODS. criterion: a name in decompose.CRITERIA, or "auto" (widths/).
+    widths: "uniform" does what `ratio` says. "auto" and "quick" choose widths with at most the parameters and MACs that the
+    ratio would leave, or within `budget`.
+    budget: the shares to keep, such as {"params": 0.5, "macs": 0.4}.
+    multiple: every width is a multiple of it, or the full width. drop_blocks: the choice may leave residual blocks out.
+    coupled: also drop channels that several layers share. ignore: layer names or globs that stay whole.
+    threshold, lamda: t and λ of merging.
+    probe, probe_samples, seed: kind, number and seed of the made-up inputs of restoration and of the choice (synthetic.make).
+    ridge: λ of their regressions.
     """
 
     ratio: Ratio = option(
@@ -86,8 +90,8 @@ class ShrinkConfig:
     )
     compensation: str = option(
         "restore", "--model-type", row="type", metavar="TYPE",
-        help="original; prune, merge (the published form), merge-derived; restore (ours); lbyl, fold (others');"
-        " prune-bn, merge-bn (BatchNorm measured anew on real images) [%(default)s]",
+        help="original (nothing is dropped); prune, merge (the published form), merge-derived; restore (ours);"
+        " lbyl, fold (of other papers); prune-bn, merge-bn (BatchNorm measured again on real images) [original]",
     )  # fmt: skip
     criterion: str = option(
         "l2-norm", "--criterion",
@@ -95,19 +99,21 @@ class ShrinkConfig:
     )  # fmt: skip
     widths: str | tuple[int, ...] = option(
         "uniform", "--widths", row="widths_rule", type=kept_widths, metavar="W",
-        help="uniform (the ratio in every unit), N,N,… for every unit, published (the paper's list for VGG-16, else uniform),"
-        " auto (ours: chosen for as many parameters and MACs), quick (a cheaper choice) [%(default)s]",
+        help="uniform (the ratio in every unit), N,N,… (a width for each unit), published (the paper's list for VGG-16, else"
+        " uniform), auto (ours: chosen at the same number of parameters and MACs), quick (a cheaper choice) [%(default)s]",
     )  # fmt: skip
     budget: Mapping[str, float] | None = option(
         None, "--budget", type=numbers_by_name, metavar="B",
-        help="auto, quick: shares to keep, params=0.5 or macs=0.4 or both with a comma between [what the ratio leaves]",
+        help="with --widths auto or quick: shares to keep, params=0.5 or macs=0.4 or both with a comma between"
+        " [what the ratio leaves]",
     )  # fmt: skip
     multiple: int = option(
         1, "--multiple", type=int, metavar="N", help="make widths multiples of N, such as 8 [%(default)s]"
     )
     drop_blocks: bool = option(
-        False, "--drop-blocks", action="store_true", help="auto, quick: whole residual blocks may be left out (ours)"
-    )
+        False, "--drop-blocks", action="store_true",
+        help="with --widths auto or quick: whole residual blocks may be left out (ours)",
+    )  # fmt: skip
     coupled: bool = option(
         False, "--coupled", action="store_true",
         help="also drop channels that several layers share, such as residual streams (ours)",
@@ -120,7 +126,7 @@ class ShrinkConfig:
     )
     lamda: float = option(
         0.85, "--lamda", "--lambda", type=float, metavar="L",
-        help="weight of cosine against bias distance [%(default)s]",
+        help="weight of the cosine against the distance of the biases [%(default)s]",
     )  # fmt: skip
     probe: str = option(
         "auto", "--probe",
@@ -129,12 +135,12 @@ class ShrinkConfig:
     )  # fmt: skip
     probe_samples: int | None = option(
         None, "--probe-samples", type=int, metavar="N",
-        help="how many of them [256, or 4096 rows where the first layer is linear]",
+        help="how many made-up inputs [256; if the first layer is linear, enough to give it 4096 rows]",
     )  # fmt: skip
     ridge: float = option(
         RIDGE, "--ridge", type=float, metavar="L", help="ridge λ of restore and of the choice [%(default)s]"
     )
-    seed: int = option(1, "--seed", type=int, help="of training, made-up inputs and fold [%(default)s]")
+    seed: int = option(1, "--seed", type=int, help="random seed of training, made-up inputs and fold [%(default)s]")
 
     def __post_init__(self) -> None:
         for name, value in (("threshold", self.threshold), ("lamda", self.lamda), ("ridge", self.ridge)):
@@ -163,12 +169,12 @@ class ShrinkConfig:
 
     @property
     def chooses(self) -> bool:
-        """Whether widths or neurons are chosen by looking at inputs."""
+        """Whether widths or neurons are chosen with the help of inputs."""
         return self.widths in CHOSEN_WIDTHS or self.criterion == "auto"
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, **others: Any) -> Self:
-        """The config of a parsed command line; `others` stand for what it does not say as the config wants it."""
+        """The config of a parsed command line. `others` replace values that the command line has in another form."""
         values = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
         return cls(**values | others)
 
@@ -176,9 +182,9 @@ class ShrinkConfig:
 def add_flags(
     group: argparse._ActionsContainer, config: type, names: Sequence[str] = (), default: Any = MISSING
 ) -> None:
-    """Add the flags of a config's fields (those named, or all that have some) to a group of a parser.
+    """Add the flags of a config's fields to a group of a parser.
 
-    default: of all of them, instead of each field's own.
+    names: of the fields; all that have flags, if empty. default: for all of them, instead of each field's own.
     """
     for f in fields(config):
         if f.metadata.get("flags") and (not names or f.name in names):

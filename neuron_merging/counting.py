@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-accumulates."""
+"""Counts what a network costs: parameters and multiply-accumulates."""
 
 import contextlib
 import copy
@@ -9,20 +9,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def dtype(model: nn.Module) -> torch.dtype:
-    """In which a network takes its inputs: that of its first parameter of real numbers."""
+    """The dtype of a network's inputs: that of its first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Weights, biases, γ and β; no running statistics."""
+    """The number of parameters: weights, biases, γ and β, but no running statistics."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of convolutions and matrix products for one input of `shape` (without the batch).
 
-    Counted in float32, or in the network's own precision where it insists on that; for whole numbers, as an embedding takes
-    them, where it takes no others.
+    The network is run in float32. If it fails, it is run in its own precision, then on whole numbers, as an embedding takes.
     """
 
     def count(copied: nn.Module, kind: torch.dtype | None = None) -> int:
@@ -42,5 +41,5 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def precise(x: Tensor, precision: torch.dtype) -> Tensor:
-    """Inputs of real numbers in another precision; whole ones, as an embedding takes them, as they are."""
+    """Floating-point inputs in another precision; whole numbers, as an embedding takes them, stay as they are."""
     return x.to(precision) if x.is_floating_point() else x

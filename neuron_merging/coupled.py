@@ -1,4 +1,4 @@
-"""Channels that several layers share (ours): which are kept, what stands in for the others, and how layers are cut to them."""
+"""Channels that several layers share (ours): which are kept, what stands in for the others, and how layers are cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ def choose_channels(model: nn.Module, stream: Stream, P: int, criterion: str) ->
 
 
 def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float, strict: bool = True) -> list[Tensor]:
-    """By reader the matrix Z [P, N] that it absorbs, when every dropped channel has its most similar kept one stand in for it.
+    """For each reader the matrix Z [P, N] that it absorbs: the most similar kept channel stands in for each dropped one.
 
     Similarity: the cosine of the stacked writer weights, each with the BatchNorm behind it, times the lowest similarity along
     any path to a reader (`_way`). Channels that are positive multiples of each other in all of these are merged without loss.
-    What scales channels on the path to a reader scales its Z. Channels less similar than t are pruned.
-    Where a positive scale does not pass: raises NeuronMergingError, or (not strict) merges only (nearly) exact twins.
+    The Z of a reader includes the scales on the path to it. Channels less similar than t are pruned.
+    If a positive scale cannot pass an operation, raises NeuronMergingError, or, not `strict`, merges (nearly) exact twins only.
     """
     if stream.obstacle and strict:
         raise NeuronMergingError(
@@ -59,7 +59,7 @@ def scaling_matrices(model: nn.Module, stream: Stream, keep: Tensor, *, t: float
 def _written(
     model: nn.Module, stream: Stream, writer: str, chain: tuple[Place, ...]
 ) -> tuple[Tensor, tuple[Place, ...]]:
-    """The weights [N, D] with which a layer writes, the BatchNorm right behind it included, and the rest of the chain."""
+    """The weights [N, D] of a writer, with the BatchNorm directly after it folded in, and the rest of its chain."""
     if chain and chain[0].module == stream.norms[writer]:
         part = slice(chain[0].offset, chain[0].offset + stream.width)
         return effective(neurons(model, writer, chain[0].module, part=part)), chain[1:]
@@ -68,10 +68,11 @@ def _written(
 
 @dataclass(frozen=True)
 class _Way:
-    """What followers do to channels.
+    """What the followers on one path do to channels.
 
     gain [N]: the factor of each channel. scale [P, Q]: the factor that turns a kept channel m into the dropped n, 0 where it is
-    not positive along the whole path. alike [P, Q]: 1 where every follower treats n as it treats m, up to a factor.
+    not positive along the whole path. alike [P, Q]: how similarly the followers treat n and m; 1 if it is the same up to a
+    factor.
     """
 
     gain: Tensor
@@ -80,10 +81,10 @@ class _Way:
 
 
 def _way(model: nn.Module, places: Sequence[Place], strength: Tensor, keep: Tensor, drop: Tensor) -> _Way:
-    """What the followers at `places` do to channels that have this strength [N] in front of them.
+    """What the followers at `places` do to channels. strength: the norms [N] of the channels in front of the followers.
 
-    Similarity behind a follower: the cosine of the pairs (strength, constant), since a positive multiple has its constant
-    multiplied too. A depthwise convolution scales by the norm of its filters; their cosine is a factor of the similarity.
+    Similarity behind a follower: the cosine of the pairs (strength, constant), because the constant of a positive multiple is
+    multiplied too. A depthwise convolution scales by the norms of its filters, and multiplies the similarity by their cosine.
     """
 
     def scaled() -> Tensor:
@@ -110,7 +111,7 @@ def _way(model: nn.Module, places: Sequence[Place], strength: Tensor, keep: Tens
 
 
 def _both(cos: Tensor, alike: Tensor) -> Tensor:
-    """The product of two similarities; two negative ones stay negative."""
+    """The product of two similarities; negative if either is, also if both are."""
     return torch.where((cos < 0) & (alike < 0), -cos * alike, cos * alike)
 
 
@@ -121,9 +122,9 @@ def cut_streams(
     t: float | None = None,
     strict: bool = True,
 ) -> None:
-    """Cut the streams of `small`, a copy of `model` whose units may have been cut, to the channels ([P]) that each keeps.
+    """Cut each stream of `small` to the channels [P] that it keeps. `small`: a copy of `model` whose units may be cut already.
 
-    t: the least cosine at which a dropped channel is merged into a kept one; None: prune. strict: of `scaling_matrices`.
+    t: the least cosine for merging a dropped channel into a kept one; None: prune. strict: as in `scaling_matrices`.
     """
     columns: dict[str, list[tuple[int, int, Tensor]]] = {}
     for stream, keep in kept:
@@ -135,7 +136,7 @@ def cut_streams(
             columns.setdefault(reader.module, []).append((reader.offset, reader.channels, Z))
     for name, blocks in columns.items():
         channels = blocks[0][1]
-        for offset, _, Z in sorted(blocks, key=lambda block: -block[0]):  # the last first: the others stay in place
+        for offset, _, Z in sorted(blocks, key=lambda block: -block[0]):  # from the last: earlier offsets stay valid
             absorb_into(small.get_submodule(name), Z, channels, offset)
             channels += len(Z) - Z.shape[1]
     for name, keep in kept_channels(model, kept).items():
@@ -143,15 +144,15 @@ def cut_streams(
 
 
 def kept_channels(model: nn.Module, kept: Sequence[tuple[Stream, Tensor]]) -> dict[str, Tensor]:
-    """By writer and follower the indices of its channels that stay."""
-    stays: dict[str, Tensor] = {}
+    """For each writer and follower, by name, the indices of the channels that it keeps."""
+    masks: dict[str, Tensor] = {}
     for stream, keep in kept:
         for place in (*map(Place, stream.writers), *stream.followers):
             module = model.get_submodule(place.module)
-            mask = stays.setdefault(place.module, torch.ones(_channels(module), dtype=torch.bool, device=keep.device))
+            mask = masks.setdefault(place.module, torch.ones(_channels(module), dtype=torch.bool, device=keep.device))
             mask[place.offset : place.offset + stream.width] = False
             mask[place.offset + keep] = True
-    return {name: mask.nonzero().squeeze(1) for name, mask in stays.items()}
+    return {name: mask.nonzero().squeeze(1) for name, mask in masks.items()}
 
 
 def _channels(module: nn.Module) -> int:

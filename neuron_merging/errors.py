@@ -1,4 +1,4 @@
-"""The one exception that ends in a line for the user instead of a traceback, and how commands end."""
+"""The exception that the user sees as one line instead of a traceback, and the exit codes of commands."""
 
 import contextlib
 import os
@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 EXTRAS = {"sklearn": "baselines", "onnx": "export", "onnxscript": "export", "onnxruntime": "export"}
-"""The extra of pyproject.toml that brings a package which not everybody needs."""
+"""By optional package: the extra of pyproject.toml that installs it."""
 
 
 class NeuronMergingError(Exception):
-    """Something the user can mend: one line that says what is wrong and what to do. `main.py` prints it and exits with 2."""
+    """A mistake that the user can correct: one line says what is wrong and what to do. Commands print it and exit with 2."""
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch or Python could not get the memory that they asked for. PyTorch says so on CPUs in words only."""
+    """Whether PyTorch or Python ran out of memory. On CPUs, PyTorch says so only in the message of a RuntimeError."""
     words = ("out of memory", "allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
@@ -23,7 +23,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def missing(package: str) -> str:
-    """What to say where a package is not installed: of an installed neuron-merging or of a clone."""
+    """The message for a package that is not installed; a clone is told something else than an installed neuron-merging."""
     extra, clone = EXTRAS.get(package), (Path(__file__).parents[1] / "pyproject.toml").exists()
     if extra:
         how = f"pip install -e '.[{extra}]'" if clone else f"pip install 'neuron-merging[{extra}]'"
@@ -33,28 +33,28 @@ def missing(package: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What an exception of other code says, in one line."""
+    """The message of an exception of other code, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
 def reported_as(what: str, typed: bool = False) -> Iterator[None]:
-    """Turn whatever other people's code raises into one line: `what`, and the reason, with the exception's type if `typed`."""
+    """Turn any exception of other people's code into a NeuronMergingError: `what: reason`, with the type if `typed`."""
     try:
         yield
     except NeuronMergingError:
         raise
     except Exception as error:  # it can be anything
-        if out_of_memory(error):  # which is nobody's fault
+        if out_of_memory(error):  # not a mistake in that code
             raise
         kind = f"{type(error).__name__}: " if typed else ""
         raise NeuronMergingError(f"{what}: {kind}{reason(error)}") from error
 
 
 def exit_code(work: Callable[[], int], prefix: str = "") -> int:
-    """The exit code of a command: its own, 2 after one line for what the user can mend, 130 for Ctrl-C, 1 if nobody reads.
+    """Run a command. Returns its exit code, or 2 after one line about an error, 130 for Ctrl-C, 1 if the reader of a pipe left.
 
-    The line goes to stderr, behind `prefix`, whatever is in the message.
+    The line goes to stderr, after `prefix`; a message of several lines is joined.
     """
 
     def complain(message: object) -> None:
@@ -65,7 +65,7 @@ def exit_code(work: Callable[[], int], prefix: str = "") -> int:
     except NeuronMergingError as error:
         complain(error)
         return 2
-    except BrokenPipeError:  # who reads our output has had enough
+    except BrokenPipeError:  # the reader of our output has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A network in a file that runs without this program: ONNX, torch.export (pt2) or TorchScript, checked when it is written."""
+"""Writes a network to a file that runs without this program (ONNX, torch.export or TorchScript), and checks that file."""
 
 import copy
 import io
@@ -15,21 +15,22 @@ from neuron_merging.errors import NeuronMergingError, missing, reason
 from neuron_merging.files import write_atomically
 
 EXPORTS = {".onnx": "ONNX", ".pt2": "torch.export", ".pt": "TorchScript"}  # by the file's ending
-ONNX = ("onnx", "onnxscript", "onnxruntime")  # the packages that it needs
-TOLERANCE = 1e-4  # of the largest output
-CHECKED = (1, 3)  # inputs a batch
+ONNX = ("onnx", "onnxscript", "onnxruntime")  # the packages that an ONNX export needs
+TOLERANCE = 1e-4  # largest error, as a share of the largest output
+CHECKED = (1, 3)  # sizes of the batches that the file is checked with
 Run = Callable[[Tensor], Any]
 
 
-def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
-    """Write `model` in the format of the ending of `path`, for any batch size; the largest error of the file's outputs.
+def export(model: nn.Module, path: str | Path, shape: tuple[int, ...]) -> float:
+    """Write `model` to `path`, for any batch size, in the format that its ending says. Returns the file's largest error.
 
-    What is written is in float32, whatever the precision of `model`.
+    The file is in float32, whatever the precision of `model`. shape: of one input, without the batch.
 
-    shape: of one input, without the batch. The file is loaded again and run on batches of `CHECKED` inputs; errors are relative
-    to the largest output. Raises NeuronMergingError where a package is missing, the network cannot be exported, or an output is
-    off by more than `TOLERANCE`.
+    Before anything is written, the content is loaded again and run on batches of `CHECKED` inputs; errors are relative to the
+    largest output. Raises NeuronMergingError if a package is missing, the network cannot be exported, or an output is off by
+    more than `TOLERANCE`.
     """
+    path = Path(path)
     if path.suffix not in EXPORTS:
         raise NeuronMergingError(f"{path}: name a file that ends in {', '.join(EXPORTS)}")
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
@@ -38,12 +39,11 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
     example, *batches = (torch.randn(count, *shape, **here) for count in (2, *CHECKED))
     write = {".onnx": _onnx, ".pt2": _pt2, ".pt": _torchscript}[path.suffix]
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of interest to PyTorch's developers
+        warnings.simplefilter("ignore")  # they are for PyTorch's developers
         try:
             content, again = write(model, example)
-            off = (
-                torch.stack([_off(again(x.clone()), model(x.clone())) for x in batches]).max().item()
-            )  # NaN, if any is
+            errors = [_off(again(x.clone()), model(x.clone())) for x in batches]
+            off = torch.stack(errors).max().item()  # NaN, if any error is
         except ModuleNotFoundError as error:
             raise NeuronMergingError(f"{path}: {missing(str(error.name))}") from error
         except Exception as error:  # the exporters run the user's code and raise whatever it does
@@ -57,7 +57,7 @@ def export(model: nn.Module, path: Path, shape: tuple[int, ...]) -> float:
 
 
 def _off(outputs: Any, wanted: Any) -> Tensor:
-    """The largest error of any output tensor, relative to the largest value of that one; NaN where an output is."""
+    """The largest error of any output tensor, relative to the largest value in that tensor; NaN if an output is NaN."""
     outputs, wanted = (
         [x.to(torch.complex128) for x in tree_leaves(output) if isinstance(x, Tensor)] for output in (outputs, wanted)
     )
@@ -65,7 +65,8 @@ def _off(outputs: Any, wanted: Any) -> Tensor:
     return torch.stack([(f - w).abs().max() / w.abs().max().clamp(min=1e-12) for f, w in pairs]).max()
 
 
-# Each writes to memory (torch.jit.save ends the process where a disk is full); the bytes, and what runs them once read again.
+# Each of these returns the file's content, and a function that runs the network loaded from it. They write to memory first,
+# because torch.jit.save ends the process if the disk is full.
 
 
 def _onnx(model: nn.Module, example: Tensor) -> tuple[bytes, Run]:

@@ -11,7 +11,7 @@ from neuron_merging.errors import NeuronMergingError, reason
 
 
 def check_writable(path: Path) -> None:
-    """Raise NeuronMergingError where `path` could not be written later: asked before the work, not after it; leaves nothing."""
+    """Raise NeuronMergingError if `path` cannot be written. Called before long work; leaves no file behind."""
     try:
         path = _regular(path)
         folder = next(parent for parent in path.parents if parent.exists())
@@ -22,9 +22,9 @@ def check_writable(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write `path` under another name in its folder, then rename it: a reader sees the old or the new file, nothing between.
+    """Write `path` under another name in its folder, then rename it: a reader sees the old file or the new one, never a part.
 
-    Raises NeuronMergingError where the folder or the disk does not allow it.
+    Raises NeuronMergingError if the folder or the disk does not allow it.
     """
     try:
         path = _regular(path)
@@ -49,15 +49,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_partials(path: Path) -> None:
-    """Remove what killed writers of `path` have left behind. For a process that is alone in writing it."""
+    """Remove the files that killed writers of `path` have left behind. Only call it if no other process writes `path`."""
     path = path.resolve()
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if partial.name.count(".") == path.name.count(".") + 3:  # else it is that of a longer name
+        if partial.name.count(".") == path.name.count(".") + 3:  # else it belongs to a file with a longer name
             partial.unlink(missing_ok=True)
 
 
 def _regular(path: Path) -> Path:
-    """The file that `path` is or leads to, which exists or can be made. Renaming onto a device or pipe would destroy it."""
+    """The file that `path` is or links to, whether it exists yet or not.
+
+    Raises NeuronMergingError for a folder, and for a device or pipe, which a renamed file would replace.
+    """
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
         what = "a folder: name a file in it" if path.is_dir() else "no regular file: name another one"
@@ -66,8 +69,8 @@ def _regular(path: Path) -> Path:
 
 
 def cannot_write(path: Path, error: Exception) -> NeuronMergingError:
-    """What to say where a file could not be written."""
-    while not isinstance(error, OSError) and error.__context__ is not None:  # torch.save wraps it in words of its own
+    """The error to raise if a file could not be written."""
+    while not isinstance(error, OSError) and error.__context__ is not None:  # torch.save wraps the system's error
         error = error.__context__
     why = getattr(error, "strerror", None) or reason(error)
     return NeuronMergingError(f"cannot write {path}: {why}; check the folder's permission and the space left")

@@ -1,4 +1,4 @@
-"""Labelled inputs: of folders of images, whose names are the labels, or of a loader of one's own."""
+"""Labelled inputs to measure on: from folders of images, one folder for each class, or from the user's own loader."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -21,8 +21,8 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 class Labelled:
     """Labelled inputs to measure a network on.
 
-    batches: gives them anew at every call, (inputs [B, …], labels [B]). number: of batches; classes: how many, `named` for
-    people; None where that is not known. about: what a result row says of them.
+    batches: a function whose every call gives all batches (inputs [B, …], labels [B]) from the start. number: how many batches;
+    classes: how many classes; both None if not known. named: what to call the data in messages. about: entries for the row.
     """
 
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -35,9 +35,9 @@ class Labelled:
 def image_folder(
     folder: str, transform: Callable[[Any], Tensor], device: torch.device, batch_size: int | None
 ) -> Labelled:
-    """The images of `folder`, a folder for each class, which come in the order of the network's outputs.
+    """The images of `folder`, which has one folder for each class. In alphabetical order they are the network's outputs.
 
-    Raises NeuronMergingError where there are none, or (while they are read) one is no image.
+    Raises NeuronMergingError if there are none, or, while they are read, for a file that is no image.
     """
     from torchvision.datasets import ImageFolder
 
@@ -58,23 +58,23 @@ def image_folder(
 
 
 def loader(spec: str, device: torch.device) -> Labelled:
-    """What the callable that `spec` names gives: batches (inputs [B, …], labels [B]), as a DataLoader of one's own does.
+    """The batches (inputs [B, …], labels [B]) of the user's own loader: of what the callable that `spec` names returns.
 
-    Raises NeuronMergingError where it is not there, or (while they are read) gives something else.
+    Raises NeuronMergingError if there is no such callable, or, while the batches are read, if they are something else.
     """
     what = f"--evaluate-with {spec}"
 
-    def given() -> Iterable[Any]:
-        found = called("--evaluate-with", spec, "mine:test_loader")
-        if not isinstance(found, Iterable):
-            raise NeuronMergingError(f"{what} gives {type(found).__name__}: let it give batches (inputs, labels)")
-        return found
+    def user_loader() -> Iterable[Any]:
+        loaded = called("--evaluate-with", spec, "mine:test_loader")
+        if not isinstance(loaded, Iterable):
+            raise NeuronMergingError(f"{what} gives {type(loaded).__name__}: let it give batches (inputs, labels)")
+        return loaded
 
-    first = [given()]  # what is wrong with it is said before a network is made smaller
+    first = [user_loader()]  # called now, so that its errors come before a network is made smaller
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         with reported_as(what, typed=True):
-            for batch in first.pop() if first else given():  # which may be read only once
+            for batch in first.pop() if first else user_loader():  # a loader may be readable only once
                 yield _labelled_batch(what, batch, device)
 
     number = len(first[0]) if isinstance(first[0], Sized) else None
@@ -98,10 +98,11 @@ def _labelled_batch(what: str, batch: Any, device: torch.device) -> tuple[Tensor
 def transforms(
     spec: str, weights: str | None, shape: tuple[int, ...], scale: tuple[Sequence[float], Sequence[float]] | None = None
 ) -> Callable[[Any], Tensor]:
-    """How an image becomes an input: as torchvision's `weights` say, or else its default weights of the model `spec`.
+    """A function from an image to an input: that of torchvision's `weights`, or else of its default weights of model `spec`.
 
-    Where there are none, or they are for inputs of another size: the shorter side to the input's, the centre, ImageNet's mean
-    and standard deviation. scale: a mean and a standard deviation for every channel, instead of those.
+    If there are no such weights, or they are for another size: resize the shorter side, cut out the centre, normalise with the
+    mean and standard deviation of ImageNet (other than 3 channels: 0.5 each).
+    scale: a mean and a standard deviation for every channel, to normalise with instead.
     """
     from torchvision import transforms as T
 
@@ -109,10 +110,10 @@ def transforms(
         raise NeuronMergingError(f"images are channels, height, width: --input-size {','.join(map(str, shape))} is not")
     known = torchvision_weights(spec)
     entry = known.get(weights) or known.get("DEFAULT")
-    theirs = entry and entry.transforms()
-    if theirs and [*getattr(theirs, "crop_size", [])] * 2 == [*shape[1:]]:
-        theirs.mean, theirs.std = map(list, scale or (theirs.mean, theirs.std))
-        return theirs
+    preset = entry and entry.transforms()
+    if preset and [*getattr(preset, "crop_size", [])] * 2 == [*shape[1:]]:
+        preset.mean, preset.std = map(list, scale or (preset.mean, preset.std))
+        return preset
     scale = scale or (IMAGENET if shape[0] == 3 else ((0.5,), (0.5,)))
     gray = [T.Grayscale()] if shape[0] == 1 else []
     return T.Compose(
@@ -121,7 +122,7 @@ def transforms(
 
 
 def counted(text: str) -> tuple[str, int | None]:
-    """SOURCE:N → the source and the number, None where there is none. Raises NeuronMergingError for less than two images."""
+    """SOURCE:N → the source and the number; SOURCE → the source and None. Raises NeuronMergingError if N is below 2."""
     source, _, number = text.rpartition(":")
     if not source or not number.isdigit():
         return text, None
@@ -130,22 +131,22 @@ def counted(text: str) -> tuple[str, int | None]:
     return source, int(number)
 
 
-def drawn(text: str, there: int, number: int | None, seed: int) -> Tensor:
-    """Indices of `number` images (all, if None) of those that are there, by lot. Raises NeuronMergingError for too few."""
-    if number is not None and number > there:
-        raise NeuronMergingError(f"--calibrate {text}: there are only {there} images")
-    return torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:number]
+def drawn(text: str, available: int, number: int | None, seed: int) -> Tensor:
+    """Random indices of `number` (None: all) of the `available` images. Raises NeuronMergingError if there are too few."""
+    if number is not None and number > available:
+        raise NeuronMergingError(f"--calibrate {text}: there are only {available} images")
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:number]
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Every image file below `folder`, none where there is no folder."""
+    """All image files below `folder`; none if there is no such folder."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) if folder.is_dir() else []
 
 
 def readable(images: Iterable[T], what: str, files: Iterable[str | Path]) -> Iterator[T]:
-    """`images`, read from `files`; where that fails, a NeuronMergingError that names the first file that is no image."""
+    """Pass on `images`, which are read from `files`. If that fails, raises NeuronMergingError that names the bad file."""
     from torchvision.datasets.folder import default_loader
 
     images = iter(images)
@@ -163,9 +164,9 @@ def readable(images: Iterable[T], what: str, files: Iterable[str | Path]) -> Ite
 
 
 def pictures(text: str, transform: Callable[[Any], Tensor], seed: int) -> Tensor:
-    """Images of a folder, "DIR" or, N of them by lot, "DIR:N", each as `transform` makes it of a PIL image: [N, …].
+    """The images of a folder, each as `transform` makes it of a PIL image: [N, …]. text: "DIR", or "DIR:N" for N random ones.
 
-    Raises NeuronMergingError where there are fewer, or one cannot be read.
+    Raises NeuronMergingError if there are fewer, or one cannot be read.
     """
     from torchvision.datasets.folder import default_loader
 

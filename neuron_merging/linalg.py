@@ -1,6 +1,6 @@
 """Linear algebra of restoration and the choice of widths (ours): patches, Gram matrices, ridge regression.
 
-Products of many rows are in the dtype of the rows, sums over more than `ROWS` of them and all solutions in float64.
+Products of up to `ROWS` rows are summed in the dtype of the rows. Longer sums, and all solutions, are in float64.
 """
 
 import torch
@@ -10,26 +10,26 @@ from torch import Tensor, nn
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.tracing import CONVS
 
-ENTRIES = 2**27  # numbers in a matrix of patches, at most: 512 MB
-POSITIONS = 128  # output positions that are looked at, for every feature of a patch
+ENTRIES = 2**27  # the most numbers in a matrix of patches: 512 MB
+POSITIONS = 128  # output positions that a fit uses, for every feature of a patch
 
 
 def channel(layer: nn.Module, y: Tensor) -> int:
-    """The dimension of the neurons in y, the output of `layer`."""
+    """Which dimension of y, the output of `layer`, is that of the neurons."""
     return 1 if isinstance(layer, CONVS) else y.ndim - 1
 
 
 def rows(layer: nn.Module, x: Tensor, y: Tensor, positions: int = POSITIONS) -> tuple[Tensor, Tensor]:
-    """The input patches of `layer`, a copy [n, F], and its outputs there, [n, M], at the positions that a fit uses."""
+    """The input patches [n, F] of `layer` (a copy) and its outputs [n, M], both at the positions that a fit uses."""
     chosen = places(layer, y, positions)
     seen = patches(x, layer, chosen) if isinstance(layer, CONVS) else x.flatten(0, -2)[chosen]
     return seen, outputs(layer, y, chosen)
 
 
 def places(layer: nn.Module, y: Tensor, positions: int = POSITIONS) -> Tensor:
-    """The positions [n] of y, the output of `layer`, that a fit uses: all, or always the same random ones of very many."""
+    """The positions [n] of y, the output of `layer`, that a fit uses: all, or a fixed random choice if there are very many."""
     count, features = y.numel() // y.shape[channel(layer, y)], layer.weight[0].numel()
-    most = max(min(positions * features, ENTRIES // features), len(y))  # as many as samples, at least
+    most = max(min(positions * features, ENTRIES // features), len(y))  # at least one for every sample
     chosen = torch.arange(count, device="cpu")
     if count > most:
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")[:most].sort().values
@@ -56,12 +56,12 @@ def patches(x: Tensor, conv: nn.Module, chosen: Tensor) -> Tensor:
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The weights of a layer as `rows` orders what it sees: [M, F]."""
+    """The weights of a layer as a matrix [M, F], its columns in the order of `rows`."""
     return layer.weight.flatten(2).transpose(1, 2).flatten(1) if isinstance(layer, CONVS) else layer.weight
 
 
 def as_weight(W: Tensor, layer: nn.Module) -> Tensor:
-    """[M, F] as the layer has it: the inverse of `matrix`."""
+    """W [M, F] in the shape of the layer's weight: the inverse of `matrix`."""
     shape = layer.weight.shape
     return W.view(len(W), -1, shape[1]).transpose(1, 2).reshape(-1, *shape[1:]) if isinstance(layer, CONVS) else W
 
@@ -74,12 +74,12 @@ def centre(U: Tensor) -> Tensor:
 
 
 def covariance(U: Tensor) -> Tensor:
-    """Of centred columns U [n, F]: [F, F], in float64 but for the products."""
+    """The covariance [F, F] of centred columns U [n, F], summed as in `gram`."""
     return gram(U) / len(U)
 
 
 def cholesky(A: Tensor) -> Tensor:
-    """The factor of A + Λ. Raises NeuronMergingError where rounding leaves nothing that is positive definite."""
+    """The Cholesky factor of A. Raises NeuronMergingError if A is not positive definite after rounding."""
     try:
         return torch.linalg.cholesky(A)
     except torch.linalg.LinAlgError as error:
@@ -91,13 +91,13 @@ def penalty(energy: Tensor, ridge: float) -> Tensor:
     return ridge * energy + 0.1 * ridge * energy.mean() + 1e-10
 
 
-ROWS = 2**14  # whose products are summed in the dtype of the rows; more of them, in float64
-BLOCKS = 6  # of columns in a Gram matrix: of the blocks below the diagonal none is computed
-COLUMNS = 64  # a block has a multiple of as many, and twice as many at least
+ROWS = 2**14  # rows that are summed in their own dtype; such sums are added up in float64
+BLOCKS = 6  # blocks of columns in a Gram matrix; blocks below the diagonal are not computed
+COLUMNS = 64  # the width of a block is a multiple of this, and at least twice this
 
 
 def gram(U: Tensor) -> Tensor:
-    """Uᵀ U of U [n, F]: [F, F] in float64, by blocks of columns on and above the diagonal."""
+    """Uᵀ U [F, F] of U [n, F], in float64. Only blocks on and above the diagonal are computed; the others are copies."""
     features = U.shape[1]
     A = U.new_zeros(features, features, dtype=torch.float64)
     size = max(2 * COLUMNS, -(-features // (BLOCKS * COLUMNS)) * COLUMNS)
@@ -111,9 +111,9 @@ def gram(U: Tensor) -> Tensor:
 
 
 class Ridge:
-    """Ridge regression on the rows of U [n, F], in float64 but for the products over n; any number of targets.
+    """Ridge regression on the rows of U [n, F], for any number of targets. All but the products over n is in float64.
 
-    Subtracts the mean [F] from U itself: without that, float32 products would lose neurons that hardly vary.
+    Changes U: subtracts its mean [F]. Otherwise neurons that hardly vary would be lost in the rounding of float32 products.
     """
 
     def __init__(self, U: Tensor, ridge: float) -> None:
@@ -131,14 +131,15 @@ class Ridge:
         self.factor = cholesky(kernel)
 
     def forget(self) -> "Ridge":
-        """Free the rows, which take most of the memory; later calls have to bring their own."""
+        """Free the rows, which take most of the memory; later calls have to pass rows."""
         self.U = None
         return self
 
     def __call__(self, R: Tensor, U: Tensor | None = None) -> Tensor:
-        """The coefficients [M, F] for the centred targets R [n, M]: to be added to the weights that left them over.
+        """The coefficients [M, F] for the centred targets R [n, M].
 
-        U: other rows to which the targets belong, less the mean; the dual form cannot do with others.
+        If R is what given weights leave over of a target, they are added to those weights. U: other centred rows, to which the
+        targets belong; not for the dual form.
         """
         if self.dual:
             return (self.U.T @ torch.cholesky_solve(R.double(), self.factor) / (len(R) * self.penalty[:, None])).T

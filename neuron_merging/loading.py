@@ -1,4 +1,4 @@
-"""A network of the user's own: made by a callable that is named, with weights from a file or from torchvision."""
+"""Makes the user's own network: calls the callable that a name stands for, and loads weights from a file or torchvision."""
 
 import contextlib
 import importlib
@@ -15,9 +15,9 @@ from neuron_merging.errors import NeuronMergingError, reported_as
 
 
 def build_model(spec: str, arguments: str | None = None) -> nn.Module:
-    """Call what `spec` names, "package.module:callable" (also of the current folder), with JSON keyword arguments.
+    """Call what `spec` names ("package.module:callable") with JSON keyword arguments. The module may be in the current folder.
 
-    Raises NeuronMergingError where that is not there, fails, or gives no module.
+    Raises NeuronMergingError if there is no such callable, it fails, or it returns no module.
     """
     try:
         keywords = json.loads(arguments or "{}")
@@ -35,7 +35,7 @@ def build_model(spec: str, arguments: str | None = None) -> nn.Module:
 
 
 def called(flag: str, spec: str, example: str, **keywords: Any) -> Any:
-    """What the callable that a flag names gives. Raises NeuronMergingError where it is not there or fails."""
+    """The result of the callable that a flag names. Raises NeuronMergingError if there is none, or it fails."""
     module, _, name = spec.partition(":")
     if not _is_spec(spec):
         raise NeuronMergingError(f"{flag} {spec}: give module:callable, such as {_meant(spec) or example}")
@@ -51,16 +51,17 @@ def _is_spec(text: str) -> bool:
 
 
 def _meant(spec: str) -> str | None:
-    """What is likely meant by a file instead of a module (net.py:make), a dot instead of the colon, or a call (net:make())."""
+    """A guess what was meant by a file (net.py:make), a dot instead of the colon (net.make) or a call (net:make())."""
     module, _, name = spec.removesuffix("()").rpartition(":" if ":" in spec else ".")
     meant = f"{module.removesuffix('.py').removeprefix('./').replace('/', '.')}:{name}"
     return meant if _is_spec(meant) else None
 
 
 def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint | None:
-    """Load `weights` into `model`: a file, also of a network that this program made smaller, or torchvision's name for some.
+    """Load `weights` into `model` and return the checkpoint, or None if they came from no file.
 
-    None: the model keeps what it was made with. Raises NeuronMergingError where there are none or they do not fit.
+    weights: a file, which may hold a smaller network; or torchvision's name of some weights; or None to load nothing.
+    Raises NeuronMergingError if there are no such weights or they do not fit.
     """
     if weights is None:
         return None
@@ -73,16 +74,16 @@ def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint
         with (
             reported_as(f"--weights {weights}", typed=True),
             contextlib.redirect_stdout(sys.stderr),
-        ):  # says what it downloads
-            theirs = known[weights].get_state_dict(progress=sys.stderr.isatty())
-        load_weights(model, Checkpoint(path, "", theirs))
+        ):  # torchvision prints what it downloads
+            state_dict = known[weights].get_state_dict(progress=sys.stderr.isatty())
+        load_weights(model, Checkpoint(path, "", state_dict))
         _as_torchvision_made(model, spec, weights)
         return None
     checkpoint = load_checkpoint(path)
     before = [parameter.shape for parameter in model.parameters()]
     fit(model, checkpoint.state_dict)
-    ours = {"network", "widths"} & {*checkpoint.about}
-    if not ours and before != [parameter.shape for parameter in model.parameters()]:
+    is_ours = {"network", "widths"} & {*checkpoint.about}
+    if not is_ours and before != [parameter.shape for parameter in model.parameters()]:
         print(f"warning: {path} has other widths than {spec}: the network was cut to them", file=sys.stderr)
     load_weights(model, checkpoint)
     _as_torchvision_made(model, spec, origin(checkpoint))
@@ -90,13 +91,13 @@ def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint
 
 
 def origin(checkpoint: Checkpoint) -> str | None:
-    """torchvision's name for the weights that a file began with, where it says one."""
+    """torchvision's name for the weights that a file's network started from; None if the file names none."""
     name = checkpoint.about.get("weights")
     return name if isinstance(name, str) else None
 
 
 def torchvision_weights(spec: str) -> dict[str, Any]:
-    """By name the weights that torchvision has for one of its own models."""
+    """All weights, by name, that torchvision has for one of its models; empty for other models."""
     if not spec.startswith("torchvision.models"):
         return {}
     from torchvision.models import get_model_weights
@@ -108,6 +109,9 @@ def torchvision_weights(spec: str) -> dict[str, Any]:
 
 
 def _as_torchvision_made(model: nn.Module, spec: str, weights: str | None) -> None:
-    """GoogLeNet and Inception with torchvision's weights turn their inputs into those that the weights were trained on."""
+    """Set `transform_input` of GoogLeNet and Inception if they have torchvision's weights, as torchvision itself does.
+
+    They then change their inputs to what those weights were trained on.
+    """
     if weights in torchvision_weights(spec) and hasattr(model, "transform_input"):
         model.transform_input = True

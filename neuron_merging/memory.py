@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, in MB (10⁶ bytes); and memory that a command keeps, to be faster."""
+"""Measures the peak memory of a piece of work, in MB (10⁶ bytes); lets a command keep freed memory, which makes it faster."""
 
 import contextlib
 import ctypes
@@ -13,10 +13,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed() -> None:
-    """Let this process keep the memory that it frees. Without glibc it does nothing.
+    """Let this process keep the memory that it frees. Does nothing without glibc.
 
-    By default glibc gives large tensors back to the system, which clears the pages of the next ones again. For commands, not
-    for a library: it changes the whole process.
+    By default glibc gives the memory of large tensors back to the system, which then has to clear it for the next ones. Only
+    commands call this, not the library, because it changes the whole process.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -25,12 +25,12 @@ def keep_freed() -> None:
 
 
 def reset(device: torch.device) -> bool:
-    """Start to measure the peak. False if the system cannot forget an earlier peak, as only Linux and CUDA can."""
+    """Start to measure the peak. Returns False if the system cannot forget an earlier peak; only Linux and CUDA can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back what is free, or using it again would not show
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: give back free memory, else using it again would not count
     try:
         CLEAR.write_text("5")
         return True
@@ -51,6 +51,6 @@ def peak(device: torch.device) -> float:
 
 
 def held(peak_mb: float, device: str) -> str:
-    """What `peak` gave, for people."""
+    """The result of `peak` in words."""
     where = "of PyTorch on the GPU" if device.startswith("cuda") else "of the whole process"
     return f"peak memory {where} {peak_mb:,.0f} MB"

@@ -1,4 +1,4 @@
-"""Every way to make a network smaller, by name: the paper's, ours, and other people's."""
+"""All methods that make a network smaller, by name: the paper's, ours, and those of other papers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,19 +18,20 @@ from neuron_merging.restore import Options, restore
 
 Units = Sequence[Unit | Stream]
 Inputs = Callable[[], Tensor]
-"""Gives the network inputs [B, …] that a method looks at: real ones, or else made-up ones, made when they are asked for."""
+"""A function that returns the inputs [B, …] that a method runs the network on: real ones, or made-up ones, made at the call."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make a network smaller.
+    """A method that makes a network smaller.
 
-    run: a network, its units, the neurons [P] that each keeps, the config, inputs → a smaller network; the given one is left
-    as it is. layerwise: what it makes of one layer by itself, for the choice of widths; None: it has no such form.
-    regresses: it fits layers to what they gave, and the choice of widths reckons with that. local: `layerwise` is all that
-    it does. needs_images: it cannot do without real inputs. looks: it looks at inputs at all. seeded: its result depends on
-    the seed. coupled: it has a form for channels that several layers share. adds_bias: it may leave a bias where there was
-    none.
+    run: (network, its units, the neurons [P] that each keeps, the config, inputs) → a smaller network. Must not change the
+    network. layerwise: the method's form for one layer, for the choice of widths; None if it has none.
+    The other fields are true or false:
+    regresses: it fits layers to their earlier outputs; the choice of widths then does so too.
+    local: it acts on one layer at a time, so `layerwise` is all of it.
+    needs_images: it needs real inputs. looks: it runs the network on inputs, real or made up. seeded: its result depends on the
+    seed. coupled: it has a form for channels that several layers share. adds_bias: it may add a bias to a layer without one.
     """
 
     run: Callable[[nn.Module, Units, Sequence[Tensor], ShrinkConfig, Inputs], nn.Module]
@@ -44,7 +45,7 @@ class Method:
     adds_bias: bool = False
 
     def of_a_layer(self, config: ShrinkConfig) -> Callable[[Neurons, Tensor], Decomposition] | None:
-        """`layerwise` with the config's settings; None for a regression. Raises NeuronMergingError where there is none."""
+        """`layerwise` with the config's settings; None if the method regresses. Raises NeuronMergingError if it has neither."""
         if self.regresses:
             return None
         if self.layerwise is None:
@@ -55,7 +56,7 @@ class Method:
 
 
 def check_units(name: str, units: Units) -> None:
-    """Raises NeuronMergingError where the method `name` has no form for one of the units."""
+    """Raises NeuronMergingError if the method `name` has no form for one of the units."""
     if not METHODS[name].coupled and any(isinstance(unit, Stream) for unit in units):
         raise NeuronMergingError(
             f"{name} has no form for coupled channels: use prune, merge or restore, or leave them whole"
@@ -68,7 +69,7 @@ def check_units(name: str, units: Units) -> None:
 def _compensated(
     name: str, model: nn.Module, units: Units, keep: Sequence[Tensor], config: ShrinkConfig, inputs: Inputs
 ) -> nn.Module:
-    """A compensation of decompose.py, and its like for coupled channels."""
+    """Apply a compensation of decompose.py to the units, and its form for coupled channels to the streams."""
     (alone, kept), coupled = apart(units, keep)
     parts = compensate(model, alone, kept, name, t=config.threshold, lam=config.lamda)
     small = rebuild(model, alone, parts)
@@ -101,7 +102,7 @@ def _folded(model: nn.Module, units: Units, keep: Sequence[Tensor], config: Shri
 def _reestimated(
     name: str, model: nn.Module, units: Units, keep: Sequence[Tensor], config: ShrinkConfig, inputs: Inputs
 ) -> nn.Module:
-    """A compensation of decompose.py, then BatchNorm statistics measured on real inputs."""
+    """Apply a compensation of decompose.py, then measure the BatchNorm statistics again on real inputs."""
     return reestimate(_compensated(name, model, units, keep, config, inputs), inputs())
 
 

@@ -22,14 +22,14 @@ from neuron_merging.decompose import (
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.tracing import CONVS, Unit
 
-ROUNDING = torch.finfo(torch.float32).eps  # of γ, as a share of the largest in its layer
+ROUNDING = torch.finfo(torch.float32).eps  # a γ below this share of the largest in its layer counts as 0
 
 
 def choose(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], criterion: str) -> list[Tensor]:
-    """Indices [P], ascending, of the `widths[i]` neurons of every unit that the criterion keeps.
+    """For every unit the indices [P], ascending, of the P = `widths[i]` neurons that the criterion keeps.
 
-    Raises NeuronMergingError for an unknown criterion, weights that are NaN or infinite, and widths that are not between 1
-    (or 0, in a residual branch) and N.
+    Raises NeuronMergingError for an unknown criterion, weights that are NaN or infinite, and widths outside of 1 to N (0 to N
+    in a residual branch).
     """
     _check_criterion(criterion)
     _check_number(units, widths)
@@ -50,11 +50,11 @@ def compensate(
     t: float = 0.0,
     lam: float = 1.0,
 ) -> list[Decomposition]:
-    """What the kept neurons, `keep` ([P] each), can make of all neurons of every unit. Reads the original weights only.
+    """For every unit, how its kept neurons stand in for the dropped ones. Only reads the original weights.
 
-    t: least cosine similarity for a merge, 0 for none at all (negative ones merge too). lam: the paper's λ. Raises
-    NeuronMergingError for an unknown compensation, weights that are NaN or infinite, and a merge through an activation that
-    a positive scale does not pass.
+    keep: the indices [P] of the kept neurons of each unit. t: the least cosine similarity for a merge; 0 sets no limit, so that
+    negative ones merge too. lam: the paper's λ. Raises NeuronMergingError for an unknown compensation, weights that are NaN or
+    infinite, and a merge through an activation that a positive scale does not pass.
     """
     _check_number(units, keep)
     check_compensation(units, compensation)
@@ -69,15 +69,15 @@ def _compensated(unit: Unit, neurons: Neurons, kept: Tensor, compensation: str, 
 
 
 def order(neurons: Neurons, criterion: str) -> Tensor:
-    """Indices [N], the neurons that the criterion keeps longest first; those that are constant come last."""
+    """Indices [N] of the neurons in the order in which the criterion keeps them; constant neurons come last."""
     scores = CRITERIA[criterion](neurons.W)
     return ranked(scores.where(neurons.constants.isnan(), -1))
 
 
 def with_constants(part: Decomposition, neurons: Neurons) -> Decomposition:
-    """The decomposition in which dropped neurons that are constant become a shift, which the next layer absorbs.
+    """The same decomposition, but dropped neurons that are constant become a shift, which the next layer absorbs.
 
-    Exact but for borders that the next layer pads with zeros, where it sees 0 instead of the constant.
+    This is exact except at borders that the next layer pads with zeros: there it read 0, not the constant.
     """
     dead = dropped(neurons.W, part.keep)
     constants = neurons.constants[dead]
@@ -118,38 +118,38 @@ def _check_criterion(criterion: str) -> None:
         raise NeuronMergingError(f"unknown criterion {criterion!r}: choose one of {', '.join(CRITERIA)}")
 
 
-def _check_number(units: Sequence[Unit], each: Sequence) -> None:
-    if len(each) != len(units):
-        raise NeuronMergingError(f"{len(each)} widths for {len(units)} units")
+def _check_number(units: Sequence[Unit], values: Sequence) -> None:
+    if len(values) != len(units):
+        raise NeuronMergingError(f"{len(values)} widths for {len(units)} units")
 
 
 def check_compensation(units: Sequence[Unit], compensation: str) -> None:
-    """Raises NeuronMergingError for an unknown compensation, or one that does not pass an activation behind some unit."""
+    """Raises NeuronMergingError for an unknown compensation, or a merge that does not pass the activation behind a unit."""
     if compensation not in COMPENSATIONS:
         raise NeuronMergingError(f"unknown compensation {compensation!r}: choose one of {', '.join(COMPENSATIONS)}")
-    bent = next((unit for unit in units if unit.activation), None)
-    if bent is not None and compensation != "prune":
+    blocked = next((unit for unit in units if unit.activation), None)
+    if blocked is not None and compensation != "prune":
         raise NeuronMergingError(
-            f"{bent.layer} goes through {bent.activation}: {compensation} needs an activation that a positive scale"
+            f"{blocked.layer} goes through {blocked.activation}: {compensation} needs an activation that a positive scale"
             " passes, as it does ReLU; use prune or restore"
         )
 
 
 def check_width(layer: str, P: int, N: int, least: int = 1) -> None:
-    """Raises NeuronMergingError where P of N neurons of a layer cannot be kept."""
+    """Raises NeuronMergingError if P is not between `least` and N, the number of neurons in the layer."""
     if not least <= P <= N:
         raise NeuronMergingError(f"{P} of {N} neurons cannot be kept in {layer}: give {least} to {N}")
 
 
 def read(model: nn.Module, unit: Unit) -> Neurons:
-    """The neurons of a unit in float64. Raises NeuronMergingError where a weight is NaN or infinite."""
+    """The neurons of a unit in float64. Raises NeuronMergingError if a weight is NaN or infinite."""
     return neurons(model, unit.layer, unit.bn, unit.relu)
 
 
 def neurons(
     model: nn.Module, name: str, bn: str | None = None, relu: bool = False, part: slice = slice(None)
 ) -> Neurons:
-    """The neurons of the layer `name` with this part of the BatchNorm `bn` behind it, in float64; raises as `read` does."""
+    """The neurons of the layer `name`, in float64. bn: the BatchNorm behind it; part: the channels of it. Raises as `read`."""
     layer = model.get_submodule(name)
     check_finite(name, layer.weight.detach(), *([] if layer.bias is None else [layer.bias.detach()]))
     W = layer.weight.detach().flatten(1).double()
@@ -172,7 +172,8 @@ def check_finite(name: str, *values: Tensor) -> None:
 def batchnorm(bn: nn.Module, part: slice = slice(None)) -> BatchNorm:
     """A BatchNorm's numbers for part of its channels, in float64.
 
-    A γ within float32's rounding of the largest is 0: what weight decay has left of a dead neuron is nothing to divide by.
+    A γ below float32's rounding of the largest counts as 0: weight decay leaves such values in dead neurons, and dividing by
+    them makes no sense.
     """
     mu, var = bn.running_mean[part].double(), bn.running_var[part].double()
     gamma = torch.ones_like(mu) if bn.weight is None else bn.weight.detach()[part].double()
@@ -182,15 +183,15 @@ def batchnorm(bn: nn.Module, part: slice = slice(None)) -> BatchNorm:
 
 
 def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decomposition]) -> nn.Module:
-    """A new, smaller network: every unit keeps its neurons, the next layer absorbs Z and shift. `model` is left as it is.
+    """A new, smaller network: every unit keeps its neurons, and the next layer absorbs Z and shift. `model` is unchanged.
 
-    Raises NeuronMergingError where there is not one decomposition for every unit.
+    Raises NeuronMergingError if there is not one decomposition for every unit.
     """
     if len(parts) != len(units):
         raise NeuronMergingError(f"{len(parts)} decompositions for {len(units)} units")
     thinned = [(unit, part) for unit, part in zip(units, parts) if len(part.keep)]
     replaced = [model.get_submodule(name).weight for unit, _ in thinned for name in (unit.layer, unit.next)]
-    shared = {id(w): nn.Parameter(w.detach(), w.requires_grad) for w in replaced}  # else copied, only to be replaced
+    shared = {id(w): nn.Parameter(w.detach(), w.requires_grad) for w in replaced}  # not copied, but replaced
     small = copy.deepcopy(model, shared)
     for unit, part in thinned:
         for name in filter(None, (unit.layer, unit.bn)):
@@ -204,12 +205,12 @@ def rebuild(model: nn.Module, units: Sequence[Unit], parts: Sequence[Decompositi
 
 
 def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
-    """W_next ← W_next ×₂ Z. The shift goes to what adds a constant."""
+    """W_next ← W_next ×₂ Z. The shift goes into the BatchNorm behind the next layer, or else into that layer's bias."""
     layer, N = model.get_submodule(unit.next), part.Z.shape[1]
     constant = None
     if part.shift is not None:
         W = layer.weight.detach().double().reshape(len(layer.weight), N, -1)
-        constant = W.sum(2) @ part.shift  # [M]; an approximation at borders that are padded with zeros
+        constant = W.sum(2) @ part.shift  # [M]; only approximate at borders that are padded with zeros
     absorb_into(layer, part.Z)
     if constant is None:
         return
@@ -222,9 +223,9 @@ def _absorb(model: nn.Module, unit: Unit, part: Decomposition) -> None:
 
 
 def absorb_into(layer: nn.Module, Z: Tensor, channels: int | None = None, offset: int = 0) -> None:
-    """Let a layer absorb Z [P, N] for the N inputs from `offset` on. channels: all that it reads, where those are more.
+    """Let a layer absorb Z [P, N] for its N inputs from `offset` on. channels: how many inputs it has, if more than N.
 
-    An input is a channel of a convolution, or of a linear layer one number, or, behind a flatten, k consecutive ones.
+    An input is a channel of a convolution, one number of a linear layer, or k consecutive ones behind a flatten.
     """
     N = Z.shape[1]
     M, rest = layer.weight.shape[0], layer.weight.shape[2:]
@@ -239,7 +240,7 @@ def absorb_into(layer: nn.Module, Z: Tensor, channels: int | None = None, offset
 
 
 def cut(module: nn.Module, keep: Tensor) -> None:
-    """Cut a convolution (also a depthwise one), linear layer or BatchNorm down to the kept neurons [P]."""
+    """Cut a convolution (also a depthwise one), linear layer or BatchNorm to the kept neurons [P]. Changes `module`."""
     for name in ("weight", "bias"):
         if getattr(module, name) is not None:
             _set(module, name, getattr(module, name).detach()[keep])
@@ -255,7 +256,7 @@ def cut(module: nn.Module, keep: Tensor) -> None:
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` in the place of a parameter, in the dtype of the module's weight."""
+    """Replace a parameter by `value`, in the dtype of the module's weight."""
     before = getattr(module, name) if getattr(module, name) is not None else module.weight
     parameter = nn.Parameter(value.to(module.weight.dtype).contiguous(), requires_grad=before.requires_grad)
     setattr(module, name, parameter)

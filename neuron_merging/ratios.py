@@ -1,4 +1,4 @@
-"""How many neurons every unit keeps for a ratio, ratios by layer name, or a list of widths."""
+"""From a ratio, ratios by layer name, or a list of widths to the number of neurons that each unit keeps."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -18,21 +18,21 @@ from neuron_merging.network import check_width
 def without(
     model: nn.Module, units: list[Any], left_out: dict[str, str], ignore: Sequence[str]
 ) -> tuple[list[Any], dict[str, str]]:
-    """The units that are not to be ignored, and the others with their reasons. Raises for a name that nothing has."""
+    """The units that are not ignored; and by layer that stays whole, why. Raises NeuronMergingError for an unknown name."""
     if isinstance(ignore, str):
         ignore = [ignore]
     for pattern in ignore:
         if not any(fnmatchcase(name, pattern) for name in (*(n for u in units for n in _layers(model, u)), *left_out)):
             raise NeuronMergingError(f"ignore: no convolution or linear layer is called {pattern}")
     ignored = [u for u in units if any(fnmatchcase(name, pattern) for name in _layers(model, u) for pattern in ignore)]
-    left = [u for u in units if u not in ignored]
-    whole = {name for u in ignored for name in _layers(model, u)} - {name for u in left for name in _layers(model, u)}
+    others = [u for u in units if u not in ignored]
+    whole = {name for u in ignored for name in _layers(model, u)} - {name for u in others for name in _layers(model, u)}
     reason = "it is ignored, or shares channels with a layer that is"
-    return left, left_out | {name: reason for u in ignored for name in _layers(model, u) if name in whole}
+    return others, left_out | {name: reason for u in ignored for name in _layers(model, u) if name in whole}
 
 
 def _layers(model: nn.Module, unit: Unit | Stream | Space) -> tuple[str, ...]:
-    """The layers that a unit, stream or space is made of: those that write it, and depthwise convolutions that follow."""
+    """The layers that a unit, stream or space consists of: those that write it, and the depthwise convolutions that follow."""
     if isinstance(unit, Space):
         return unit.modules
     if isinstance(unit, Unit):
@@ -44,7 +44,7 @@ def _layers(model: nn.Module, unit: Unit | Stream | Space) -> tuple[str, ...]:
 def uniform_widths(
     model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], left_out: dict[str, str], multiple: int
 ) -> list[int]:
-    """Kept widths as the ratio says, multiples of `multiple` or full. Raises NeuronMergingError where they make no sense."""
+    """The kept width of every unit for this ratio, rounded to `multiple`. Raises NeuronMergingError if they make no sense."""
     kept = _kept(model, ratio, units, full, left_out)
     for unit, P, N in zip(units, kept, full):
         check_width(unit.layer, P, N, least=0 if isinstance(unit, Unit) and unit.branch else 1)
@@ -54,7 +54,7 @@ def uniform_widths(
 
 
 def _kept(model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], left_out: dict[str, str]) -> list[int]:
-    """Kept width of every unit. Raises NeuronMergingError for ratios and widths that make no sense, with the layer's name."""
+    """The kept width of every unit before rounding. Raises NeuronMergingError that names a layer whose ratio makes no sense."""
     ratio = ratio.tolist() if hasattr(ratio, "tolist") else ratio  # tensors and arrays
     if isinstance(ratio, Mapping):
         ratios = [0.0] * len(units)
@@ -63,10 +63,10 @@ def _kept(model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], lef
             for i in matching:
                 ratios[i] = _number(value)
             if not matching:
-                out = next((layer for layer in left_out if fnmatchcase(layer, pattern)), None)
+                whole = next((layer for layer in left_out if fnmatchcase(layer, pattern)), None)
                 raise NeuronMergingError(
-                    f"no convolution or linear layer is called {pattern}" if out is None
-                    else f"{out} cannot be pruned: {left_out[out]}"
+                    f"no convolution or linear layer is called {pattern}" if whole is None
+                    else f"{whole} cannot be pruned: {left_out[whole]}"
                 )  # fmt: skip
     elif isinstance(ratio, Sequence) and not isinstance(ratio, str):
         ratio = [_number(width) for width in ratio]
@@ -74,7 +74,7 @@ def _kept(model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], lef
             raise NeuronMergingError(f"{len(ratio)} widths for {len(units)} units: {', '.join(u.layer for u in units)}")
         if any(width % 1 != 0 for width in ratio):  # also NaN
             raise NeuronMergingError(
-                f"{ratio} are no kept widths; ratios go by layer name: {{{units[0].layer!r}: 0.5}}"
+                f"{ratio} are no kept widths; ratios go by layer name: {{{units[0].layer!r}: 0.5, …}}"
             )
         return [int(width) for width in ratio]
     else:
@@ -82,9 +82,9 @@ def _kept(model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], lef
     kept = []
     for unit, n, share in zip(units, full, ratios):
         if not 0 <= share < 1:
-            raise NeuronMergingError(f"ratio {share} of {unit.layer} is outside [0, 1){meant(share)}")
-        alone = n == 1 and not isinstance(ratio, Mapping)  # a single neuron stays, unless it is named
-        kept.append(1 if alone else round(n * (1 - share)))
+            raise NeuronMergingError(f"ratio {share} for layer {unit.layer} is outside [0, 1){meant(share)}")
+        single = n == 1 and not isinstance(ratio, Mapping)  # a single neuron stays, unless its layer is named
+        kept.append(1 if single else round(n * (1 - share)))
         if kept[-1] < 1:
             raise NeuronMergingError(
                 f"ratio {share} leaves no neuron of {n} in {unit.layer}: choose a smaller one, or ignore the layer"
@@ -93,12 +93,12 @@ def _kept(model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], lef
 
 
 def meant(ratio: Real) -> str:
-    """What a ratio outside [0, 1) is likely to be: 50 is half of a hundred."""
-    return f": {float(ratio) / 100:g}?" if 1 < ratio < 100 else ""
+    """A guess what a ratio outside [0, 1) should be, for its message: 50 was likely meant as 50 %."""
+    return f": did you mean {float(ratio) / 100:g}?" if 1 < ratio < 100 else ""
 
 
 def _number(value: object) -> Real:
-    """As Python has it, of a tensor or an array too. Raises NeuronMergingError for what is none."""
+    """A Python number; also from a tensor or array of one. Raises NeuronMergingError for anything else."""
     value = value.item() if hasattr(value, "item") else value
     if not isinstance(value, Real):
         raise NeuronMergingError(f"ratio {value!r} is no number")

@@ -1,6 +1,6 @@
-"""One's own network made smaller in one call: `small, report = shrink(model, 0.5, example_input=x)`.
+"""Make a network smaller in one call: `small, report = shrink(model, 0.5, example_input=x)`.
 
-Without data, without training: see decompose.py for the paper's methods, restore/ and widths/ for ours.
+It needs no data and no training. The paper's methods are in decompose.py, ours in restore/ and widths/.
 """
 
 import time
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from neuron_merging import exported, memory, synthetic
 from neuron_merging.checks import (
     check_copies,
+    check_module,
     check_vectors,
     check_weights,
     input_shape,
@@ -39,19 +40,21 @@ from neuron_merging.widths.curves import HELD_OUT
 from neuron_merging.widths.search import WidthSearch
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
-SUMMARY_SAMPLES = 8  # made-up inputs that show what restoration would leave, but for its numbers
+SUMMARY_SAMPLES = 8  # made-up inputs for a summary: enough to show the sizes that restoration leaves
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a network.
+    """What `shrink` did to a network.
 
-    units, widths, full: the prunable units with their kept and original widths. cosine: by unit the mean over the dropped
-    neurons of their cosine with the most similar kept one (NaN where there is none, or the method keeps no neurons but
-    centroids). left_out: by layer that stays whole, why. params, macs: original and now (macs None where no input is known).
-    seconds_widths: of `seconds`, those of choosing widths or neurons; peak_mb: the most memory held meanwhile, in MB, by the
-    whole process, or on `device`. search: what was measured for that choice; it gives widths for other budgets, and another
-    call takes it as `search`. note: what else there is to know.
+    units, widths, full: the units that can be pruned, with their kept and original widths.
+    cosine: for each unit, the cosine of a dropped neuron with the kept one most like it, mean over the dropped ones. NaN if
+    none is dropped, or if the method keeps centroids instead of neurons.
+    left_out: by layer that stays whole, why. params, macs: before and after; macs is None if no input is known.
+    seconds: of everything; seconds_widths: the part of them that choosing widths or neurons took, None if nothing was chosen.
+    peak_mb: the most memory in use meanwhile, in MB: of the whole process, or, on a GPU, of PyTorch on `device`.
+    search: what was measured for the choice, or None. It gives widths for other budgets; pass it to another call as `search`.
+    note: what else there is to know, or None.
     """
 
     units: list[Unit | Stream | Space]
@@ -85,7 +88,7 @@ class Report:
 
 
 def _sizes(params: tuple[int, int] | None, macs: tuple[int, int] | None) -> list[str]:
-    """Lines for people: parameters and MACs before and after."""
+    """Lines of text: parameters and MACs before and after."""
     lines = []
     for label, size in (("parameters", params), ("MACs", macs)):
         if size is None:
@@ -106,7 +109,7 @@ def _name(unit: Unit | Stream | Space) -> str:
     return f"{unit.layer}{more} -> {len(unit.readers)} layers"
 
 
-@torch.inference_mode(False)  # restoration follows gradients
+@torch.inference_mode(False)  # restoration needs gradients
 @torch.autocast("cuda", enabled=False)
 @torch.autocast("cpu", enabled=False)
 def shrink(
@@ -119,22 +122,25 @@ def shrink(
     search: WidthSearch | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Report]:
-    """A smaller network with the inputs and outputs of `model`, which is left as it is, and a report.
+    """Returns a smaller network with the same inputs and outputs as `model`, and a report. `model` is unchanged.
 
-    Outputs are those of evaluation: what a forward pass does in training mode only is not looked at.
+    The outputs are those in evaluation mode; what `model` computes only in training mode is not preserved.
 
-    ratio: share of neurons to drop in every unit [0.5]; or by layer name or glob, others staying whole; or the kept widths.
-    example_input: inputs [B, …] or the shape of one, without the batch; restoration and the choice of widths need it. Of a
-    network with several inputs: a tuple or a mapping of tensors; such a network, and one that torch.fx cannot trace, can only
-    be pruned (exported.py).
-    images: real inputs [B, …], in random order, for methods that look at some instead of at made-up ones.
-    options: the fields of `ShrinkConfig`, such as compensation="merge", criterion="l1-norm", widths="auto", coupled=True;
-    or they come in `config`. search: of the report of an earlier call with the same network and options, but for ratio,
-    budget, multiple and drop_blocks.
-    Raises NeuronMergingError that names the layer and says why, where something cannot be done.
+    ratio: the share of neurons to drop in every unit [0.5]; or a dict of shares by layer name or glob, where other layers stay
+    whole; or a list of the kept widths.
+    example_input: inputs [B, …], or the shape of one input without the batch. Restoration and the choice of widths need it.
+    A network with several inputs takes a tuple or a mapping of tensors. Such a network, and one that torch.fx cannot trace,
+    can only be pruned (exported.py).
+    images: real inputs [B, …], in random order, for methods that run the network on inputs. Without them, inputs are made up.
+    options: the fields of `ShrinkConfig`, such as compensation="merge", criterion="l1-norm", widths="auto", coupled=True.
+    config: a `ShrinkConfig`, instead of `options` or in addition to them.
+    search: `report.search` of an earlier call with the same network and options; ratio, budget, multiple and drop_blocks may
+    differ.
+    Raises NeuronMergingError that names the layer and says why, if something cannot be done.
     """
     config = _configured(config, ratio, options)
     check_names(config)
+    check_module(model)
     device = _device(model)
     if _several(example_input):
         return _pruned_as_exported(model, example_input, config, device)
@@ -230,9 +236,9 @@ def _pruned_as_exported(
 
 
 def _check_runs(model: nn.Module, small: nn.Module, shape: tuple[int, ...] | None) -> int | None:
-    """Run what is left of a network once, on an input that the network runs on, if one is known or found; its MACs.
+    """Run the smaller network once, on an input of `shape` or of a guessed shape that `model` runs on. Returns its MACs.
 
-    Raises NeuronMergingError where it does not run.
+    None if there is no such shape. Raises NeuronMergingError if the smaller network does not run.
     """
     tried = likely_shape(model) if shape is None else shape
     if tried is None:
@@ -261,14 +267,15 @@ def summarize(
     config: ShrinkConfig | None = None,
     **options: Any,
 ) -> str:
-    """What of a network can lose neurons, and why the rest cannot.
+    """A text that lists what can lose neurons in a network, and why the rest cannot.
 
-    With a ratio (or widths, as of `shrink`), or widths that are chosen, also how many neurons, parameters and MACs would be
-    left. compensation: by which; "original" for none. The rest: as of `shrink`. Raises NeuronMergingError as that does.
+    With a ratio, or if widths are chosen, it also says how many neurons, parameters and MACs would be left.
+    compensation: the method that would be used; "original" for none. Other arguments and errors are those of `shrink`.
     """
     named = compensation != "original"
     config = _configured(config, ratio, options | {"compensation": compensation if named else "prune"})
     check_names(config)
+    check_module(model)
     check_weights(model)
     model = out_of_inference(model)
     units, left_out = without(model, *prunable(model, config.coupled), config.ignore)
@@ -279,8 +286,9 @@ def summarize(
     if units and (chosen or ratio is not None):
         report = _would_be(model, config, example_input, images)
         counts = [f"{kept} of {full}" for kept, full in zip(report.widths, report.full)]
-        unseen = example_input is None and METHODS[config.compensation].looks and METHODS[config.compensation].adds_bias
-        sizes = _sizes(None if unseen else report.params, report.macs)  # it adds biases where inputs show a need
+        method = METHODS[config.compensation]
+        unknown = example_input is None and method.looks and method.adds_bias  # only inputs show where it adds biases
+        sizes = _sizes(None if unknown else report.params, report.macs)
     whole = [f"{layer} stays whole: {why}" for layer, why in left_out.items()]
     return "\n".join([*(f"{_name(unit)}: {count}" for unit, count in zip(units, counts)), *whole, *sizes])
 
@@ -288,17 +296,17 @@ def summarize(
 def _would_be(
     model: nn.Module, config: ShrinkConfig, example_input: Tensor | Sequence[int] | None, images: Tensor | None
 ) -> Report:
-    """The report of `shrink`, with its widths and sizes. Where a ratio gives the widths, no more is done than these need."""
+    """The report that `shrink` would give, right in its widths and sizes only. If a ratio gives the widths, this is quick."""
     if config.widths not in CHOSEN_WIDTHS:
         method = METHODS[config.compensation]
-        itself = method.adds_bias and (example_input is not None or not method.looks)  # others leave what prune leaves
-        kind, images = config.compensation if itself else "prune", None
+        adds_bias = method.adds_bias and (example_input is not None or not method.looks)
+        kind, images = config.compensation if adds_bias else "prune", None  # without biases: the sizes of prune
         config = replace(config, criterion="l1-norm", compensation=kind, probe_samples=SUMMARY_SAMPLES)
     return shrink(model, example_input=example_input, images=images, config=config)[1]
 
 
 def check_names(config: ShrinkConfig) -> None:
-    """Raises NeuronMergingError where a name is unknown."""
+    """Raises NeuronMergingError if a name in the config is unknown."""
     for what, name, known in (
         ("compensation", config.compensation, METHODS),
         ("criterion", config.criterion, (*CRITERIA, "auto")),
@@ -310,19 +318,19 @@ def check_names(config: ShrinkConfig) -> None:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where the network lies. Raises NeuronMergingError where nothing can be computed there, or it has no parameters."""
+    """The device of the network. Raises NeuronMergingError if it has no parameters, or is on MPS, which has no float64."""
     first = next(model.parameters(), None)
     if first is None:
         raise NeuronMergingError(f"{type(model).__name__} has no layer that can be pruned: it has no parameters")
     if first.device.type == "mps":
         raise NeuronMergingError(
-            "this is computed in float64, which mps does not have: move the network to the CPU first"
+            "shrink computes in float64, which mps does not have: move the network to the CPU first"
         )
     return first.device
 
 
 def _check_inputs(config: ShrinkConfig, shape: tuple[int, ...] | None, images: Tensor | None) -> None:
-    """Raises NeuronMergingError where a method looks at inputs that are not known, or is given some that it does not use."""
+    """Raises NeuronMergingError if a method needs inputs that are missing, or is given inputs that it does not use."""
     method, name = METHODS[config.compensation], config.compensation
     if shape is None and (config.chooses or (method.looks and not method.needs_images)):
         what = "the choice of widths" if config.chooses else name
@@ -337,16 +345,16 @@ def _check_inputs(config: ShrinkConfig, shape: tuple[int, ...] | None, images: T
         raise NeuronMergingError(f"{name} measures BatchNorm on real images: give images")
     if config.coupled and config.chooses:
         raise NeuronMergingError(
-            "widths and neurons are chosen unit by unit: not for coupled channels, give a ratio or widths"
+            "coupled channels have no choice of widths or neurons: leave coupled out, or give a ratio or widths and a criterion"
         )
 
 
 def _units(model: nn.Module, config: ShrinkConfig) -> tuple[list[Unit | Stream], dict[str, str]]:
-    """What is to lose neurons, and why other layers stay whole. Raises NeuronMergingError where nothing is left."""
+    """The units and streams that are to lose neurons, and why other layers stay whole. Raises NeuronMergingError for none."""
     units, left_out = without(model, *prunable(model, config.coupled), config.ignore)
     if not units:
-        cannot = config.coupled or config.chooses or not METHODS[config.compensation].coupled
-        more = not cannot and without(model, *prunable(model, True), config.ignore)[0]
+        can_couple = not config.coupled and not config.chooses and METHODS[config.compensation].coupled
+        more = can_couple and without(model, *prunable(model, True), config.ignore)[0]
         reasons = "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:3]) or "it has none"
         raise NeuronMergingError(
             f"{type(model).__name__} has no layer that can be pruned: {reasons}"
@@ -359,7 +367,7 @@ def _units(model: nn.Module, config: ShrinkConfig) -> tuple[list[Unit | Stream],
 def _search(
     model: nn.Module, units: list[Unit], shape: tuple[int, ...], config: ShrinkConfig, images: Tensor | None
 ) -> WidthSearch:
-    """Measure what thinning each unit does. A third of the inputs is held out for sensitivities: as many more are made."""
+    """Measure what thinning each unit does. As a third of the inputs is held out for sensitivities, more are made up."""
     sensitivity = config.widths == "auto"
     share = 1 / (1 - HELD_OUT) if sensitivity else 1.0
     method = METHODS[config.compensation]
@@ -372,20 +380,20 @@ def _search(
 
 
 def _lay_out(model: nn.Module, small: nn.Module) -> None:
-    """Let the weights of `small` lie in memory with their channels last where those of `model` do."""
-    wide = {
+    """Give the weights of `small` the memory format channels_last where those of `model` have it."""
+    strided = {
         name: weight for name, weight in model.named_parameters() if weight.ndim == 4 and not weight.is_contiguous()
     }
-    last = {name for name, weight in wide.items() if weight.is_contiguous(memory_format=torch.channels_last)}
+    last = {name for name, weight in strided.items() if weight.is_contiguous(memory_format=torch.channels_last)}
     for name, weight in small.named_parameters():
         if name in last:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Stream], dict[str, str]]:
-    """The units and, with `coupled`, the streams of a network; by other layer why it stays whole.
+    """The units of a network, with `coupled` also its streams; and by layer that stays whole, why.
 
-    Raises NeuronMergingError where torch.fx cannot trace it.
+    Raises NeuronMergingError if torch.fx cannot trace the network.
     """
     units, left_out = survey(model)
     unseen = _unseen(model, {unit.layer for unit in units} | {unit.next for unit in units} | left_out.keys())
@@ -407,9 +415,9 @@ def prunable(model: nn.Module, coupled: bool = False) -> tuple[list[Unit | Strea
 def _as_in_training(
     model: nn.Module, units: list[Any], left_out: dict[str, str], find: Callable[..., tuple[list[Any], dict[str, str]]]
 ) -> tuple[list[Any], dict[str, str]]:
-    """Units or streams with all that reads them in training mode too, such as auxiliary heads, and why the others stay whole.
+    """The units or streams with their readers in training mode too, such as auxiliary heads; and why the others stay whole.
 
-    find: `survey` or `streams`. A network that cannot be traced in training mode is taken as it is in evaluation.
+    find: `survey` or `streams`. If a network cannot be traced in training mode, nothing changes.
     """
     try:
         trained = {unit.layer: unit for unit in find(model, training=True)[0]}
@@ -422,7 +430,7 @@ def _as_in_training(
 
 
 def _covers(trained: Unit | Stream | None, unit: Unit | Stream) -> bool:
-    """Whether a unit or stream in training is the one in evaluation, but for more that read it."""
+    """Whether a unit or stream is the same in training as in evaluation; in training, more layers may read it."""
     if isinstance(trained, Stream) and isinstance(unit, Stream):
         same = trained.writers == unit.writers and {*trained.followers} >= {*unit.followers}
         return same and {*trained.readers} >= {*unit.readers}
@@ -430,7 +438,7 @@ def _covers(trained: Unit | Stream | None, unit: Unit | Stream) -> bool:
 
 
 def _unseen(model: nn.Module, seen: Collection[str]) -> dict[str, str]:
-    """Why the graph does not have the convolutions and linear layers that are not `seen` in it."""
+    """By convolution or linear layer that is not `seen` in the graph: why it is not there."""
     tracer, modules = Tracer(), dict(model.named_modules())
     lists = (nn.ModuleList, nn.ModuleDict)
     closed = [
@@ -440,10 +448,14 @@ def _unseen(model: nn.Module, seen: Collection[str]) -> dict[str, str]:
     reasons = {}
     for name, module in modules.items():
         if name not in seen and isinstance(module, (*CONVS, nn.Linear)):
-            around = next((outer for outer in closed if name.startswith(f"{outer}.")), None)
-            reasons[name] = "the forward pass never calls it in evaluation" if around is None else (
-                f"it is inside {around} ({type(modules[around]).__name__}), which is not looked into"
-            )  # fmt: skip
+            outside = next((outer for outer in closed if name.startswith(f"{outer}.")), None)
+            if not name:
+                reasons[type(module).__name__] = "it is the whole network, and its outputs stay as they are"
+            elif outside is None:
+                reasons[name] = "the forward pass never calls it in evaluation"
+            else:
+                kind = type(modules[outside]).__name__
+                reasons[name] = f"it is inside {outside} ({kind}), which torch.fx does not look into"
     return reasons
 
 
@@ -453,7 +465,7 @@ def width(model: nn.Module, unit: Unit | Stream) -> int:
 
 
 def select(model: nn.Module, units: Sequence[Unit | Stream], widths: Sequence[int], criterion: str) -> list[Tensor]:
-    """Indices [P], ascending, that the criterion keeps of every unit and stream. Raises as network.choose."""
+    """For every unit and stream the indices [P], ascending, that the criterion keeps. Raises as network.choose."""
     (alone, kept), _ = apart(units, widths)
     chosen = iter(choose(model, alone, kept, criterion))
     return [
@@ -470,7 +482,7 @@ def _weights(model: nn.Module, unit: Unit | Stream) -> Tensor:
 
 
 def _cosine(W: Tensor, keep: Tensor) -> float:
-    """The mean cosine of dropped neurons of W [N, D] with the most similar kept one; NaN where none is dropped."""
+    """The mean over dropped neurons of W [N, D] of the cosine with the most similar kept one; NaN if none is dropped."""
     drop = dropped(W, keep)
     if not len(keep) or not len(drop):
         return nan

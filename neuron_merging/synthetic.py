@@ -1,6 +1,6 @@
-"""Made-up inputs, called the probe: restoration and the choice of widths run the network on them instead of data (ours).
+"""Made-up inputs, called the probe (ours): restoration and the choice of widths run the network on them instead of on data.
 
-Images have edges and colours like photographs (dead leaves); a network that does not take images gets noise. Each input is then
+Images have edges and colours like photographs (dead leaves). A network that does not take images gets noise. Then each input is
 moved one step along the gradient of a random class (the class step), so that the inputs differ in what the network tells apart.
 """
 
@@ -26,12 +26,12 @@ from neuron_merging.graph.interpreter import (
 )
 from neuron_merging.graph.tracing import CONVS, NORMS, Graph
 
-MADE = {"dtype": torch.float32, "device": "cpu"}  # whatever the default dtype and device of the process are
+MADE = {"dtype": torch.float32, "device": "cpu"}  # of all new tensors, whatever the defaults of the process are
 CHUNK = 64  # samples that are normalised together in the class step
-PART = 16  # samples that are transformed or painted together
+PART = 16  # samples that are Fourier-transformed or painted together
 PINK, WHITE = 1.2, 0.15  # standard deviations of images and of white noise
-LEAVES = 3  # area of all leaves of an image together, as a multiple of the image's
-SMALLEST = 4  # pixels, or an eighth of the side where that is less: the least radius of a leaf; the largest is the side
+LEAVES = 3  # area of all leaves of an image together, as a multiple of the image's area
+SMALLEST = 4  # least radius of a leaf in pixels, but at most an eighth of the side; the largest radius is the side
 
 
 def make(
@@ -43,11 +43,11 @@ def make(
     step: float = 0.4,
     seed: int = 1,
 ) -> Tensor:
-    """A probe [samples, *shape] for `model`, float32 on its device; the same for the same seed on a CPU.
+    """A probe [samples, *shape] for `model`, in float32 on its device. On a CPU the same seed gives the same probe.
 
-    kind: "leaves", "pink", "white", or "auto": dead leaves where the network normalises what it sees and the first layer is a
-    convolution, weak white noise elsewhere. samples: None for as many as `default_samples` says. step:
-    length of the class step in standard deviations of the samples, 0 for none.
+    kind: "leaves", "pink", "white" or "auto". "auto" gives dead leaves if the network has BatchNorm and its first layer is a
+    convolution, else weak white noise. samples: None for `default_samples`. step: length of the class step in standard
+    deviations of the samples, 0 for none.
     Raises NeuronMergingError for an unknown kind, a shape that the network does not take, or a network that cannot be traced.
     """
     check(kind)
@@ -67,11 +67,11 @@ def make(
 def inputs(
     model: nn.Module, shape: tuple[int, ...], config: ShrinkConfig, images: Tensor | None = None, share: float = 1.0
 ) -> Tensor:
-    """What a method looks at: the real images, or else `share` times as many made-up inputs as the config asks for."""
+    """The inputs that a method runs the network on: `images`, or `share` times as many made-up ones as the config says."""
     if images is not None:
         images = images.to(next(model.parameters()).device)
-        words = not images.is_floating_point() and _takes(model, images[:1])
-        return images if words else images.to(dtype(model))
+        takes_integers = not images.is_floating_point() and _takes(model, images[:1])
+        return images if takes_integers else images.to(dtype(model))
     if _takes(model, torch.zeros(1, *shape, dtype=torch.int64)) and not _takes(model, torch.zeros(1, *shape)):
         raise NeuronMergingError(
             f"the inputs of {type(model).__name__} are whole numbers, which cannot be made up: give images"
@@ -82,7 +82,7 @@ def inputs(
 
 @torch.no_grad()
 def _takes(model: nn.Module, x: Tensor) -> bool:
-    """Whether a network takes inputs x as they are, such as whole numbers for the words of an embedding."""
+    """Whether a network runs on the inputs x without a change of their dtype; an embedding needs whole numbers, for example."""
     with contextlib.suppress(Exception):
         copy.deepcopy(model).eval()(x.to(next(model.parameters()).device, copy=True))
         return True
@@ -90,21 +90,21 @@ def _takes(model: nn.Module, x: Tensor) -> bool:
 
 
 def check(kind: str) -> None:
-    """Raises NeuronMergingError for an unknown kind."""
+    """Raises NeuronMergingError for an unknown kind of probe."""
     if kind not in KINDS:
         raise NeuronMergingError(f"unknown --probe {kind!r}: choose one of {', '.join(KINDS)}")
 
 
 def rule(kind: str) -> str:
-    """The name of a kind in a result row: "auto" is written with its rule, so that a later rule makes other rows."""
+    """The name of a kind in a result row. "auto" is written with its rule: if the rule changes, so do the rows."""
     return AUTO if kind == "auto" else kind
 
 
 def default_samples(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """How many samples a probe for `model` has by default.
+    """How many samples a probe for `model` has by default: 256, or more if the first layer is linear.
 
-    256. If the first layer is linear, as many as give it 4096 rows: it sees one row a sample, or one for each of many tokens.
-    Raises NeuronMergingError where the network does not take such samples.
+    A linear first layer reads one or several rows of each sample, such as one for each token: it is to get 4096 rows in all.
+    Raises NeuronMergingError if the network does not take inputs of this shape.
     """
     if _convolves(model):
         return 256
@@ -121,7 +121,10 @@ def _convolves(model: nn.Module) -> bool:
 
 
 def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    """[samples, C, …]: amplitude 1/f as in photographs, cut out of larger noise; channels correlated by 0.9, std `PINK`."""
+    """Pink noise [samples, C, …], cut out of larger noise. Amplitudes are 1/f, as in photographs; the std is `PINK`.
+
+    Channels have correlations of 0.9.
+    """
     channels, *sides = shape
     large = [2 * side for side in sides]
     axes = tuple(range(2, 2 + len(sides)))
@@ -135,16 +138,16 @@ def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tenso
 
 
 def leaves(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    """[samples, C, …]: dead leaves, discs of one colour that cover each other, on pink noise; channels and std as in `pink`.
+    """Dead leaves [samples, C, …]: discs of one colour each, which cover each other, on pink noise. Channels, std as in `pink`.
 
-    Unlike noise, they have edges. In d dimensions radii are distributed as r^−(d+1), so that no scale is preferred: the dead
+    Unlike noise, they have edges. In d dimensions the density of radii is r^−(d+1), so that no scale is preferred: the dead
     leaves model (Lee, Mumford & Huang, IJCV 2001).
     """
     channels, *sides = shape
     d, most = len(sides), max(sides)
     least = min(SMALLEST, most / 8)
     unit = math.pi ** (d / 2) / math.gamma(d / 2 + 1)  # volume of a ball of radius 1
-    ball = unit * d * math.log(most / least) / (least**-d - most**-d)  # the mean
+    ball = unit * d * math.log(most / least) / (least**-d - most**-d)  # mean volume of a leaf
     images = pink(samples, shape, random)
     for part in images.split(PART):
         for _ in range(math.ceil(LEAVES * math.prod(sides) / ball)):
@@ -158,7 +161,7 @@ def leaves(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Ten
 
 
 def _paint(image: np.ndarray, centre: np.ndarray, radius: np.float32, colour: np.ndarray) -> None:
-    """A disc of one colour [C] on an image [C, …], in place; only the box around it is looked at."""
+    """Paint a disc of one colour [C] onto an image [C, …], in place. Only computes in the box around the disc."""
     box, squares = [slice(None)], []
     for side, c in zip(image.shape[1:], centre):
         box.append(slice(max(0, math.floor(c - radius)), min(side, math.ceil(c + radius))))
@@ -168,17 +171,17 @@ def _paint(image: np.ndarray, centre: np.ndarray, radius: np.float32, colour: np
 
 
 def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    """[samples, …]: independent Gaussian values of std `WHITE`."""
+    """White noise [samples, …]: independent Gaussian values of std `WHITE`."""
     return WHITE * torch.randn(samples, *shape, generator=random, **MADE)
 
 
 def _correlated(noise: Tensor) -> Tensor:
-    """[N, 1 + C, …] independent -> [N, C, …] with correlations of 0.9 between channels, of the same variance."""
+    """Independent noise [N, 1 + C, …] → channels [N, C, …] with correlations of 0.9 and the same variance."""
     return math.sqrt(0.9) * noise[:, :1] + math.sqrt(0.1) * noise[:, 1:]
 
 
 def _scaled(images: Tensor) -> Tensor:
-    """Every channel of [N, C, …] with a standard deviation of `PINK`."""
+    """Images [N, C, …] scaled so that every channel has the standard deviation `PINK`."""
     return PINK * images / images.std(dim=(0, *range(2, images.ndim)), keepdim=True)
 
 
@@ -188,16 +191,16 @@ AUTO = "auto: leaves or white"
 
 
 def _frequency(sides: list[int], power: float) -> Tensor:
-    """|f|^−power on the grid of rfftn, 0 at f = 0."""
+    """|f|^−power at the frequencies of rfftn; 0 at f = 0."""
     grids = [torch.fft.fftfreq(side, **MADE) for side in sides[:-1]] + [torch.fft.rfftfreq(sides[-1], **MADE)]
     f = sum(g**2 for g in torch.meshgrid(*grids, indexing="ij")).sqrt()
     return torch.where(f > 0, f.clamp(min=1e-12) ** -power, 0)
 
 
 def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Tensor:
-    """The gradient of a random class's logit by every sample, smoothed (amplitude · f^−½), each of rms 1 (or 0).
+    """For every sample the gradient of a random class's logit, smoothed (amplitude · f^−½) and scaled to an rms of 1.
 
-    0 if the outputs have no gradient, for example if the network returns classes instead of scores.
+    It is 0 if the outputs have no gradient, for example if the network returns classes instead of scores.
     """
     what = f"{type(model).__name__} does not take inputs of shape {list(x.shape)}"
     with reported_as(what):
@@ -210,14 +213,14 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
     for part in x.tensor_split(math.ceil(len(x) / CHUNK)):  # no chunk of one
         part = part.clone().requires_grad_()
         with reported_as(what), torch.enable_grad():
-            output = model(part.clone())  # which it may overwrite
+            output = model(part.clone())  # the network may overwrite its input
             if not any(tensor.requires_grad for tensor in floats(output)):
                 return torch.zeros_like(x)
             logits = by_sample(output, len(part))
             if len(logits) < len(part) or logits.shape[1] < 2:  # a step would move every sample the same way
                 return torch.zeros_like(x)
             chosen = torch.randint(0, logits.shape[1], (len(part), 1), generator=random, device="cpu").to(logits.device)
-            logits.gather(1, chosen).sum().backward()  # torch.autograd.grad does not pass every checkpoint
+            logits.gather(1, chosen).sum().backward()  # torch.autograd.grad fails with some activation checkpoints
         gradients.append(torch.zeros_like(part) if part.grad is None else part.grad)
     g = torch.cat(gradients)
     sides = list(g.shape[2:])

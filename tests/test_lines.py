@@ -19,7 +19,7 @@ import main
 from experiments import experiment as xp
 from experiments import settings
 from models import build
-from neuron_merging import load_checkpoint, load_weights, shrink, summarize
+from neuron_merging import cli, export, load_checkpoint, load_weights, shrink, summarize
 from neuron_merging.checkpoint import save_checkpoint
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.loading import build_model
@@ -233,7 +233,7 @@ def test_images_that_are_no_tensor():
 
 @pytest.mark.parametrize("ratio", [50, {"0": 50}, torch.tensor(50.0)])
 def test_half_of_a_hundred(ratio):
-    with pytest.raises(NeuronMergingError, match=r"ratio 50(.0)? of 0 is outside \[0, 1\): 0.5\?"):
+    with pytest.raises(NeuronMergingError, match=r"ratio 50(.0)? for layer 0 is outside \[0, 1\): did you mean 0.5\?"):
         shrink(small_net(), ratio, example_input=(3, 8, 8))
 
 
@@ -272,7 +272,7 @@ def test_layers_that_are_not_looked_into_are_named():
     model = Heads(model)
     left_out = shrink(model, 0.5, compensation="prune", example_input=(3, 8, 8))[1].left_out
     for name in ("net.0.module.0", "net.0.module.2"):
-        assert left_out[name] == "it is inside net.0 (DataParallel), which is not looked into"
+        assert left_out[name] == "it is inside net.0 (DataParallel), which torch.fx does not look into"
     assert left_out["auxiliary"] == "the forward pass never calls it in evaluation"
     with pytest.raises(NeuronMergingError, match=r"auxiliary cannot be pruned: the forward pass never calls it"):
         shrink(model, {"auxiliary": 0.5}, compensation="prune")
@@ -600,9 +600,11 @@ def test_two_accuracies_are_explained():
     last = {"test_accuracy": 91.0, "image_share": 1.0}
     assert main._two_accuracies(last, {"accuracy": 91.0}, torch.device("cpu")) == ""
     line = main._two_accuracies(last | {"image_share": 0.75}, {"accuracy": 91.02}, torch.device("cpu"))
-    assert line.startswith("the epoch's test accuracy, 91.00 %, is of the training's arithmetic (")
+    assert line.startswith("the epoch's test accuracy, 91.00 %, was computed as in training (")
     assert (
-        "on images of 75% of their size" in line and "91.02 %, of the file in float32" in line and line.count("\n") == 1
+        "on images of 75% of their size" in line
+        and "91.02 %, is that of the file in float32" in line
+        and line.count("\n") == 1
     )
 
 
@@ -651,3 +653,30 @@ class Sign(torch.autograd.Function):
 class Hard(nn.Module):
     def forward(self, x):
         return Sign.apply(x) if isinstance(x, torch.Tensor) else x.sign()
+
+
+# ---------------------------------------------------------------- what a newcomer does first
+
+
+@pytest.mark.parametrize("call", [lambda m: shrink(m, 0.5, compensation="merge"), summarize])
+def test_a_state_dict_is_no_network(call):
+    with pytest.raises(NeuronMergingError, match="model is of type OrderedDict: give the network"):
+        call(nn.Linear(3, 4).state_dict())
+
+
+def test_a_single_layer_stays_whole():
+    with pytest.raises(
+        NeuronMergingError, match="can be pruned: Linear: it is the whole network, and its outputs stay"
+    ):
+        shrink(nn.Linear(3, 4), 0.5, compensation="merge")
+
+
+def test_an_export_takes_a_path_as_text(tmp_path):
+    assert export(nn.Linear(3, 4), str(tmp_path / "small.pt2"), (3,)) < 1e-4
+    with pytest.raises(NeuronMergingError, match="name a file that ends in"):
+        export(nn.Linear(3, 4), "small.h5", (3,))
+
+
+def test_the_help_says_which_method_is_the_default():
+    text = " ".join(cli.parser().format_help().split())
+    assert "[original]" in text and "[None]" not in text

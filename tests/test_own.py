@@ -167,7 +167,7 @@ def test_ratios_by_name_and_widths():
 
 
 BAD_CALLS = {
-    "ratio": ({"ratio": 1.0}, "ratio 1.0 of layer1.0.conv1 is outside"),
+    "ratio": ({"ratio": 1.0}, "ratio 1.0 for layer layer1.0.conv1 is outside"),
     "no neuron left": ({"ratio": 0.99}, "leaves no neuron of 16 in layer1.0.conv1"),
     "unknown name": ({"ratio": {"layer9.*": 0.5}}, "no convolution or linear layer is called layer9"),
     "a name that cannot": ({"ratio": {"conv1": 0.5}}, "conv1 cannot be pruned: its output"),

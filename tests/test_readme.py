@@ -34,7 +34,8 @@ def test_the_python_examples_run(capsys, tmp_path, monkeypatch):
         return [re.sub(r" 0\.\d{3}$", "", line) for line in text.splitlines()[:-1]]
 
     assert lasting(printed) == lasting(shown)
-    assert re.fullmatch(r"[\d.]+ s, peak memory [\d,]+ MB", shown.splitlines()[-1])
+    seconds = r"[\d.]+ s, peak memory of the whole process [\d,]+ MB"
+    assert re.fullmatch(seconds, printed.splitlines()[-1]) and re.fullmatch(seconds, shown.splitlines()[-1])
     for code in (reload, pieces):
         exec(compile(code, "README.md", "exec"), names)
     shapes = [w.shape for w in names["small"].parameters()]

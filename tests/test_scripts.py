@@ -163,7 +163,7 @@ def test_the_published_flags_are_understood():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("-r 50", "--pruning-ratio 50.0 is outside [0, 1): 0.5?"),
+        ("-r 50", "--pruning-ratio 50.0 is outside [0, 1): did you mean 0.5?"),
         ("-t mrge", "unknown --model-type 'mrge': choose one of original, prune, merge,"),
         ("-c l1", "unknown --criterion 'l1': choose one of l1-norm, l2-norm, l2-GM"),
     ],

@@ -1,13 +1,13 @@
-"""Adaptation, a part of restoration (ours): a pruned layer is moved so that the error of its consumer shrinks.
+"""Adaptation, a part of restoration (ours): changes the weights of a pruned layer so that the error of its consumer shrinks.
 
-Kept neurons need not keep their weights. u: output of the pruned layer. y(u): output of its consumer. R = s (T − y): the
-consumer's error, centred (s: the slope of the BatchNorm behind, T: the target). J = s ∂y/∂u. Then
+Let u be the output of the pruned layer, y(u) the output of its consumer and T the consumer's target. With s the slope of the
+BatchNorm behind the consumer, its error is R = s (T − y), centred, and J = s ∂y/∂u. Then
 
     d = the regression of Jᵀ R on what the pruned layer sees,    η = ⟨R, J d⟩ / ‖J d‖²,
 
-and the layer is moved by η d: a step of steepest descent for ‖R‖² among what the layer can compute. η is the best length if the
-error is linear in u. Both derivatives are products with autograd's graph; J is never built. A small error is left alone: the
-probe is not data, and its details are not worth a change. A layer that sees the probe itself is not moved.
+and η d is added to the layer's weights. This is a step of steepest descent for ‖R‖² among what the layer can compute; η is the
+best length if the error is linear in u. Autograd computes both products; J itself is never built. A small error is left alone:
+the probe is not data, and its details are not worth a change. A layer that sees the probe itself is not moved.
 """
 
 from collections.abc import Callable
@@ -31,11 +31,11 @@ def adapt(
     regress: Callable[[Tensor], dict[str, Tensor]],
     little: float = LITTLE,
 ) -> bool:
-    """Move the weight and bias of `layer`, which sees x [B, …], by η d. Returns False if the error is too small for that.
+    """Move the weight and bias of `layer`, which sees x [B, …], by η d. If R or J d is too small, only returns False.
 
-    between: from the layer's output to the consumer's input. target: T, shaped as the consumer's output. slope: s [M], or
-    None for 1. regress: the weight and bias with which the layer comes nearest to a given output. little: the error that is
-    left alone, as a share of the variance of s T.
+    between: the function from the layer's output to the consumer's input. target: T, in the shape of the consumer's output.
+    slope: s [M], or None for 1. regress: gives the weight and bias that bring the layer nearest to an output. little: the
+    largest error that is left alone, as a share of the variance of s T.
     """
     neurons = channel(consumer, target)
     others = [dim for dim in range(target.ndim) if dim != neurons]

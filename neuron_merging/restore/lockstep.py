@@ -1,15 +1,15 @@
 """Restoration (ours, not the paper's): all kept neurons together rebuild what the dropped ones gave, without data.
 
-The original network (the teacher) and the smaller one (the student) run side by side over the probe: inputs made up from the
-network itself (synthetic.py). In the order of the forward pass, every layer that lost inputs or neurons is fitted to what the
-teacher computes there, by ridge regression on what the *student* sees there:
+The original network (the teacher) and the smaller one (the student) run side by side on the probe, which is inputs made up from
+the network itself (synthetic.py). In the order of the forward pass, every layer that lost inputs or neurons is fitted to the
+teacher's output at this place, by ridge regression on what the *student* sees there:
 
     W = W₀ + (R Uᵀ / n) (A + Λ)⁻¹,   R = T − W₀ U,   A = U Uᵀ / n,   Λ = λ diag(A) + λ/10 · mean(diag(A)) I
 
-with U [F, n] the student's centred input patches, T [M, n] the teacher's centred output and W₀ the weights after plain
-pruning and after exact multiples were merged. The intercept goes into the next BatchNorm or the bias. Then the pruned layer in
-front of a fitted consumer is moved so that the consumer's error shrinks (adapt.py). Kept neurons, widths and topology are those
-of pruning and merging. The traced graph decides the order: no architecture is named here.
+with U [F, n] the student's centred input patches, T [M, n] the teacher's centred output and W₀ the weights after plain pruning,
+with exact multiples merged. The intercept goes into the next BatchNorm or the bias. After a consumer is fitted, the pruned
+layer in front of it is moved so that the consumer's error shrinks (adapt.py). Which neurons are kept, the widths and the
+topology are the same as with pruning and merging. The order comes from the traced graph: no architecture is named here.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,11 +42,11 @@ class Options:
 
     ridge: float = RIDGE  # λ
     patches: bool = True  # regress on the whole receptive field; else on the channels at one place
-    probe_statistics: bool = True  # BatchNorms normalise the probe with its own statistics; else with the running ones
+    probe_statistics: bool = True  # BatchNorms use the statistics of the probe; else the running ones
     closed_loop: bool = True  # regress on what the student sees; else on the teacher's kept activations
-    repair: bool = True  # a layer that is added to a residual stream also corrects the error that the stream has there
+    repair: bool = True  # a layer whose output is added to a residual stream also corrects the stream's error
     refit: bool = True  # fit the pruned layers too, not only their consumers
-    relu_steps: int = 2  # further fits of a pruned layer, without errors that the ReLU behind it removes
+    relu_steps: int = 2  # further fits of a pruned layer, which ignore errors that the ReLU behind it removes
     adaptations: int = 2  # steps in which a pruned layer is moved to reduce the error of its consumer
     positions: int = POSITIONS  # random output positions that a fit uses, for every feature
 
@@ -58,9 +58,9 @@ def restore(
     probe: Tensor,
     options: Options = Options(),
 ) -> nn.Module:
-    """A new, smaller network whose units and streams keep the neurons `keep` ([P] each), fitted over `probe` [B, …].
+    """A new, smaller network, fitted on `probe` [B, …]. keep: the neurons [P] that each unit or stream keeps.
 
-    `model` is left as it is. Raises NeuronMergingError where the network cannot be run on the probe.
+    `model` is unchanged. Raises NeuronMergingError if the network cannot be run on the probe.
     """
     cannot = f"{type(model).__name__} cannot be restored on inputs of shape {list(probe.shape)}"
     with reported_as(cannot):
@@ -77,7 +77,7 @@ def restore(
             after.inplace = before.inplace
         for name, tensor in (*after.named_parameters(recurse=False), *after.named_buffers(recurse=False)):
             known = getattr(before, name, None)
-            known = before.weight if known is None else known  # a new bias, or the constant of a block that is left out
+            known = before.weight if known is None else known  # a new bias, or the constant that replaces a block
             tensor.data = tensor.data.to(known.dtype)
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(known.requires_grad)
@@ -85,21 +85,21 @@ def restore(
 
 
 def _start(model: nn.Module, unit: Unit, keep: Tensor) -> Decomposition:
-    """The weights that the regression starts from: pruned, with (nearly) exact multiples of kept neurons merged into them.
+    """The decomposition that the regression starts from: prunes, and merges (nearly) exact multiples of kept neurons.
 
-    Behind an activation that a positive scale does not pass, only (nearly) exact twins are merged.
+    If the activation is one that a positive scale does not pass, only (nearly) exact twins are merged.
     """
     neurons = read(model, unit)
     if not len(keep):
         return prune(neurons, keep, t=1.0, lam=1.0)
     if unit.activation is None:
-        lam = 1 - 1e-6  # the cosine decides; of filters that are equally parallel, how well the constant fits
+        lam = 1 - 1e-6  # the cosine decides; among equal cosines, how well the constant fits
         return replace(merge_derived(neurons, keep, t=0.999, lam=lam), shift=None)
     return Decomposition(keep, only_twins(merge(Neurons(effective(neurons), None, False), keep, t=0.999, lam=1.0).Z))
 
 
 class _Lockstep:
-    """One pass of teacher and student over the traced graph, node by node, which fits the student's layers on the way."""
+    """Runs teacher and student through the traced graph together, node by node, and fits the student's layers on the way."""
 
     def __init__(
         self,
@@ -120,18 +120,16 @@ class _Lockstep:
         self.producer = {unit.next: unit.layer for unit, _ in alone}
         self.consumers = {*self.producer, *(reader.module for stream, _ in coupled for reader in stream.readers)}
         self.pruned = {unit.layer for unit, kept in alone if len(kept) < len(teacher.get_submodule(unit.layer).weight)}
-        self.solvers: dict[
-            str, Ridge
-        ] = {}  # of pruned layers: the factored regression on what they see, without its rows
+        self.solvers: dict[str, Ridge] = {}  # by pruned layer: the factored regression on what it sees, without rows
         self.between: dict[fx.Node, list[fx.Node]] = {}  # by consumer: the pruned layer in front, and the nodes between
-        self.t: dict[fx.Node, Any] = {}  # what the teacher has at each node
-        self.s: dict[fx.Node, Any] = {}  # what the student has
+        self.t: dict[fx.Node, Any] = {}  # the teacher's value at each node
+        self.s: dict[fx.Node, Any] = {}  # the student's value at each node
         self.fitted: set[str] = set()
 
     def run(self) -> None:
-        """Fit every layer; afterwards the student is ready for use."""
+        """Fit every layer. Afterwards the student is ready for use."""
         graph = self.teacher.graph
-        summands = {}  # by consumer the node that its output is added to
+        summands = {}  # by consumer: the node that its output is added to
         for node in graph.nodes:
             consumes = node.op == "call_module" and node.target in self.consumers
             addition = consumes and self.teacher.addition(node, self.norm[node.target])
@@ -156,7 +154,7 @@ class _Lockstep:
     # ------------------------------------------------------------ the fit of one layer
 
     def _fit(self, node: fx.Node, summand: fx.Node | None) -> None:
-        """Fit the student's layer at `node`, whose output may be added to a summand, to the teacher's output there."""
+        """Fit the student's layer at `node` to the teacher's output there. summand: the node its output is added to, if any."""
         (source,), name = node.all_input_nodes, node.target
         x_t, x_s = self.t[source], self.s[source]
         consumer = name in self.consumers
@@ -173,8 +171,8 @@ class _Lockstep:
             target = target + _shaped(self._error(summand, bn, kept, whole), target)
         if isinstance(layer, Constant):
             target = target if bn is None else self.teacher.normalise(bn, target)
-            each = target.movedim(channel(whole, target), -1).flatten(0, -2)  # [n, M]
-            layer.value = nn.Parameter(each.mean(0), requires_grad=False)
+            by_position = target.movedim(channel(whole, target), -1).flatten(0, -2)  # [n, M]
+            layer.value = nn.Parameter(by_position.mean(0), requires_grad=False)
         if isinstance(layer, Constant | Silence):  # a block that is left out
             return
         if name in self.producer and not self.options.closed_loop:
@@ -192,7 +190,10 @@ class _Lockstep:
             self._adapt(node, target)
 
     def _regress(self, name: str, layer: nn.Module, x: Tensor, target: Tensor, aware: Callable | None = None) -> None:
-        """Fit a layer that sees x to the target. aware: from a prediction and the target [n, M] to that of the next fit."""
+        """Fit a layer that sees x to the target.
+
+        aware: a function from a prediction and the target [n, M] to the target of the next fit; None for a single fit.
+        """
         U, T = rows(layer, x, target, self.options.positions)
         solve, W0 = Ridge(U, self.options.ridge), matrix(layer)
         before = U @ W0.T
@@ -211,9 +212,9 @@ class _Lockstep:
             self.solvers[name] = solve.forget()
 
     def _adapt(self, node: fx.Node, target: Tensor) -> None:
-        """Move the pruned layer in front of the consumer at `node`, then fit the consumer to what it sees now.
+        """Move the pruned layer in front of the consumer at `node`, then fit the consumer again on its new inputs.
 
-        That fit starts from the consumer's present weights and takes the target as it is, without `_relu_aware`.
+        That fit starts from the consumer's present weights and uses the plain target, without `_relu_aware`.
         """
         first, *between = self.between[node]
         (seen,), (source,) = first.all_input_nodes, node.all_input_nodes
@@ -222,17 +223,17 @@ class _Lockstep:
         solve = self.solvers.pop(first.target, None)
         if solve is None:  # it sees what the teacher sees, so it was not fitted
             solve = Ridge(rows(layer, x, layer(x), self.options.positions)[0], self.options.ridge)
-        if solve.dual:  # fewer positions than features: it would overfit the probe
+        if solve.dual:  # with fewer positions than features, it would overfit the probe
             return
         slope = None if bn is None else self.teacher.slope(bn)[self.keep.get(node.target, slice(None))]
         bare = layer.bias is None
         if bare:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
-        each = layer(x[:1]).numel() // len(layer.weight)  # positions of a sample
-        samples = -(-self.options.positions * layer.weight[0].numel() // each)  # with as many as a fit looks at
+        per_sample = layer(x[:1]).numel() // len(layer.weight)  # positions of a sample
+        samples = -(-self.options.positions * layer.weight[0].numel() // per_sample)  # enough positions for a fit
         inside = {first, *between}
         if any(read not in inside for inner in between for read in inner.all_input_nodes):
-            samples = len(x)  # something in between depends on what is outside, such as the size of the batch
+            samples = len(x)  # a node in between reads something else, such as the size of the batch
         few, T = x[:samples], target[:samples]
 
         def through(u: Tensor) -> Tensor:
@@ -261,17 +262,17 @@ class _Lockstep:
             layer.bias = None
 
     def _learned(self, node: fx.Node) -> bool:
-        """Whether a layer with weights stands anywhere before `node`."""
+        """Whether any module with parameters comes before `node`."""
         modules = (self.teacher.modules[source.target] for source in ancestors(node) if source.op == "call_module")
         return any(next(module.parameters(), None) is not None for module in modules)
 
     def _read(self, node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
-        """The nodes whose values are looked at when it is `node`'s turn."""
+        """The nodes whose values `run` needs when it comes to `node`."""
         again = self.between.get(node, [])
         return [*_sources(node, summands), *(source for inner in again for source in inner.all_input_nodes)]
 
     def _relu_aware(self, y: Tensor, T: Tensor, bn: str | None, kept: Tensor) -> Tensor:
-        """The target nearest to the student's prediction y [n, M] that a ReLU maps to the same as T [n, M]."""
+        """Of all targets that the ReLU maps to the same values as T [n, M], the one nearest to the prediction y [n, M]."""
         if bn is None:
             return torch.where(T > 0, T, y.clamp(max=0))
         slope = self.teacher.slope(bn)[kept]
@@ -280,7 +281,7 @@ class _Lockstep:
         return torch.where(slope.abs() > 1e-3, aim, T)
 
     def _rectified(self, node: fx.Node, bn: str | None) -> bool:
-        """Whether a ReLU is the first thing behind the layer (and its BatchNorm)."""
+        """Whether a ReLU comes directly after the layer (and its BatchNorm)."""
         readers = list(node.users)
         if bn is not None and len(readers) == 1 and readers[0].target == bn:
             readers = list(readers[0].users)
@@ -289,7 +290,7 @@ class _Lockstep:
         return self.teacher.kind(readers[0]) in RELU
 
     def _error(self, summand: fx.Node, bn: str | None, kept: Tensor | None, layer: nn.Module) -> Tensor:
-        """Teacher − student at the summand, in units of the output of the layer that is added to it."""
+        """Teacher − student at the summand, divided by the slope of the BatchNorm `bn` behind `layer`, which is added to it."""
         whole = self.t[summand] if kept is None else _of_kept(self.t[summand], kept, layer)
         error = whole - self.s[summand]
         if bn is None:
@@ -299,7 +300,7 @@ class _Lockstep:
         return error * inverse.view(-1, *[1] * (error.ndim - 2))
 
     def _mixed(self, name: str, x_t: Tensor, x_s: Tensor) -> Tensor:
-        """The consumer's weights [M, F] if every dropped neuron is a mixture of the kept ones at the same place."""
+        """The consumer's weights [M, F] if every dropped neuron is replaced by a mixture of the kept ones at its position."""
         layer, whole = self.student.modules[name], self.teacher.modules[name]
         if isinstance(layer, CONVS):
             U, T = (x.movedim(1, -1).flatten(0, -2) for x in (x_s, x_t))
@@ -327,19 +328,19 @@ def _put(layer: nn.Module, W: Tensor, c: Tensor) -> None:
 
 
 def _of_kept(y: Tensor, kept: Tensor, layer: nn.Module) -> Tensor:
-    """The outputs of a layer that its kept neurons give."""
+    """The outputs y of a layer, only of its kept neurons."""
     return y.index_select(channel(layer, y), kept)
 
 
 def _shaped(error: Tensor, target: Tensor) -> Tensor:
-    """An error averaged over the dimensions along which a layer's output, `target`, is broadcast when it is added."""
+    """The error, averaged over the dimensions along which `target`, the output of a layer, is broadcast in the addition."""
     error = error.flatten(0, error.ndim - target.ndim) if error.ndim > target.ndim else error
-    wide = [d for d in range(-error.ndim, 0) if error.shape[d] > target.shape[d] == 1]
-    return error.mean(wide, keepdim=True) if wide else error
+    broadcast = [d for d in range(-error.ndim, 0) if error.shape[d] > target.shape[d] == 1]
+    return error.mean(broadcast, keepdim=True) if broadcast else error
 
 
 def _channels(x: Tensor, keep: Tensor, layer: nn.Module) -> Tensor:
-    """The kept neurons of an activation x, also behind a flatten."""
+    """The activation x, only of the kept neurons; also if x comes from a flatten."""
     if isinstance(layer, CONVS):
         return x[:, keep]
     inputs = layer.weight.shape[1] // len(keep)
@@ -347,7 +348,10 @@ def _channels(x: Tensor, keep: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _order(graph: fx.Graph, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
-    """The graph's nodes in an order in which a consumer comes after the summand whose error it repairs, where that can be."""
+    """The graph's nodes, ordered so that a consumer comes after the summand whose error it repairs.
+
+    If the summand itself depends on the consumer, its entry in `summands` is set to None: then nothing is repaired.
+    """
     order: dict[fx.Node, None] = {}
     stack = list(reversed(graph.nodes))
     while stack:
@@ -368,7 +372,7 @@ def _order(graph: fx.Graph, summands: dict[fx.Node, fx.Node | None]) -> list[fx.
 
 
 def _between(first: str, node: fx.Node) -> list[fx.Node]:
-    """The call of the layer `first` and, in their order, the nodes through which its output comes to `node`."""
+    """The call of the layer `first`, then, in their order, the nodes that its output passes on the way to `node`."""
     before, path = ancestors(node), {}
     for inner in node.graph.nodes:
         if inner in before and (inner.target == first or any(source in path for source in inner.all_input_nodes)):
@@ -377,5 +381,5 @@ def _between(first: str, node: fx.Node) -> list[fx.Node]:
 
 
 def _sources(node: fx.Node, summands: dict[fx.Node, fx.Node | None]) -> list[fx.Node]:
-    """The nodes to compute before `node`: those that it reads and, of a consumer, the summand that it repairs."""
+    """The nodes to compute before `node`: those that it reads and, if it is a consumer, the summand that it repairs."""
     return [*node.all_input_nodes, *filter(None, [summands.get(node)])]

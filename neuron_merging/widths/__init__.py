@@ -1,1 +1,1 @@
-"""Which layers to thin, chosen without data (ours): kept widths for a budget of parameters and MACs."""
+"""The choice of widths without data (ours): how many neurons each layer keeps, for a budget of parameters and MACs."""

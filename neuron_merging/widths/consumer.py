@@ -1,4 +1,4 @@
-"""What the consumer of a unit makes of fewer neurons: its error, and its weights in that case (ours)."""
+"""The consumer of a unit when fewer neurons are kept (ours): the error of its output, and its weights in that case."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from neuron_merging.decompose import Decomposition, ranked
 from neuron_merging.graph.tracing import CONVS
 from neuron_merging.linalg import centre, cholesky, covariance, penalty
 
-STEPS = 16  # shares at which an error without a curve in closed form is computed
+STEPS = 16  # an error curve without a closed form is computed at this many widths
 
 
 # ---------------------------------------------------------------- error curves and sensitivities
@@ -19,7 +19,7 @@ STEPS = 16  # shares at which an error without a curve in closed form is compute
 
 @dataclass(frozen=True)
 class Thinned:
-    """A unit with k neurons in its place in the whole network: its consumer with these weights [M, F] and this constant [M]."""
+    """A unit thinned to k neurons: its consumer, in the whole network, then has the weights W [M, F] and the constant c [M]."""
 
     k: int
     W: Tensor
@@ -27,10 +27,10 @@ class Thinned:
 
 
 class Consumer:
-    """What a consumer with the weights W [M, F] sees, U [n, F], and how well it can do with less of it.
+    """A consumer with the weights W [M, F] that sees U [n, F]: computes how well it can do with fewer neurons.
 
-    slope [M]: what the BatchNorm behind makes of a unit of its output. columns [N, taps]: of U and W, by neuron.
-    A = Cov(u, u) in float64; where there are fewer samples than features, U stands for it.
+    slope [M]: the factor by which the BatchNorm behind scales each output. columns [N, taps]: for each neuron, its columns of U
+    and W. A = Cov(u, u) in float64; if there are fewer samples than features, U is kept instead of A.
     """
 
     def __init__(self, U: Tensor, W: Tensor, slope: Tensor, columns: Tensor, ridge: float) -> None:
@@ -47,10 +47,10 @@ class Consumer:
         self.penalty = penalty(energy, ridge)
 
     def regressed(self, order: Tensor, measured: Sequence[int]) -> tuple[np.ndarray, list[Thinned]]:
-        """E(k) for all k when the kept neurons rebuild the consumer's output by ridge regression, and the consumers.
+        """E(k) for all k if the consumer is fitted to the kept neurons by ridge regression; and its forms at `measured`.
 
-        With A + Λ = L Lᵀ in this order and D what is dropped: what D leaves over is W_D L_DD, as L is triangular; what S
-        takes over is W_D L_DS L_SS⁻¹. So one factor serves every k.
+        Let A + Λ = L Lᵀ with the features in this order, S the kept ones and D the dropped ones. As L is triangular, the kept
+        ones take over W_D L_DS L_SS⁻¹, and W_D L_DD is left over. So one factor serves every k.
         """
         if self.few:
             return self._regressed_few(order, measured)
@@ -61,18 +61,18 @@ class Consumer:
         L = cholesky(R)
         W = self.W[:, by_place]
         left = self.slope[:, None] * W
-        each = (left @ L).pow(2).sum(0) - left.pow(2).sum(0) * self.penalty[by_place]
-        each = each.view(N, taps).sum(1).flip(0).cumsum(0).flip(0)
+        error = (left @ L).pow(2).sum(0) - left.pow(2).sum(0) * self.penalty[by_place]
+        error = error.view(N, taps).sum(1).flip(0).cumsum(0).flip(0)
         thinned = []
         for k in measured:
             kept = k * taps
             B = W[:, kept:] @ L[kept:, :kept]
             B = torch.linalg.solve_triangular(L[:kept, :kept], B, upper=False, left=False)
             thinned.append(self._thinned(k, by_place[:kept], W[:, :kept] + B))
-        return np.append(each.cpu().numpy(), 0.0).clip(min=0), thinned
+        return np.append(error.cpu().numpy(), 0.0).clip(min=0), thinned
 
     def _regressed_few(self, order: Tensor, measured: Sequence[int]) -> tuple[np.ndarray, list[Thinned]]:
-        """The same at some k, by n × n kernel matrices, and straight lines between."""
+        """The same, computed with n × n kernel matrices at some k, and interpolated linearly between them."""
         N, taps = self.columns.shape
         by_place, n = self.columns[order].flatten(), len(self.U)
         error, thinned = {}, []
@@ -88,7 +88,7 @@ class Consumer:
         return _between(error, N), thinned
 
     def _thinned(self, k: int, S: Tensor, W: Tensor) -> Thinned:
-        """The consumer with the weights W for the columns S, in its place; its mean output stays what it was."""
+        """The consumer with the weights W at the columns S and zeros elsewhere; its mean output stays the same."""
         whole = torch.zeros_like(self.W)
         whole[:, S] = W
         return Thinned(k, whole.float(), ((self.W - whole) @ self.mean).float())
@@ -96,7 +96,10 @@ class Consumer:
     def decomposed(
         self, parts: dict[int, Decomposition | None], measured: Sequence[int]
     ) -> tuple[np.ndarray, list[Thinned]]:
-        """E(k) when a compensation of one layer has made `parts` of its neurons (None: nothing is left), and the consumers."""
+        """E(k) if a compensation of one layer has given `parts`, by k; and the consumer's forms at `measured`.
+
+        A part is None if no neuron is kept.
+        """
         N, by_neuron = len(self.columns), self.W[:, self.columns]
         error, thinned = {}, []
         for k, part in parts.items():
@@ -114,9 +117,10 @@ class Consumer:
         return ((change @ self.A) * change).sum(1)
 
     def greedy(self) -> Tensor:
-        """The neurons in the order in which they explain most of what the consumer makes of all: pivoted Cholesky, by neuron.
+        """The neurons in a greedy order: next is the one that explains most of what is left of the consumer's output.
 
-        Where there are fewer samples than features, by what each explains alone.
+        Computed by a pivoted Cholesky factorisation with one block for each neuron.
+        If there are fewer samples than features, they are ordered by what each explains alone.
         """
         (N, taps), left = self.columns.shape, self.slope[:, None] * self.W
         if self.few:
@@ -130,14 +134,14 @@ class Consumer:
         if self.few:
             return ranked(_explained(G, blocks))
         G, order = G.clone(), []
-        L = self.W.new_zeros(N * taps, N, taps)  # rows as they are made, over all columns
+        L = self.W.new_zeros(N * taps, N, taps)  # filled row by row; each row has all columns
         free = torch.ones(N, dtype=torch.bool, device=self.W.device)
         for step in range(N):
             j = int(_explained(G, blocks).where(free, -1).argmax())
-            done = slice(0, step * taps)
+            earlier = slice(0, step * taps)
             R = self.A[self.columns[j]][:, self.columns].clone()  # [taps, N, taps]
             R[:, j].diagonal().add_(self.penalty[self.columns[j]])
-            R -= torch.einsum("ri,rnk->ink", L[done, j], L[done])
+            R -= torch.einsum("ri,rnk->ink", L[earlier, j], L[earlier])
             factor = cholesky(R[:, j])
             row = torch.linalg.solve_triangular(factor, R.reshape(taps, -1), upper=False).view(taps, N, taps)
             along = torch.linalg.solve_triangular(factor, G[:, j].T, upper=False)  # [taps, M]
@@ -150,25 +154,25 @@ class Consumer:
 
 
 def computed_widths(N: int, measured: Sequence[int]) -> list[int]:
-    """The numbers of kept neurons at which an error without a closed form is computed, ascending."""
+    """The widths at which an error curve without a closed form is computed, ascending."""
     return sorted({round(N * step / STEPS) for step in range(STEPS)} | set(measured))
 
 
 def _between(error: dict[int, float], N: int) -> np.ndarray:
-    """E at k = 0…N by straight lines between the computed ones, 0 at N: [N + 1]."""
+    """E at k = 0…N, interpolated linearly between the computed widths; 0 at N: [N + 1]."""
     return np.interp(np.arange(N + 1), [*error, N], [*error.values(), 0.0])
 
 
 def columns_by_neuron(layer: nn.Module, N: int) -> Tensor:
-    """Which columns of what `layer` sees, and of its `matrix`, belong to each of the N neurons in front of it: [N, taps]."""
+    """For each of the N neurons in front of `layer`, its columns in the layer's patches and in its `matrix`: [N, taps]."""
     columns = torch.arange(layer.weight[0].numel(), device=layer.weight.device)
     return columns.view(-1, N).T if isinstance(layer, CONVS) else columns.view(N, -1)
 
 
 def absorbed(by_neuron: Tensor, columns: Tensor, part: Decomposition | None) -> tuple[Tensor, Tensor]:
-    """The consumer's weights [M, F] and constant [M] when the kept neurons stand in for all (None: none is kept).
+    """The consumer's weights [M, F] and constant [M] after it has absorbed a decomposition (None: no neuron is kept).
 
-    by_neuron: its weights as they were, [M, N, taps]. columns [N, taps]: where those are among the F.
+    by_neuron: its original weights, [M, N, taps]. columns [N, taps]: the places of those weights among the F.
     """
     M = len(by_neuron)
     W, c = by_neuron.new_zeros(M, columns.numel()), by_neuron.new_zeros(M)
@@ -180,7 +184,7 @@ def absorbed(by_neuron: Tensor, columns: Tensor, part: Decomposition | None) -> 
 
 
 def _explained(G: Tensor, blocks: Tensor) -> Tensor:
-    """tr(G_n R_nn⁻¹ G_nᵀ) of every neuron n, [N]; G [M, N, taps], R_nn [N, taps, taps]."""
+    """How much each neuron n explains: tr(G_n R_nn⁻¹ G_nᵀ), [N], for G [M, N, taps] and R_nn = `blocks` [N, taps, taps]."""
     taps = blocks.shape[-1]
     jitter = 1e-9 * blocks.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     eye = torch.eye(taps, dtype=blocks.dtype, device=blocks.device)

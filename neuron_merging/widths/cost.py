@@ -11,10 +11,10 @@ from neuron_merging.graph.tracing import Unit
 
 
 class Cost:
-    """Cost is quadratic in the widths, since a layer costs in-width × out-width: wᵀ Q w with w the widths and a 1 behind them.
+    """Parameters and MACs as wᵀ Q w, where w is the widths and a 1: every layer costs in-width × out-width.
 
-    Where a block is left out (width 0), a constant stands for its consumer and the BatchNorm behind. biases: whether the
-    compensation leaves a bias in layers without a BatchNorm behind them; then every such layer is counted with one.
+    If a block is left out (width 0), a constant replaces its consumer and the BatchNorm behind it.
+    biases: whether the compensation may add a bias to layers without BatchNorm; then every such layer is counted with one.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], shape: tuple[int, ...], biases: bool = False) -> None:
@@ -32,7 +32,7 @@ class Cost:
             if i >= 0 and units[i].bn:
                 self.Q[0, i, -1] += len(list(model.get_submodule(units[i].bn).parameters()))
             added += missing * len(layer.weight)
-        self.block = np.zeros(len(units))  # what leaving the block out adds to its consumer's bias and BatchNorm
+        self.block = np.zeros(len(units))  # parameters that leaving the block out adds: a constant, less the BatchNorm
         for i, unit in enumerate(units):
             layer, bn = model.get_submodule(unit.next), unit.next_bn and model.get_submodule(unit.next_bn)
             biased = layer.bias is not None or (biases and not bn)
@@ -45,14 +45,14 @@ class Cost:
         return self.Q @ w @ w + (self.block @ (w[:-1] == 0), 0)
 
     def marginal(self, widths: Sequence[int]) -> np.ndarray:
-        """What one neuron more costs, [2, units]."""
+        """The cost of one more neuron in each unit, [2, units]."""
         return ((self.Q + self.Q.transpose(0, 2, 1)) @ np.append(widths, 1))[:, :-1]
 
-    def wider(self, i: int, k: int, above: np.ndarray, each: np.ndarray) -> np.ndarray:
-        """What it costs to make unit i, k wide, as wide as `above` [n], [2, n]; each: `marginal` of all widths.
+    def wider(self, i: int, k: int, above: np.ndarray, marginal: np.ndarray) -> np.ndarray:
+        """The extra cost [2, n] of making unit i, which has the width k, as wide as each of `above` [n].
 
-        A block that comes back brings its BatchNorm.
+        marginal: `self.marginal` of all widths. A block that was left out (k = 0) also gets its BatchNorm back.
         """
-        more = np.outer(each[:, i], above - k)
+        more = np.outer(marginal[:, i], above - k)
         more[0] -= self.block[i] * (k == 0)
         return more

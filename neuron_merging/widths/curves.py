@@ -1,10 +1,10 @@
 """What thinning one unit does to the network, without data (ours).
 
-Over inputs made up from the network itself (synthetic.py), for every unit by itself and every number k of kept neurons:
+On inputs made up from the network itself (synthetic.py), for every unit alone and every number k of kept neurons:
 
-    E(k)  error of the consumer's output, in units of what the BatchNorm behind it makes of it, as the compensation leaves it
-    ρ(k)  sensitivity: the mean squared change of the network's output, on held-out samples, for every unit of E
-    D(k) = ρ(k) E(k)
+    E(k)  error of the consumer's output after compensation, measured behind the consumer's BatchNorm
+    ρ(k)  sensitivity: mean squared change of the network's output, on held-out samples, divided by E(k)
+    D(k) = ρ(k) E(k), the damage
 
 D assumes that layers are independent; `joint_damage` compares choices of widths with all units thinned at once.
 """
@@ -31,7 +31,7 @@ from neuron_merging.widths.output import Output, in_walk_precision, sensitivitie
 MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept neurons at which sensitivity is measured
 
 
-HELD_OUT = 1 / 3  # of the probe: for sensitivity
+HELD_OUT = 1 / 3  # share of the probe that only the sensitivities are measured on
 
 
 Decompose = Callable[[Neurons, Tensor], Decomposition]
@@ -39,7 +39,7 @@ Decompose = Callable[[Neurons, Tensor], Decomposition]
 
 @dataclass(frozen=True)
 class Curve:
-    """What thinning one unit does. order: its neurons [N], the first are kept; error, damage: E and D for k = 0…N, [N + 1]."""
+    """What thinning one unit does. order: its neurons [N], those kept longest first. error, damage: E, D at k = 0…N."""
 
     order: Tensor
     error: np.ndarray
@@ -58,30 +58,30 @@ def curves(
 ) -> list[Curve]:
     """A curve for every unit.
 
-    probe: [B, …]; of it a third is held out for the sensitivities. criterion: the order in which neurons are kept; "auto":
-    the greedy one of the regression. decompose: the compensation of one layer, or None for restoration's regression with
-    this ridge. sensitivity=False: the cheap mode, D = E / the variance of the stream that the consumer writes to.
+    probe: [B, …]; a third of it is held out for the sensitivities. criterion: gives the order in which neurons are kept; "auto"
+    is the greedy order of the regression. decompose: the compensation of one layer, or None for restoration's regression with
+    this `ridge`. sensitivity=False: a cheap mode; D is E divided by the variance of the stream that the consumer adds to.
     """
     held_out = round(len(probe) * HELD_OUT) if sensitivity else 0
     if len(probe) - held_out < 2 or (sensitivity and not held_out):
         raise NeuronMergingError(f"the choice of widths has to look at 3 inputs at least, not at {len(probe)}")
     with in_walk_precision(model, probe) as (work, probe):
         walk = walk_through(work, probe)
-        looks = _Measuring(work, walk, units, criterion, decompose, ridge)
-        looks.run(probe[held_out:])
-        changes = sensitivities(walk, units, looks.thinned, probe[:held_out]) if sensitivity else None
+        errors = _Measuring(work, walk, units, criterion, decompose, ridge)
+        errors.run(probe[held_out:])
+        changes = sensitivities(walk, units, errors.thinned, probe[:held_out]) if sensitivity else None
     if changes is None:
-        return [replace(c, damage=_falling(c.error / max(v, 1e-12))) for c, v in zip(looks.curves, looks.variance)]
-    return [_with_damage(curve, change) for curve, change in zip(looks.curves, changes)]
+        return [replace(c, damage=_falling(c.error / max(v, 1e-12))) for c, v in zip(errors.curves, errors.variance)]
+    return [_with_damage(curve, change) for curve, change in zip(errors.curves, changes)]
 
 
 def _falling(damage: np.ndarray) -> np.ndarray:
-    """D made non-increasing in k, and 0 where nothing is dropped."""
+    """D, changed so that it never rises with k, is never negative, and is 0 where nothing is dropped."""
     return np.minimum.accumulate(np.append(np.maximum(damage[:-1], 0), 0))
 
 
 def _with_damage(curve: Curve, changes: dict[int, float]) -> Curve:
-    """D = ρ E; log ρ is linear between the measured widths and constant beyond them."""
+    """The curve with D = ρ E. log ρ is interpolated linearly between the measured widths and constant beyond them."""
     known = [(k, np.log(change / curve.error[k])) for k, change in changes.items() if change > 0 and curve.error[k] > 0]
     if not known:
         return replace(curve, damage=np.zeros_like(curve.error))
@@ -90,7 +90,7 @@ def _with_damage(curve: Curve, changes: dict[int, float]) -> Curve:
 
 
 class _Measuring:
-    """A walk over the probe that looks at what every consumer sees."""
+    """Runs the network on the probe and measures an error curve at every consumer."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class _Measuring:
                 self.variance[i] = float(variances(values[node], self.walk.modules[self.units[i].next]).sum())
 
     def _look(self, i: int, x: Tensor, y: Tensor) -> None:
-        """Order, error curve and thinned consumers of unit i, whose consumer makes y of x."""
+        """Compute the order, error curve and thinned consumers of unit i, whose consumer reads x and gives y."""
         unit, layer = self.units[i], self.walk.modules[self.units[i].next]
         neurons = read(self.model, unit)
         N = len(neurons.W)
@@ -135,23 +135,23 @@ class _Measuring:
             slope = self.walk.slope(unit.next_bn).double()
         self.variance[i] = float(slope.pow(2) @ variances(y, layer))
         U, _ = rows(layer, x, y)
-        seen = Consumer(U, matrix(layer).double(), slope, columns_by_neuron(layer, N), self.ridge)
-        order = seen.greedy() if self.criterion == "auto" else kept_order(neurons, self.criterion)
+        consumer = Consumer(U, matrix(layer).double(), slope, columns_by_neuron(layer, N), self.ridge)
+        order = consumer.greedy() if self.criterion == "auto" else kept_order(neurons, self.criterion)
         measured = sorted({round(share * N) for share in MEASURED})
         if self.decompose is None:
-            error, thinned = seen.regressed(order, measured)
+            error, thinned = consumer.regressed(order, measured)
         else:
             parts = {
                 k: None if k == 0 else self.decompose(neurons, order[:k].sort().values)
                 for k in computed_widths(N, measured)
             }
-            error, thinned = seen.decomposed(parts, measured)
+            error, thinned = consumer.decomposed(parts, measured)
         self.curves[i] = Curve(order.cpu(), error, error)
         self.thinned[i] = thinned
 
 
 def variances(y: Tensor, layer: nn.Module) -> Tensor:
-    """Of every neuron of `layer` in y, what it gives or is added to, [M]."""
+    """The variance [M] of every neuron of `layer` in y, which is the output of `layer` or of the addition behind it."""
     return y.movedim(channel(layer, y), -1).flatten(0, -2).double().var(0, correction=0)
 
 
@@ -163,12 +163,12 @@ def joint_damage(
     probe: Tensor,
     decompose: Decompose,
 ) -> list[float]:
-    """For each choice of kept widths how much of the network's output is lost with all units thinned at once: 0 … 2.
+    """For each choice of kept widths, how much of the network's output is lost if all units are thinned at once: 0 … 2.
 
-    That is 1 − the cosine between the outputs of both networks over all samples, centred per sample: their size does not
-    count. A squared change does not do where much is dropped: an output that has died has changed by its own square, one
-    that points the right way can have changed by more. curves: whose order says which neurons stay. probe: [B, …].
-    decompose: a compensation that is made layer by layer.
+    The loss is 1 − the cosine between the outputs of both networks over all samples, centred per sample, so the size of outputs
+    does not count. If much is dropped, the squared change would mislead: it can be larger for outputs that point the right way
+    than for outputs that are all zero.
+    curves: their order says which neurons stay. probe: [B, …]. decompose: a compensation that acts on one layer at a time.
     """
     with in_walk_precision(model, probe) as (work, probe):
         output = Output(walk_through(work, probe), probe)
@@ -178,7 +178,7 @@ def joint_damage(
 def _all_thinned(
     model: nn.Module, units: Sequence[Unit], curves: Sequence[Curve], widths: Sequence[int], decompose: Decompose
 ) -> dict[str, Thinned]:
-    """Every consumer, by name, as it is with these widths."""
+    """The form of every consumer, by name, for these widths."""
     forms = {}
     for unit, curve, k in zip(units, curves, widths):
         neurons, layer = read(model, unit), model.get_submodule(unit.next)

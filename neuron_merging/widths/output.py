@@ -19,7 +19,7 @@ from neuron_merging.widths.consumer import Thinned
 
 @contextmanager
 def in_walk_precision(model: nn.Module, probe: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-    """A copy of the network to walk through, and the probe, both in the precision of walks."""
+    """A copy of the network and the probe, both in the precision in which the graph is run."""
     what = f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}"
     with reported_as(what), torch.no_grad():
         probe = probe.to(precision(model, probe))
@@ -27,21 +27,21 @@ def in_walk_precision(model: nn.Module, probe: Tensor) -> Iterator[tuple[nn.Modu
 
 
 class Output:
-    """What the network makes of some samples, and what becomes of that with consumers in their thinned form."""
+    """The network's output on some samples, and how it changes if consumers have their thinned forms."""
 
     def __init__(self, walk: Walk, probe: Tensor) -> None:
         self.walk, self.probe, self.nodes = walk, probe, list(walk.graph.nodes)
         self.original = self._output(0, {}, {})
 
     def change(self, forms: dict[str, Thinned], first: int, values: dict[Any, Any]) -> float:
-        """The mean squared change of the network's output, centred per sample, with these forms of consumers by name.
+        """The mean squared change of the network's output, centred per sample, if consumers have these forms (by name).
 
-        first: the place of the first node that they concern; values: what the nodes before it give.
+        first: the place of the first of these consumers in the graph. values: of the nodes before it.
         """
         return float((self._output(first, values, forms) - self.original).pow(2).sum(1).mean())
 
     def lost(self, forms: dict[str, Thinned]) -> float:
-        """1 − the cosine between the network's outputs, centred per sample, and those with these forms of consumers."""
+        """1 − the cosine between the network's outputs with and without these forms of consumers, centred per sample."""
         thinned = self._output(0, {}, forms)
         return 1 - float(cosine_similarity(thinned.flatten(), self.original.flatten(), dim=0))
 
@@ -64,7 +64,7 @@ class Output:
 def sensitivities(
     walk: Walk, units: Sequence[Unit], thinned: Sequence[Sequence[Thinned]], probe: Tensor
 ) -> list[dict[int, float]]:
-    """By k the mean squared change of the network's output when one unit alone is thinned to k neurons."""
+    """For each unit, by k: the mean squared change of the network's output if this unit alone is thinned to k neurons."""
     consumer = {unit.next: i for i, unit in enumerate(units)}
     output = Output(walk, probe)
     changes: list[dict[int, float]] = [{} for _ in units]
@@ -79,6 +79,6 @@ def sensitivities(
 
 
 def _centred(output: Any, samples: int) -> Tensor:
-    """All outputs of the network by sample, [B, numbers], less their mean over each sample where there are several."""
+    """All outputs of the network by sample, [B, numbers]. If a sample has several, their mean is subtracted."""
     flat = by_sample(output, samples).double()
     return flat - flat.mean(1, keepdim=True) if flat.shape[1] > 1 else flat

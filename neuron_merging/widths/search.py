@@ -1,6 +1,6 @@
-"""The choice of kept widths for a budget (ours): neurons are given up where damage rises least for what they cost.
+"""The choice of kept widths for a budget (ours): neurons are dropped where damage rises least for the cost that they save.
 
-Error curves and sensitivities (curves.py) are measured once for all budgets, by `WidthSearch`; a choice takes a moment.
+`WidthSearch` measures error curves and sensitivities (curves.py) once for all budgets. Then each choice takes a moment.
 """
 
 import time
@@ -16,16 +16,16 @@ from neuron_merging.graph.tracing import Unit
 from neuron_merging.widths.cost import Cost
 from neuron_merging.widths.curves import Curve, Decompose, curves, joint_damage
 
-BALANCES = np.linspace(0, 1, 11)  # of parameters against MACs, where both are limited
+BALANCES = np.linspace(0, 1, 11)  # weights of parameters against MACs that are tried if both are limited
 
 
 class WidthSearch:
-    """What was measured of a network's units, once; gives kept widths for any number of budgets.
+    """Measures a network's units once, then gives kept widths for any number of budgets.
 
-    model: left as it is. units: the paper's. shape: of one input. inputs: gives those [B, …] to look at. criterion: the order
-    in which neurons are kept. layerwise: the compensation of one layer, None for restoration's regression with `ridge`.
-    sensitivity=False: the quick choice. biases: whether the compensation may leave a bias where there was none.
-    curves: by unit. seconds: that measuring took.
+    model: is unchanged. units: without streams. shape: of one input. inputs: a function that returns the inputs [B, …] to
+    measure on. criterion: gives the order in which neurons are kept. layerwise: the compensation of one layer, or None for
+    restoration's regression with `ridge`. sensitivity=False: the quick choice. biases: whether the compensation may add biases.
+    Attributes: curves, one for each unit; seconds that measuring took.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class WidthSearch:
         drop_blocks: bool = False,
         compare: bool = False,
     ) -> list[int]:
-        """Kept widths with the cost of the `uniform` ones at most, or of the shares of the network that `budget` says.
+        """Kept widths that cost at most as much as the `uniform` ones, or as the shares of the network in `budget`.
 
-        compare: take the uniform ones where the network's output is nearer to the original's with them. Raises
-        NeuronMergingError where no widths are small enough.
+        compare: return the uniform ones if they keep the network's output nearer to the original. Raises NeuronMergingError if
+        no widths are small enough.
         """
         limit = self.cost(uniform)
         if budget is not None:
@@ -75,7 +75,7 @@ class WidthSearch:
         return rounded if damage[1] < damage[0] else chosen
 
     def keep(self, widths: Sequence[int]) -> list[Tensor]:
-        """The neurons [P] of every unit that come first in its order, ascending."""
+        """For every unit the P neurons that come first in its order, ascending: [P]."""
         return [curve.order[:width].sort().values for curve, width in zip(self.curves, widths)]
 
 
@@ -87,10 +87,10 @@ def allocate(
     multiple: int = 1,
     droppable: Sequence[bool] = (),
 ) -> list[int]:
-    """The kept width of every unit with the least Σ D whose parameters and MACs are at most `budget` (inf: no limit).
+    """The kept width of every unit: the widths with the least Σ D that were found within `budget` (parameters, MACs).
 
-    multiple: widths are multiples of it, or full. droppable: units that may lose all their neurons.
-    Raises NeuronMergingError where no widths are small enough.
+    budget: inf for no limit. multiple: every width is a multiple of it, or the full width. droppable: for each unit, whether it
+    may lose all its neurons. Raises NeuronMergingError if no widths are small enough.
     """
     droppable = droppable or [False] * len(curves)
     allowed = [_allowed(len(curve.order), multiple, drop) for curve, drop in zip(curves, droppable)]
@@ -117,7 +117,11 @@ def _descend(
     hulls: list[list[int]],
     price: np.ndarray,
 ) -> np.ndarray:
-    """From full width down the hulls, always where D rises least for the price saved, until the budget holds; then back up."""
+    """The widths that a greedy search finds for one weighting (`price`) of parameters and MACs.
+
+    From full widths it steps down the hulls, each time where D rises least for the price saved, until the budget is met. Then
+    it widens units again, each time where D falls most for the price, as far as the budget allows.
+    """
     place = [0] * len(curves)
     widths = cost.full.copy()
     while (cost(widths) > budget).any():
@@ -137,13 +141,14 @@ def _descend(
             )
         place[i] += 1
         widths[i] = hulls[i][place[i]]
-    while True:  # what is left over goes back where it helps most, also over widths that do not help by themselves
-        spent, each = cost(widths), cost.marginal(widths)
-        value = price @ each
+    # Spend the rest of the budget where it helps most; a step may skip widths that do not help by themselves.
+    while True:
+        spent, marginal = cost(widths), cost.marginal(widths)
+        value = price @ marginal
         best, most = None, 0.0
         for i, (ks, curve) in enumerate(zip(allowed, curves)):
             above = ks[ks > widths[i]]
-            fits = (spent[:, None] + cost.wider(i, widths[i], above, each) <= budget[:, None]).all(0)
+            fits = (spent[:, None] + cost.wider(i, widths[i], above, marginal) <= budget[:, None]).all(0)
             above = above[fits]
             if len(above) and value[i] > 0:
                 gain = (curve.damage[widths[i]] - curve.damage[above]) / ((above - widths[i]) * value[i])
@@ -155,7 +160,7 @@ def _descend(
 
 
 def _hull(ks: np.ndarray, damage: np.ndarray) -> list[int]:
-    """The widths at the corners of the lower convex hull of D over the widths ks, from full width down."""
+    """The widths at the corners of the lower convex hull of the curve of D over the widths `ks`, from full width down."""
     corners: list[int] = []
     for i in range(len(ks) - 1, -1, -1):
         while len(corners) > 1 and _slope(ks, damage, corners[-2], corners[-1]) >= _slope(ks, damage, corners[-1], i):
@@ -165,5 +170,5 @@ def _hull(ks: np.ndarray, damage: np.ndarray) -> list[int]:
 
 
 def _slope(ks: np.ndarray, damage: np.ndarray, i: int, j: int) -> float:
-    """How much D rises for every neuron from corner i down to corner j."""
+    """How much D rises for each neuron dropped from corner i down to corner j."""
     return (damage[j] - damage[i]) / (ks[i] - ks[j])
