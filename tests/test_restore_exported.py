@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.surgery import cut
+from neuron_merging.restore.batches import batches
 from neuron_merging.restore.exported import restore
 from neuron_merging.shrink import shrink
 from tests.test_exported import IDS, Attention, called
@@ -106,6 +107,33 @@ def test_floating_point_inputs_can_be_made_up():
     other, _ = shrink(model, 0.4, example_input=example, compensation="restore", seed=2)
     assert error(model, restored, pair(64, 2)) < error(model, pruned, pair(64, 2))
     assert not torch.equal(restored.out.weight, other.out.weight)
+
+
+def test_other_layers_can_be_fitted_too():
+    model, images, fresh = Attention().eval(), words(96, 1), words(32, 2)
+    survey = find_spaces(model, words(2, 0))
+    keep = {space: torch.arange(space.size - 1) for space in survey.spaces if space.layer == "qkv"}
+    readers, fitted = restore(survey, keep, cut(survey, keep), images)
+    everything, more = restore(survey, keep, cut(survey, keep), images, refit=True)
+    assert fitted.keys() == {"proj.weight"} and more.keys() == {"proj.weight", "up.weight", "down.weight", "out.weight"}
+    assert error(model, everything.model, fresh) < 1.05 * error(model, readers.model, fresh)
+
+
+class OneSize(TwoInputs):
+    def forward(self, image, vector):
+        return super().forward(image.view(2, 3, 9, 9), vector)
+
+
+def test_a_graph_for_one_size_gets_batches_of_that_size():
+    model, example = OneSize().eval(), pair(2, 0)
+    survey = find_spaces(model, example)
+    random = torch.Generator().manual_seed(0)
+    parts = batches(survey.network, pair(31, 1), random)
+    assert not survey.network.dynamic and len(parts) == 15 and {len(value) for part in parts for value in part} == {2}
+    pruned, _ = shrink(model, 0.4, example_input=example, compensation="prune")
+    restored, _ = shrink(model, 0.4, example_input=example, compensation="restore", images=pair(96, 1))
+    errors = [[error(model, small, pair(2, seed)) for seed in range(2, 34)] for small in (pruned, restored)]
+    assert sum(errors[1]) < 0.8 * sum(errors[0])
 
 
 def test_tied_weights_stay_and_the_report_says_so():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from neuron_merging.errors import NeuronMergingError
@@ -16,6 +17,7 @@ PARTS = 6  # batches in which a graph gets its samples, if it takes any size
 EVERY = 3  # of that many batches one is held out
 
 Batch = list[Any]  # the network's inputs, one for each placeholder of its graph
+Values = dict[fx.Node, list[Any]]  # by node, what it gives for each batch
 
 
 def batches(
@@ -91,3 +93,38 @@ def _like(images: Any, example: Any, many: bool) -> Any:
     if example.is_floating_point() != images.is_floating_point():
         raise NeuronMergingError(f"images: of type {images.dtype}, but the example is {example.dtype}")
     return images.to(example)
+
+
+def compute(graph: fx.GraphModule, node: fx.Node, values: Values, inputs: list[Batch]) -> list[Any]:
+    """What a node gives for each batch, given the values that it needs."""
+    if node.op == "placeholder":
+        place = [n for n in graph.graph.nodes if n.op == "placeholder"].index(node)
+        given = [batch[place] for batch in inputs]
+        return [value.clone() if isinstance(value, Tensor) else value for value in given]  # may be overwritten
+    if node.op == "get_attr":
+        return [attribute(graph, node.target)] * len(inputs)
+    call: Callable[..., Any] = graph.get_submodule(node.target) if node.op == "call_module" else node.target
+    results = []
+    for k in range(len(inputs)):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source, k=k: values[source][k])
+        results.append(call(*args, **kwargs))
+    return results
+
+
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """By node, what no later one needs."""
+    uses: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        ends = [source for source in (node, *node.all_input_nodes) if source not in seen]
+        seen.update(ends)
+        uses[node] = ends
+    return uses
+
+
+def attribute(model: nn.Module, target: str) -> Any:
+    """What a get_attr node gives."""
+    value: Any = model
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value

@@ -13,9 +13,8 @@ into the bias. Where the output is added to a stream that has an error by then, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,11 +27,9 @@ from neuron_merging.graph.rules import operation
 from neuron_merging.graph.spaces import Space, Survey
 from neuron_merging.graph.surgery import Smaller, difference, left, run
 from neuron_merging.linalg import ENTRIES, POSITIONS
-from neuron_merging.restore.batches import EVERY, Batch, batches
+from neuron_merging.restore.batches import EVERY, Batch, Values, attribute, batches, compute, last_uses
 from neuron_merging.restore.readers import VIEWS, Reader, find_reader, plain_module
 from neuron_merging.restore.regression import Rows, best_fit
-
-Values = dict[fx.Node, list[Any]]  # by node, what it gives for each batch
 
 
 @torch.no_grad()
@@ -46,16 +43,18 @@ def restore(
     samples: int | None = None,
     seed: int = 1,
     repair: bool = True,
+    refit: bool = False,
 ) -> tuple[Smaller, dict[str, tuple[float, float]]]:
     """`small`, which `surgery.cut` made by `keep`, with fitted readers; by weight its relative error held out, then and now.
 
     images: real inputs, as batches.batches takes them; None: made up. The graph and the model of `small` are changed in place.
-    repair: a layer that is added to a stream also corrects the error that the stream has there.
+    repair: a layer that is added to a stream also corrects the error that the stream has there. refit: layers that lost no
+    inputs, but see other values than before, are fitted too.
     Raises NeuronMergingError where there are no inputs, or the network does not run on them.
     """
     random = torch.Generator().manual_seed(seed)
     inputs = batches(survey.network, images, random, samples)
-    lockstep = _Lockstep(survey, keep, small, inputs, random, ridge, repair)
+    lockstep = _Lockstep(survey, keep, small, inputs, random, ridge, repair, refit)
     with reported_as(f"{type(survey.network.model).__name__} cannot be restored on these inputs"):
         lockstep.run()
     if small.own_class:
@@ -77,9 +76,10 @@ class _Lockstep:
         random: torch.Generator,
         ridge: float,
         repair: bool,
+        refit: bool,
     ) -> None:
         self.survey, self.small, self.inputs, self.random = survey, small, inputs, random
-        self.ridge, self.repair = ridge, repair
+        self.ridge, self.repair, self.refit = ridge, repair, refit
         self.masks: dict[Leaf, Tensor] = {}
         for space, kept in keep.items():
             self.masks[space.leaf] = torch.zeros(space.size, dtype=torch.bool)
@@ -92,39 +92,22 @@ class _Lockstep:
         """Fit every reader; afterwards the student is ready for use."""
         originals = {new: old for old, new in self.small.copies.items()}
         teacher, student = self.survey.network.graph, self.small.graph
-        last_t, last_s = _last_uses(teacher.graph), _last_uses(student.graph)
+        last_t, last_s = last_uses(teacher.graph), last_uses(student.graph)
         for new in list(student.graph.nodes):
             if new.op == "output":
                 break
             old = originals.get(new)
             if old is not None:
-                self.t[old] = self._computed(teacher, old, self.t)
+                self.t[old] = compute(teacher, old, self.t, self.inputs)
                 reader = find_reader(self.survey, old)
                 if reader is not None:
                     self._fit(reader)
-            self.s[new] = self._computed(student, new, self.s)
+            self.s[new] = compute(student, new, self.s, self.inputs)
             for node in last_t.get(old, ()):
                 self.t.pop(node, None)
             for node in last_s.get(new, ()):
                 self.s.pop(node, None)
         student.recompile()
-
-    def _computed(self, graph: fx.GraphModule, node: fx.Node, values: Values) -> list[Any]:
-        """What a node gives, for each batch."""
-        if node.op == "placeholder":
-            place = [n for n in graph.graph.nodes if n.op == "placeholder"].index(node)
-            given = [batch[place] for batch in self.inputs]
-            return [value.clone() if isinstance(value, Tensor) else value for value in given]  # may be overwritten
-        if node.op == "get_attr":
-            return [_attribute(graph, node.target)] * len(self.inputs)
-        call: Callable[..., Any] = graph.get_submodule(node.target) if node.op == "call_module" else node.target
-        results = []
-        for k in range(len(self.inputs)):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source, k=k: values[source][k])
-            results.append(
-                getattr(args[0], call)(*args[1:], **kwargs) if node.op == "call_method" else call(*args, **kwargs)
-            )
-        return results
 
     # ------------------------------------------------------------ the fit of one layer
 
@@ -133,12 +116,12 @@ class _Lockstep:
         node = self.small.copies[reader.node]
         weight = self._tensor(reader.weight_node)
         wide = self.survey.network.tensor(reader.weight)
-        if weight.shape[reader.inputs] == wide.shape[reader.inputs]:
+        if weight.shape[reader.inputs] == wide.shape[reader.inputs] and not (self.refit and self._differs(reader)):
             return
         bias = None if reader.bias_node is None else self._tensor(reader.bias_node)
         W0 = reader.matrix(weight).double()
         b0 = W0.new_zeros(len(W0)) if bias is None else bias.double()
-        can = bias is not None or plain_module(self.small.model, reader) is not None
+        can = bias is not None or plain_module(self.survey.network.model, reader) is not None
         rows = [self._rows(reader, k, W0.shape) for k in range(len(self.inputs))]
         if any(pair is None or not all(part.isfinite().all() for part in pair) for pair in rows):
             return
@@ -150,6 +133,11 @@ class _Lockstep:
         fit, self.errors[reader.weight] = best_fit(seen, unseen, (W0, b0), self.ridge, can)
         if fit is not None:
             self._put(reader, node, *fit)
+
+    def _differs(self, reader: Reader) -> bool:
+        """Whether a layer sees something else in the student than in the teacher."""
+        pairs = zip(self.t[reader.source], self.s[self.small.copies[reader.source]])
+        return any(not torch.equal(x_t, x_s) for x_t, x_s in pairs)
 
     def _rows(self, reader: Reader, k: int, shape: torch.Size) -> Rows | None:
         """What the student's layer with weights of this shape, [M, F], sees and is to give in a batch; None if not known."""
@@ -201,27 +189,26 @@ class _Lockstep:
 
     def _tensor(self, node: fx.Node) -> Tensor:
         """The student's parameter at a get_attr of the teacher's."""
-        return _attribute(self.small.graph, self.small.copies[node].target)
+        return attribute(self.small.graph, self.small.copies[node].target)
 
     def _put(self, reader: Reader, node: fx.Node, W: Tensor, b: Tensor) -> None:
         """Give the layer its weights and its bias, in the student's graph and in the model of the user's own class."""
-        models = [self.small.graph] if self.small.model is self.small.graph else [self.small.graph, self.small.model]
         weight = self._tensor(reader.weight_node)
         weight.copy_(reader.as_weight(W, weight))
-        if len(models) > 1:
+        if self.small.own_class:
             self.small.model.get_parameter(reader.weight).copy_(weight)  # which its other names share
         if reader.bias_node is not None:
             bias = self._tensor(reader.bias_node)
             bias.copy_(b)
-            if len(models) > 1:
+            if self.small.own_class:
                 self.small.model.get_parameter(reader.bias).copy_(bias)
-        elif plain_module(self.small.model, reader) is not None:
+        elif plain_module(self.survey.network.model, reader) is not None:
             self._add_bias(reader, node, b.to(weight))
 
     def _add_bias(self, reader: Reader, node: fx.Node, b: Tensor) -> None:
         """Give a layer that had none a bias."""
         trained = self._tensor(reader.weight_node).requires_grad
-        if self.small.model is not self.small.graph:
+        if self.small.own_class:
             plain_module(self.small.model, reader).bias = nn.Parameter(b.clone(), requires_grad=trained)
         target = self.small.copies[reader.weight_node].target.rpartition(".")[0] + ".bias"
         path, _, name = target.rpartition(".")
@@ -229,22 +216,4 @@ class _Lockstep:
         with self.small.graph.graph.inserting_before(node):
             made = self.small.graph.graph.get_attr(target)
         node.args = (*node.args[:2], made, *node.args[3:])
-        self.s[made] = [_attribute(self.small.graph, target)] * len(self.inputs)
-
-
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """By node, what no later one needs."""
-    uses: dict[fx.Node, list[fx.Node]] = {}
-    seen: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        ends = [source for source in (node, *node.all_input_nodes) if source not in seen]
-        seen.update(ends)
-        uses[node] = ends
-    return uses
-
-
-def _attribute(model: nn.Module, target: str) -> Any:
-    value: Any = model
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
+        self.s[made] = [attribute(self.small.graph, target)] * len(self.inputs)
