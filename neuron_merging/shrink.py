@@ -40,6 +40,7 @@ from neuron_merging.widths.curves import HELD_OUT
 from neuron_merging.widths.search import WidthSearch
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
+AS_EXPORTED = ("prune", "restore")  # of networks that torch.fx cannot trace, and of several inputs
 SUMMARY_SAMPLES = 8  # made-up inputs for a summary: enough to show the sizes that restoration leaves
 
 
@@ -117,7 +118,7 @@ def shrink(
     ratio: Ratio | None = None,
     *,
     example_input: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
-    images: Tensor | None = None,
+    images: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     config: ShrinkConfig | None = None,
     search: WidthSearch | None = None,
     **options: Any,
@@ -130,8 +131,9 @@ def shrink(
     whole; or a list of the kept widths.
     example_input: inputs [B, …], or the shape of one input without the batch. Restoration and the choice of widths need it.
     A network with several inputs takes a tuple or a mapping of tensors. Such a network, and one that torch.fx cannot trace,
-    can only be pruned (exported.py).
+    can only be pruned and restored (exported.py).
     images: real inputs [B, …], in random order, for methods that run the network on inputs. Without them, inputs are made up.
+    They are a tuple or a mapping where example_input is one.
     options: the fields of `ShrinkConfig`, such as compensation="merge", criterion="l1-norm", widths="auto", coupled=True.
     config: a `ShrinkConfig`, instead of `options` or in addition to them.
     search: `report.search` of an earlier call with the same network and options; ratio, budget, multiple and drop_blocks may
@@ -143,7 +145,7 @@ def shrink(
     check_module(model)
     device = _device(model)
     if _several(example_input):
-        return _pruned_as_exported(model, example_input, config, device)
+        return _pruned_as_exported(model, example_input, images, config, device)
     shape = input_shape(example_input, images)
     _check_inputs(config, shape, images)
     check_weights(model)
@@ -158,12 +160,13 @@ def shrink(
     try:
         units, left_out = _units(model, config)
     except CannotBeTraced as error:
-        if shape is None or config.compensation != "prune" or config.chooses:
+        if shape is None or config.compensation not in AS_EXPORTED or config.chooses:
             raise NeuronMergingError(
-                f"{error}; without that it can only be pruned, for a ratio, with example_input"
+                f"{error}; without that it can only be pruned or restored, for a ratio, with example_input"
             ) from error
-        inputs = example_input if isinstance(example_input, Tensor) else torch.zeros(2, *shape, device=device)
-        return _pruned_as_exported(model, inputs, config, device)
+        inputs = torch.zeros(2, *shape, device=device) if images is None else images[:2].to(device)
+        inputs = example_input if isinstance(example_input, Tensor) else inputs
+        return _pruned_as_exported(model, inputs, images, config, device)
     full = [width(model, unit) for unit in units]
     check_vectors(model, units, shape)
     kept = full
@@ -217,17 +220,26 @@ def _several(example_input: Any) -> bool:
 
 
 def _pruned_as_exported(
-    model: nn.Module, inputs: exported.Inputs, config: ShrinkConfig, device: torch.device
+    model: nn.Module,
+    inputs: exported.Inputs,
+    images: exported.Inputs | None,
+    config: ShrinkConfig,
+    device: torch.device,
 ) -> tuple[nn.Module, Report]:
-    """`shrink` for networks that torch.fx cannot trace, and for several inputs. Raises NeuronMergingError for all but prune."""
-    if config.compensation != "prune" or config.chooses:
+    """`shrink` for networks that torch.fx cannot trace, and for several inputs.
+
+    Raises NeuronMergingError for all methods but `AS_EXPORTED`.
+    """
+    if config.compensation not in AS_EXPORTED or config.chooses:
         raise NeuronMergingError(
-            "a network that is called with several inputs, or by keywords, can only be pruned so far, for a ratio: give"
-            " compensation='prune'"
+            "a network that is called with several inputs, or by keywords, can only be pruned or restored so far, for a"
+            " ratio: give compensation='prune' or 'restore'"
         )
+    if images is not None and config.compensation == "prune":
+        raise NeuronMergingError("images are for restore: prune needs no data")
     memory.reset(device)
     start = time.perf_counter()
-    pruned = exported.prune(model, inputs, config)
+    pruned = exported.prune(model, inputs, config, images)
     return pruned.model, Report(
         pruned.spaces, pruned.kept, pruned.full, [nan] * len(pruned.spaces), pruned.left_out,
         (count_parameters(model), count_parameters(pruned.model)), pruned.macs,

@@ -81,9 +81,9 @@ def test_the_strongest_stay_and_ratios_go_by_name():
     assert "up" not in [unit.layer for unit in left.units] and "it is ignored" in left.left_out["up"]
 
 
-@pytest.mark.parametrize("kind", ["merge", "restore"])
+@pytest.mark.parametrize("kind", ["merge", "fold"])
 def test_other_methods_say_that_they_cannot(kind):
-    with pytest.raises(NeuronMergingError, match="can only be pruned so far"):
+    with pytest.raises(NeuronMergingError, match="can only be pruned or restored so far"):
         shrink(Attention(), 0.5, example_input=INPUTS["a mapping"], compensation=kind)
 
 
