@@ -21,7 +21,7 @@ def build(
     """A freshly initialised network of `NETWORKS`.
 
     `depth_wide`: () for LeNet, (depth,) for VGG and ResNet, (depth, widening factor) for WideResNet.
-    `widths`: of the layers that can be pruned, in the order of the forward pass; None for the published ones.
+    `widths`: of the layers whose width is free, in the order of the forward pass; None for the published ones.
     Raises NeuronMergingError for a depth that the family does not have.
     """
     try:

@@ -84,7 +84,7 @@ def test_duplicates_are_restored():
     keep = {space: torch.arange(32) for space in survey.spaces if space.layer == "up"}
     pruned = cut(survey, keep).model
     restored, errors = restore(survey, keep, cut(survey, keep), words(96, 1))
-    assert restored.own_class and errors.keys() == {"down.weight"} and errors["down.weight"][1] < 1e-3
+    assert restored.own_class and {*errors} <= {"down.weight", "out.weight"} and errors["down.weight"][1] < 1e-3
     fresh = words(16, 2)
     assert error(model, restored.model, fresh) < 1e-3 < error(model, pruned, fresh)
     for result in (restored.graph, restored.model):

@@ -351,7 +351,7 @@ def test_what_does_not_go_together_is_said():
     for kind in ("lbyl", "fold"):
         with pytest.raises(NeuronMergingError, match=f"{kind} has no form for coupled channels"):
             shrink(model, 0.5, compensation=kind, coupled=True)
-    with pytest.raises(NeuronMergingError, match="chosen unit by unit"):
+    with pytest.raises(NeuronMergingError, match="coupled channels have no choice of widths"):
         shrink(model, 0.5, example_input=(3, 32, 32), coupled=True, widths="auto")
     found, _ = prunable(model, coupled=True)
     with pytest.raises(NeuronMergingError, match="0 of 16 neurons cannot be kept in conv1"):
