@@ -17,11 +17,11 @@ from tqdm import tqdm
 from experiments import command, rows
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown
+from neuron_merging import exported
 from neuron_merging.commandline import Parser
 from neuron_merging.config import ShrinkConfig
 from neuron_merging.counting import count_parameters
 from neuron_merging.errors import NeuronMergingError, missing
-from neuron_merging.exported import prune
 from neuron_merging.files import write_text
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.surgery import largest_error, run
@@ -119,12 +119,12 @@ def tried(network: str) -> Row:
     row: Row = {"network": network, "ratio": RATIO, "parameters": count_parameters(model)}
     start = time.perf_counter()
     try:
-        pruned = prune(model, inputs, ShrinkConfig(ratio=RATIO, compensation="prune"))
+        pruned = exported.shrink(model, inputs, ShrinkConfig(ratio=RATIO, compensation="prune"))
     except NeuronMergingError as error:
         return row | {"why_not": str(error)}
     seconds = round(time.perf_counter() - start, 1)
     captured = find_spaces(model, inputs).network
-    whole = prune(model, inputs, ShrinkConfig(ratio=0.0, compensation="prune"))
+    whole = exported.shrink(model, inputs, ShrinkConfig(ratio=0.0, compensation="prune"))
     error = largest_error(run(whole.model, captured), run(captured.model, captured))
     reasons = [why for why in pruned.left_out.values() if why != "it is an output of the network"]
     return row | {

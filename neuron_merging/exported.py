@@ -25,7 +25,7 @@ from neuron_merging.restore.readers import OPERANDS
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Shrunk:
     """A smaller network and what became of its spaces.
 
     full, kept: original and kept sizes. left_out: by layer that stays whole, why. macs: original and now, None where they
@@ -41,7 +41,7 @@ class Pruned:
     note: str | None
 
 
-def prune(model: nn.Module, inputs: Inputs, config: ShrinkConfig, images: Inputs | None = None) -> Pruned:
+def shrink(model: nn.Module, inputs: Inputs, config: ShrinkConfig, images: Inputs | None = None) -> Shrunk:
     """A smaller network, called like `model` with `inputs`: a tensor, a sequence of arguments or a mapping of keywords.
 
     Every space loses the indices with the least score, summed over all that write it. If the config's compensation is
@@ -74,7 +74,7 @@ def prune(model: nn.Module, inputs: Inputs, config: ShrinkConfig, images: Inputs
     if unfitted:
         notes.append(f"not restored, being no plain layers of their own weights: {', '.join(unfitted)}")
     counted = None if None in macs else tuple(macs)
-    return Pruned(small.model, spaces, full, kept, left_out, counted, "; ".join(notes) or None)
+    return Shrunk(small.model, spaces, full, kept, left_out, counted, "; ".join(notes) or None)
 
 
 def _unfitted(survey: Survey, keep: dict[Space, Tensor], fitted: Collection[str]) -> list[str]:

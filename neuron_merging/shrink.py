@@ -239,7 +239,7 @@ def _pruned_as_exported(
         raise NeuronMergingError("images are for restore: prune needs no data")
     memory.reset(device)
     start = time.perf_counter()
-    pruned = exported.prune(model, inputs, config, images)
+    pruned = exported.shrink(model, inputs, config, images)
     return pruned.model, Report(
         pruned.spaces, pruned.kept, pruned.full, [nan] * len(pruned.spaces), pruned.left_out,
         (count_parameters(model), count_parameters(pruned.model)), pruned.macs,

@@ -15,7 +15,7 @@ import torch
 
 import main
 from models import build
-from tests.made import with_statistics
+from tests.helpers import with_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 if os.environ.get("PYTEST_XDIST_WORKER"):  # each worker has its share of the cores

@@ -17,7 +17,7 @@ from data import DATASETS, calibration, load
 from data.loader import HERE
 from neuron_merging.errors import NeuronMergingError
 from tests.conftest import ROOT
-from tests.made import cifar
+from tests.helpers import cifar
 
 
 def test_the_fashion_mnist_test_split_comes_with_the_repository():
@@ -146,7 +146,7 @@ def test_what_a_download_brings_joins_what_is_there(tmp_path, monkeypatch):
 TWO = """
 import pathlib, sys, time
 from torchvision.datasets import CIFAR10
-from tests.made import cifar
+from tests.helpers import cifar
 import data
 
 here = pathlib.Path(sys.argv[1])

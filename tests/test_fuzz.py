@@ -22,7 +22,7 @@ from neuron_merging.decompose import CRITERIA
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.methods import METHODS, NEED_IMAGES
 from neuron_merging.shrink import prunable, shrink, width
-from tests.made import images, same, smaller, with_statistics
+from tests.helpers import images, same, smaller, with_statistics
 
 MANY = int(os.environ.get("NEURON_MERGING_FUZZ", "0"))
 FREE = [name for name in METHODS if name not in NEED_IMAGES]

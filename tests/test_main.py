@@ -23,7 +23,7 @@ from neuron_merging.graph.tracing import units
 from neuron_merging.methods import METHODS
 from neuron_merging.shrink import shrink
 from tests.conftest import ROOT
-from tests.made import images
+from tests.helpers import images
 
 PUBLISHED_LENET = {  # ratio: (prune, merge), l1-norm, Table 1
     0.5: (88.40, 88.69), 0.6: (85.17, 86.92), 0.7: (71.26, 82.75), 0.8: (66.76, 80.02),

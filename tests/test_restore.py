@@ -22,7 +22,16 @@ from neuron_merging.network import choose, decompose, rebuild
 from neuron_merging.restore.adapt import adapt
 from neuron_merging.restore.lockstep import Options, restore
 from neuron_merging.shrink import shrink
-from tests.made import example, plant_multiples, same, shape_of, smaller, widths_of, with_statistics, without_batchnorm
+from tests.helpers import (
+    example,
+    plant_multiples,
+    same,
+    shape_of,
+    smaller,
+    widths_of,
+    with_statistics,
+    without_batchnorm,
+)
 
 DEFAULT = Options()
 RIVALS = ("lbyl", "fold", "prune-bn", "merge-bn")

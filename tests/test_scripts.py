@@ -15,7 +15,7 @@ import main
 from experiments import training
 from experiments.options import experiment_of
 from tests.conftest import ROOT, SCRIPTS
-from tests.made import cifar
+from tests.helpers import cifar
 
 AUTHORS = {  # script: network and data, --target, file, what merging has beside the criterion, default ratio
     "LeNet_300_100_FashionMNIST": (

@@ -17,7 +17,7 @@ from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.streams import Stream, streams
 from neuron_merging.restore.lockstep import restore
 from neuron_merging.shrink import prunable, select, shrink, summarize
-from tests.made import example, same, shape_of, smaller, with_statistics
+from tests.helpers import example, same, shape_of, smaller, with_statistics
 
 
 class Dense(nn.Module):

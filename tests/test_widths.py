@@ -31,7 +31,7 @@ from neuron_merging.widths.consumer import Consumer
 from neuron_merging.widths.cost import Cost
 from neuron_merging.widths.output import sensitivities
 from neuron_merging.widths.search import allocate
-from tests.made import of_a_layer, same, shape_of, smaller, widths_of, with_statistics
+from tests.helpers import of_a_layer, same, shape_of, smaller, widths_of, with_statistics
 
 
 def curve(damage):

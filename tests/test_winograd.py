@@ -9,7 +9,7 @@ from torch import nn
 
 from experiments import settings, winograd
 from experiments import training as train
-from tests.made import images
+from tests.helpers import images
 
 CPU = torch.device("cpu")
 

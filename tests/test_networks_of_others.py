@@ -17,7 +17,7 @@ from neuron_merging.graph.interpreter import by_sample
 from neuron_merging.graph.tracing import survey
 from neuron_merging.methods import METHODS
 from neuron_merging.shrink import shrink, summarize
-from tests.made import Written, conv, same, with_statistics
+from tests.helpers import Written, conv, same, with_statistics
 
 
 class Plain(nn.Conv2d):

@@ -21,7 +21,7 @@ from neuron_merging.export import export
 from neuron_merging.graph.tracing import units
 from neuron_merging.network import decompose, rebuild
 from neuron_merging.shrink import shrink, summarize
-from tests.made import example, widths_of
+from tests.helpers import example, widths_of
 
 CODE = """
 import torch

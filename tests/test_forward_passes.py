@@ -11,7 +11,7 @@ from neuron_merging.graph.streams import streams
 from neuron_merging.graph.tracing import survey
 from neuron_merging.shrink import prunable, shrink, width
 from neuron_merging.shrink import summarize as summarize
-from tests.made import Written, conv
+from tests.helpers import Written, conv
 from tests.test_foreign import distance, inputs, network
 
 

@@ -20,7 +20,7 @@ from models import build
 from neuron_merging.checkpoint import load_checkpoint
 from neuron_merging.errors import NeuronMergingError
 from tests.conftest import ROOT
-from tests.made import images, same
+from tests.helpers import images, same
 
 CPU = torch.device("cpu")
 
@@ -347,7 +347,7 @@ def test_two_processes_give_the_update_of_one(tmp_path, monkeypatch):
 MAIN = """
 import sys, torch, data, main
 from experiments import training as train
-from tests.made import images
+from tests.helpers import images
 data.load = lambda name, split, root: images(name, 60 if split == "train" else 40)
 
 def kept(model, *args, train=train.train, **options):

@@ -15,7 +15,7 @@ from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.tracing import units
 from neuron_merging.network import decompose, rebuild
 from tests.conftest import NARROW
-from tests.made import example, plant_multiples, same, widths_of, without_batchnorm
+from tests.helpers import example, plant_multiples, same, widths_of, without_batchnorm
 
 
 def halves(model: nn.Module) -> list[int]:

@@ -16,12 +16,12 @@ from neuron_merging.checkpoint import load_checkpoint, load_weights, save_checkp
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.files import remove_partials
 from tests.conftest import ROOT
-from tests.made import same
+from tests.helpers import same
 
 TRAIN = """
 import io, os, signal, sys, torch, data, main
 from experiments import training as train
-from tests.made import images
+from tests.helpers import images
 
 def killed_at(call, function, before):
     def counted(*args, **options):

@@ -23,7 +23,7 @@ from neuron_merging.graph.tracing import units
 from neuron_merging.linalg import cholesky, rows
 from neuron_merging.network import choose, decompose, read, rebuild
 from neuron_merging.shrink import prunable, shrink, width
-from tests.made import Written, conv, same, smaller, with_statistics
+from tests.helpers import Written, conv, same, smaller, with_statistics
 
 KINDS = ("prune", "merge", "restore")
 

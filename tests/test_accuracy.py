@@ -9,7 +9,7 @@ from torch import nn
 from experiments.evaluate import accuracy
 from models import build
 from neuron_merging.accuracy import fused
-from tests.made import images, same, with_statistics
+from tests.helpers import images, same, with_statistics
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
