@@ -46,13 +46,14 @@ class Neurons:
 
     W: [N, D] float64; each row is a neuron or a flattened filter. Without BatchNorm, the bias is the last column.
     bn: the BatchNorm behind the layer, or None; a bias of the layer is included in its μ. relu: whether a ReLU follows.
-    biased: whether the last column of W is a bias.
+    biased: whether the last column of W is a bias. activation: what follows elementwise, where that is not a ReLU.
     """
 
     W: Tensor
     bn: BatchNorm | None
     relu: bool
     biased: bool = False
+    activation: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def constants(self) -> Tensor:
@@ -64,7 +65,11 @@ class Neurons:
         if self.bn is not None:
             constant |= self.bn.gamma == 0
             z = self.bn.beta - self.bn.gain * self.bn.mu  # with γ = 0 just β
-        return torch.where(constant, z.relu() if self.relu else z, torch.nan)
+        if self.activation is not None:
+            z = self.activation(z)
+        elif self.relu:
+            z = z.relu()
+        return torch.where(constant, z, torch.nan)
 
 
 @dataclass(frozen=True)

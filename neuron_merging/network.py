@@ -65,7 +65,7 @@ def _compensated(unit: Unit, neurons: Neurons, kept: Tensor, compensation: str, 
     if not len(kept):  # nobody is left to merge with
         return prune(neurons, kept, t=t, lam=lam)
     part = COMPENSATIONS[compensation](neurons, kept, t=t, lam=lam)
-    return part if unit.activation else with_constants(part, neurons)
+    return with_constants(part, neurons)
 
 
 def order(neurons: Neurons, criterion: str) -> Tensor:
@@ -143,7 +143,8 @@ def check_width(layer: str, P: int, N: int, least: int = 1) -> None:
 
 def read(model: nn.Module, unit: Unit) -> Neurons:
     """The neurons of a unit in float64. Raises NeuronMergingError if a weight is NaN or infinite."""
-    return neurons(model, unit.layer, unit.bn, unit.relu)
+    layer = neurons(model, unit.layer, unit.bn, unit.relu)
+    return replace(layer, activation=unit.activate) if unit.activation else layer
 
 
 def neurons(

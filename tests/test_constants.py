@@ -81,6 +81,22 @@ def test_constant_neurons_are_dropped_without_loss(bn, change, kind):
     assert (small(x) - model(x)).norm() <= 1e-6 * model(x).norm()
 
 
+@pytest.mark.parametrize("kind", ["prune", "restore"])
+@pytest.mark.parametrize(
+    "activation", [nn.GELU("tanh"), nn.SiLU(inplace=True), nn.LeakyReLU(0.3), nn.Hardswish(), nn.ELU(0.5)]
+)
+@torch.no_grad()
+def test_any_activation_of_a_constant_is_absorbed(activation, kind):
+    model, x = network(True), torch.randn(64, 3, 12, 9)
+    model[2] = model[5] = activation
+    for i in (1, 4):
+        model[i].weight[::2] = 0
+        model[i - 1].weight[::2] *= 3
+    wanted = model(x.clone())
+    small, _ = shrink(model, 0.5, example_input=x[:1], compensation=kind, probe_samples=64)
+    assert (small(x.clone()) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 @pytest.mark.parametrize("criterion", ["l1-norm", "l2-norm", "l2-GM", "auto"])
 @torch.no_grad()
 def test_every_criterion_drops_them_first(criterion):

@@ -14,7 +14,7 @@ import operator
 import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from types import NoneType
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from neuron_merging.errors import NeuronMergingError, reason
@@ -35,6 +35,7 @@ class Unit:
     `relu`: the neurons are rectified on their way. `next_bn`: the BatchNorm directly after `next`, if it is the only reader.
     `activation`: one on the way that a positive scale does not pass, by name; None where there is none.
     `branch`: what `next` gives is added to something: without neurons it would be a constant.
+    `functions`: the activations on the way, ReLU too, as they are applied.
     """
 
     layer: str
@@ -44,6 +45,13 @@ class Unit:
     next_bn: str | None
     activation: str | None = None
     branch: bool = False
+    functions: tuple[Callable[[Tensor], Tensor], ...] = field(default=(), compare=False, repr=False)
+
+    def activate(self, z: Tensor) -> Tensor:
+        """What becomes of the neurons' values z [N], behind the BatchNorm, on their way to `next`."""
+        for function in self.functions:
+            z = function(z.clone())
+        return z
 
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -308,6 +316,7 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
         raise NotAUnit("it is a grouped convolution")
     neurons = layer.weight.shape[0]
     name, bn, relu, activation, flat = node.target, None, False, None, False
+    functions: list[Callable[[Tensor], Tensor]] = []
     while True:
         before, node = node, network.reader(node)
         kind = network.kind(node)
@@ -316,10 +325,10 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
             if norm.running_mean is None:
                 raise NotAUnit(f"{node.target} keeps no running statistics")
             bn = node.target
-        elif kind in RELU:
-            relu = True
-        elif kind in ACTIVATIONS:
-            activation = activation or name_of(kind)
+        elif kind in RELU or kind in ACTIVATIONS:
+            relu = relu or kind in RELU
+            activation = activation or (name_of(kind) if kind in ACTIVATIONS else None)
+            functions.append(_as_function(network, node))
         elif kind in DROPOUT or (sides and not flat and pools(network, node, sides)):
             pass
         elif sides and not flat and flattens(network, node, of_one_batch(before, partial(_keeps_batch, network))):
@@ -338,7 +347,17 @@ def _unit(network: Graph, node: fx.Node) -> Unit:
         raise NotAUnit(f"{node.target} has {consumer.in_features} inputs for {neurons} neurons")
     next_bn = next_norm(network, node)
     branch = addition(node, next_bn, network.kind) is not None
-    return Unit(name, bn, relu, node.target, next_bn, activation, branch)
+    return Unit(name, bn, relu, node.target, next_bn, activation, branch, tuple(functions))
+
+
+def _as_function(network: Graph, node: fx.Node) -> Callable[[Tensor], Tensor]:
+    """What an elementwise node of one input does."""
+    module, rest = network.module(node), node.args[1:]
+    if module is not None:
+        return module
+    if node.op == "call_method":
+        return lambda x: getattr(x, node.target)(*rest, **node.kwargs)
+    return lambda x: node.target(x, *rest, **node.kwargs)
 
 
 def norms(sides: int) -> tuple[type, ...]:
