@@ -12,7 +12,7 @@ from neuron_merging.graph.tracing import survey
 from neuron_merging.shrink import prunable, shrink, width
 from neuron_merging.shrink import summarize as summarize
 from tests.helpers import Written, conv
-from tests.test_foreign import distance, inputs, network
+from tests.test_networks_of_others import distance, inputs, network
 
 
 class Optional(nn.Module):

@@ -154,7 +154,10 @@ class Theirs:
 
 UNOPENED = {
     "whole": (lambda sd: nn.Linear(2, 2), "it holds torch.nn.modules.linear.Linear"),
-    "theirs": (lambda sd: {"state_dict": sd, "x": Theirs()}, r"it holds tests.test_lines.Theirs.*state_dict\(\) alone"),
+    "theirs": (
+        lambda sd: {"state_dict": sd, "x": Theirs()},
+        r"it holds tests.test_messages.Theirs.*state_dict\(\) alone",
+    ),
     "path": (lambda sd: {"state_dict": sd, "x": PurePosixPath("a")}, "it holds pathlib.PurePosixPath"),
     "two networks": (
         lambda sd: {"generator": sd, "critic": sd},

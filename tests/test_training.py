@@ -316,7 +316,7 @@ def trained(path, monkeypatch):
             torch.save({"state_dict": model.state_dict(), "last": last}, path)
 
 
-TRAINED = "import sys, pytest; from tests.test_train import trained; trained(sys.argv[1], pytest.MonkeyPatch())"
+TRAINED = "import sys, pytest; from tests.test_training import trained; trained(sys.argv[1], pytest.MonkeyPatch())"
 
 
 def torchrun(tmp_path, code: str, *arguments: object) -> subprocess.CompletedProcess:
