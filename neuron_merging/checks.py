@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune as masks
 from torch.utils._pytree import tree_leaves
 
 from neuron_merging.counting import count_macs, dtype
@@ -148,6 +149,24 @@ def out_of_inference(model: nn.Module) -> nn.Module:
     check_copies(model)
     copied = copy.deepcopy(model)
     take_modes(copied, {module: before.training for module, before in zip(copied.modules(), model.modules())})
+    return copied
+
+
+def without_masks(model: nn.Module) -> nn.Module:
+    """`model`; or, if torch.nn.utils.prune masks some of its weights, a copy in which these are 0 for good, without masks."""
+    masked = {
+        (module, hook._tensor_name): getattr(module, hook._tensor_name)
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, masks.BasePruningMethod)
+    }
+    if not masked:
+        return model
+    with reported_as(f"{type(model).__name__} cannot be copied", typed=True):
+        copied = copy.deepcopy(model, {id(weight): weight.detach().clone() for weight in masked.values()})
+    names = {module: name for name, module in model.named_modules()}
+    for module, tensor in masked:
+        masks.remove(copied.get_submodule(names[module]), tensor)
     return copied
 
 

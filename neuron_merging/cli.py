@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from neuron_merging import memory
 from neuron_merging.accuracy import count_correct
 from neuron_merging.checkpoint import Checkpoint, save_checkpoint
-from neuron_merging.checks import check_copies, check_weights, network_macs
+from neuron_merging.checks import check_copies, check_weights, network_macs, without_masks
 from neuron_merging.commandline import (
     Parser,
     Row,
@@ -180,6 +180,7 @@ def run(args: argparse.Namespace, datasets: Datasets) -> tuple[Row, Callable[[],
     memory.keep_freed()
     model = build_model(args.model, args.model_args)
     checkpoint = with_weights(model, args.model, args.weights)
+    model = without_masks(model)
     if args.summary:
         return {"summary": _summary(args, config, model, checkpoint)}, dict
     if args.weights is None:

@@ -24,6 +24,7 @@ from neuron_merging.checks import (
     network_macs,
     out_of_inference,
     take_modes,
+    without_masks,
 )
 from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
 from neuron_merging.counting import count_parameters
@@ -143,6 +144,7 @@ def shrink(
     config = _configured(config, ratio, options)
     check_names(config)
     check_module(model)
+    model = without_masks(model)
     device = _device(model)
     if _several(example_input):
         return _pruned_as_exported(model, example_input, images, config, device)
@@ -288,6 +290,7 @@ def summarize(
     config = _configured(config, ratio, options | {"compensation": compensation if named else "prune"})
     check_names(config)
     check_module(model)
+    model = without_masks(model)
     check_weights(model)
     model = out_of_inference(model)
     units, left_out = without(model, *prunable(model, config.coupled), config.ignore)

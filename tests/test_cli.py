@@ -79,9 +79,9 @@ def plain():  # a BatchNorm without factors, one that counts nothing
 def curved():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 4, 3))
 
-def masked():
+def normed():
     model = small()
-    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    torch.nn.utils.weight_norm(model[0])
     return model
 
 def half():
@@ -344,7 +344,7 @@ BAD_COMMANDS = {
     "no colon": (["--model", "mine", "--input-size", "3,8,8", "--json", "-"], "give module:callable"),
     "no name": (["--model", "", "--json", "-"], "--model names nothing: give module:callable"),
     "no module": (["--model", "nobody:f", "--input-size", "3,8,8", "--json", "-"], "No module named 'nobody'"),
-    "what cannot be copied": (["--model", "mine:masked", "--input-size", "3,8,8", "--json", "-"], "0.weight cannot be copied"),
+    "what cannot be copied": (["--model", "mine:normed", "--input-size", "3,8,8", "--json", "-"], "0.weight cannot be copied"),
     "no callable": (["--model", "mine:f", "--input-size", "3,8,8", "--json", "-"], "has no attribute 'f'"),
     "it raises": (["--model", "mine:broken", "--input-size", "3,8,8", "--json", "-"], "ValueError: no"),
     "no network": (["--model", "builtins:int", "--input-size", "3,8,8", "--json", "-"], "gives int, no torch.nn.Module"),

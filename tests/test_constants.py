@@ -97,6 +97,21 @@ def test_any_activation_of_a_constant_is_absorbed(activation, kind):
     assert (small(x.clone()) - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_masks_of_torch_are_weights_of_zero(kind, training):
+    model, x = network(False), torch.randn(64, 3, 12, 9)
+    for i in (0, 3):
+        masks.ln_structured(model[i], "weight", 0.5, 2, 0)
+    model.train(training)
+    names = [*model.state_dict()]
+    small, report = shrink(model, 0.5, example_input=x[:1], compensation=kind, probe_samples=64)
+    assert report.widths == [8, 8] and small.training == training and [*model.state_dict()] == names
+    assert not any("mask" in name for name in small.state_dict())
+    assert (small(x) - model(x)).norm() <= 1e-6 * model(x).norm()
+
+
 @pytest.mark.parametrize("criterion", ["l1-norm", "l2-norm", "l2-GM", "auto"])
 @torch.no_grad()
 def test_every_criterion_drops_them_first(criterion):

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune as masks
 from torch.nn.utils.parametrizations import weight_norm
 
 from neuron_merging import synthetic as probe
@@ -268,10 +267,10 @@ def test_what_cannot_be_compared_is_not(given):
 # ---------------------------------------------------------------- what cannot be copied, or has no scores
 
 
-def masked():
+def normed():
     model = network()
-    masks.l1_unstructured(model[3], "weight", 0.3)
-    return model, r"^3\.weight cannot be copied.*torch\.nn\.utils\.prune"
+    nn.utils.weight_norm(model[3])
+    return model, r"^3\.weight cannot be copied.*weight_norm"
 
 
 def remembering():
@@ -313,7 +312,7 @@ def test_a_network_that_knows_how_to_be_copied_is():
     assert shrink(model, 0.5, compensation="prune")[1].widths == [8, 8, 4] and model.last is not None
 
 
-@pytest.mark.parametrize("made", [masked, remembering, locked, buffered])
+@pytest.mark.parametrize("made", [normed, remembering, locked, buffered])
 @pytest.mark.parametrize("kind", ["prune", "restore"])
 def test_a_network_that_cannot_be_copied_is_said(made, kind):
     model, message = made()
