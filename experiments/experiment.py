@@ -31,12 +31,8 @@ from neuron_merging.shrink import shrink as shrink_network
 from neuron_merging.widths.search import WidthSearch
 
 MODEL_TYPES = ("original", *METHODS)
-LATER = {
-    "budget": None,
-    "multiple": 1,
-    "drop_blocks": False,
-    "coupled": False,
-}  # keys of rows that do not have these values
+# keys that a row has only where the value is another than this
+LATER = {"budget": None, "multiple": 1, "drop_blocks": False, "coupled": False}
 
 
 def depth_wide(text: str) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from neuron_merging.config import ShrinkConfig
 from neuron_merging.counting import count_parameters
 from neuron_merging.errors import NeuronMergingError, missing
 from neuron_merging.files import write_text
-from neuron_merging.graph.spaces import find_spaces
+from neuron_merging.graph.export import capture
 from neuron_merging.graph.surgery import largest_error, run
 
 PATH, TABLE = RESULTS / "zoo" / "families.jsonl", RESULTS / "families.md"
@@ -123,7 +123,7 @@ def tried(network: str) -> Row:
     except NeuronMergingError as error:
         return row | {"why_not": str(error)}
     seconds = round(time.perf_counter() - start, 1)
-    captured = find_spaces(model, inputs).network
+    captured = capture(model, inputs)
     whole = exported.shrink(model, inputs, ShrinkConfig(ratio=0.0, compensation="prune"))
     error = largest_error(run(whole.model, captured), run(captured.model, captured))
     reasons = [why for why in pruned.left_out.values() if why != "it is an output of the network"]

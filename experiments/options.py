@@ -132,8 +132,7 @@ def check(args: argparse.Namespace) -> None:
 def experiment_of(args: argparse.Namespace, **others: Any) -> Experiment:
     """The experiment that the flags describe."""
     ratio = 0.5 if args.ratio is None else args.ratio
-    flags = {f.name: getattr(args, f.name) for f in fields(Experiment) if f.init}
-    return Experiment(**flags | {"ratio": ratio} | others)
+    return Experiment.from_flags(args, **{"ratio": ratio} | others)
 
 
 def _shipped(path: Path | None) -> Path | None:

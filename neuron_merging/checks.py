@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from neuron_merging.counting import count_macs, dtype
 from neuron_merging.errors import NeuronMergingError, reported_as
+from neuron_merging.graph.interpreter import floats
 from neuron_merging.graph.streams import Stream
 from neuron_merging.graph.tracing import CONVS, NORMS, WRAPPERS, Unit, check_wrapper
 from neuron_merging.network import check_finite
@@ -98,20 +99,17 @@ def _difference(model: nn.Module, copied: nn.Module, shape: tuple[int, ...]) -> 
     x = torch.randn(1, *shape, generator=random, dtype=torch.float32, device="cpu")
     with contextlib.suppress(Exception), _as_before(model):  # whether it runs is checked elsewhere
         x = x.to(next(model.parameters()).device, dtype(model))
-        first, second, of_copy = (_tensors(network.eval()(x.clone())) for network in (model, model, copied))
+        first, second, of_copy = (floats(network.eval()(x.clone())) for network in (model, model, copied))
         return _off(of_copy, first) if _off(second, first) <= 0.01 else 0.0  # 0: the network itself is random
     return 0.0
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf.double() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _off(outputs: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest relative error of any output; infinite if the number or shapes of outputs differ."""
     if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in wanted]:
         return float("inf")
-    errors = ((a - b).norm() / b.norm().clamp(min=1e-12) for a, b in zip(outputs, wanted))
+    pairs = ((a.double(), b.double()) for a, b in zip(outputs, wanted))
+    errors = ((a - b).norm() / b.norm().clamp(min=1e-12) for a, b in pairs)
     return max((float(error) for error in errors), default=0.0)
 
 
@@ -184,7 +182,7 @@ def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | Non
         if len(needed) > 1:
             raise NeuronMergingError(
                 f"{type(model).__name__} takes {len(needed)} inputs ({', '.join(needed)}), and only one can be made up:"
-                " prune and merge do without, leave example_input out"
+                " give all of them, example_input=(…, …), or leave example_input out and prune or merge"
             ) from error
         if len(shape) > 1 and runs(model, shape[1:]):
             raise NeuronMergingError(f"{what}: give it without the batch: {shape[1:]}") from error
@@ -240,9 +238,8 @@ def check_vectors(model: nn.Module, units: Sequence[Unit | Stream], shape: tuple
         for name in {place.module for place in unit.followers}
     ]  # fmt: skip
     if places and shape is None:
-        shape = (
-            likely_shape(model) if isinstance(_first(model), CONVS) else None
-        )  # a linear layer takes inputs of any rank
+        # no guess for a linear layer, which takes inputs of any rank
+        shape = likely_shape(model) if isinstance(_first(model), CONVS) else None
         if shape is None:
             layer, name = places[0]
             raise NeuronMergingError(

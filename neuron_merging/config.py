@@ -9,13 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from neuron_merging.errors import NeuronMergingError
 
 Ratio = float | Mapping[str, float] | Sequence[int]  # for all units, by layer name or glob, or the kept widths
 RIDGE = 3e-2  # λ of restoration (ours), for all networks and ratios
 CHOSEN_WIDTHS = ("auto", "quick")  # rules that choose the widths (ours, widths/)
+
+Config = TypeVar("Config", bound="ShrinkConfig")
 
 
 def option(default: Any, *flags: str, help: str, row: str | None = None, **how: Any) -> Any:
@@ -173,7 +175,7 @@ class ShrinkConfig:
         return self.widths in CHOSEN_WIDTHS or self.criterion == "auto"
 
     @classmethod
-    def from_flags(cls, args: argparse.Namespace, **others: Any) -> Self:
+    def from_flags(cls: type[Config], args: argparse.Namespace, **others: Any) -> Config:
         """The config of a parsed command line. `others` replace values that the command line has in another form."""
         values = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
         return cls(**values | others)

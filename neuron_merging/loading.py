@@ -71,10 +71,8 @@ def with_weights(model: nn.Module, spec: str, weights: str | None) -> Checkpoint
         if weights not in known:
             names = f", nor one of {', '.join(known)}" if known else ""
             raise NeuronMergingError(f"--weights {weights} is no file that is there{names}")
-        with (
-            reported_as(f"--weights {weights}", typed=True),
-            contextlib.redirect_stdout(sys.stderr),
-        ):  # torchvision prints what it downloads
+        # torchvision prints what it downloads
+        with reported_as(f"--weights {weights}", typed=True), contextlib.redirect_stdout(sys.stderr):
             state_dict = known[weights].get_state_dict(progress=sys.stderr.isatty())
         load_weights(model, Checkpoint(path, "", state_dict))
         _as_torchvision_made(model, spec, weights)

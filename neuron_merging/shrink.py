@@ -146,17 +146,18 @@ def shrink(
     check_module(model)
     model = without_masks(model)
     device = _device(model)
-    if _several(example_input):
-        return _pruned_as_exported(model, example_input, images, config, device)
-    shape = input_shape(example_input, images)
-    _check_inputs(config, shape, images)
+    several = _several(example_input)
+    shape = None if several else input_shape(example_input, images)
+    if not several:
+        _check_inputs(config, shape, images)
     check_weights(model)
-    check_copies(model)
+    check_copies(model, shape)
     model = out_of_inference(model)
+    if several:
+        return _pruned_as_exported(model, example_input, images, config, device)
     macs = None
     if shape is not None:
         macs = network_macs(model, shape, example_input if isinstance(example_input, Tensor) else None)
-        check_copies(model, shape)
     memory.reset(device)
     start = time.perf_counter()
     try:

@@ -106,3 +106,15 @@ def test_what_cannot_be_traced_is_pruned_all_the_same():
     assert report.widths == [4] and small(torch.randn(2, 6)).shape == (2, 3)
     with pytest.raises(NeuronMergingError, match=r"cannot be traced by torch.fx .*it can only be pruned"):
         shrink(Untraceable(), 0.5, example_input=(6,), compensation="merge")
+
+
+@torch.no_grad()
+def test_several_inputs_are_checked_as_one_is():
+    with torch.inference_mode():
+        frozen = Attention().eval()
+    small, report = shrink(frozen, 0.5, example_input=INPUTS["a tuple"], compensation="prune")
+    assert called(small, INPUTS["a tuple"]).shape == (2, 5) and report.params[1] < report.params[0]
+    broken = Attention().eval()
+    broken.up.weight[0, 0] = float("nan")
+    with pytest.raises(NeuronMergingError, match=r"^up"):
+        shrink(broken, 0.5, example_input=INPUTS["a tuple"], compensation="prune")

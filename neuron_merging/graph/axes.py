@@ -256,22 +256,30 @@ def split_product(axis: Axis, outer: int) -> tuple[Axis, Axis] | None:
         return fixed(outer), fixed(inner)
     if isinstance(axis, Sum):
         return _split_sum_in_blocks(axis, outer, inner)
-    taken: list[Axis] = []
     left = list(axis.factors)
-    while outer > 1:
-        factor = resolve(left.pop(0))
-        if isinstance(factor, Product):  # divided just now
-            left[:0] = factor.factors
+    blocks = _take(left, outer)
+    return None if blocks is None else (blocks, product(left))
+
+
+def _take(factors: list[Axis], size: int) -> Axis | None:
+    """Remove the first factors, of `size` indices, from a list; returns their product. None where no factor ends there."""
+    taken: list[Axis] = []
+    while size > 1:
+        if not factors:
+            return None
+        factor = resolve(factors.pop(0))
+        if isinstance(factor, Product):  # divided since
+            factors[:0] = factor.factors
             continue
-        if outer % factor.size:
-            halves = split_product(factor, outer) if factor.size % outer == 0 else None
+        if size % factor.size:
+            halves = split_product(factor, size) if factor.size % size == 0 else None
             if halves is None:
                 return None
             factor, rest = halves
-            left.insert(0, rest)
+            factors.insert(0, rest)
         taken.append(factor)
-        outer //= factor.size
-    return product(taken), product(left)
+        size //= factor.size
+    return product(taken)
 
 
 def _split_sum_in_blocks(axis: Sum, outer: int, inner: int) -> tuple[Axis, Axis] | None:
@@ -300,23 +308,10 @@ def regroup(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis] | None:
     left = _coalesced(whole.factors) if isinstance(whole, Product) else [whole]
     out = []
     for size in shape:
-        taken: list[Axis] = []
-        while size > 1:
-            if not left:
-                return None
-            factor = resolve(left.pop(0))
-            if isinstance(factor, Product):  # divided since
-                left[:0] = factor.factors
-                continue
-            if size % factor.size:
-                halves = split_product(factor, size) if factor.size % size == 0 else None
-                if halves is None:
-                    return None
-                factor, rest = halves
-                left.insert(0, rest)
-            taken.append(factor)
-            size //= factor.size
-        out.append(product(taken))
+        axis = _take(left, size)
+        if axis is None:
+            return None
+        out.append(axis)
     return out
 
 
