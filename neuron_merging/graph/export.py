@@ -111,8 +111,64 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
         graph = export(model, args, kwargs, dynamic_shapes=shapes, strict=False).module(check_guards=False)
     for node in list(graph.graph.nodes):
         _inline(graph, node)
+    _write_elsewhere(graph.graph)
     graph.recompile()
     return graph
+
+
+VIEWS = {
+    "reshape",
+    "flatten",
+    "contiguous",
+    "to",
+    "unflatten",
+    "expand_as",
+    "view_as",
+    "reshape_as",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "getitem",
+    "dropout",
+    "ravel",
+}  # may give another name of their input, unannotated
+
+
+def _write_elsewhere(graph: fx.Graph) -> None:
+    """Let operations that overwrite their input give a new value, where no other name of that input is read afterwards."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    names: dict[fx.Node, fx.Node] = {}  # by node, the one whose memory it may share
+    shared: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        name = getattr(node.target, "__name__", "").split(".")[0]
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        writes = schema is not None and schema.is_mutable
+        viewed = name in VIEWS or (schema is not None and any(r.alias_info for r in schema.returns))
+        names[node] = names[source] if source is not None and (writes or viewed) else node
+        shared.setdefault(names[node], []).append(node)
+    for node in graph.nodes:
+        target = _elsewhere(node.target)
+        if target is None or not isinstance(node.args[0], fx.Node) or node.args[0].op != "call_function":
+            continue
+        source = node.args[0]
+        others = [other for other in shared[names[node]] if other not in (source, node) and place[other] < place[node]]
+        if any(place[user] > place[node] for other in others for user in other.users):
+            continue
+        node.target = target
+        for user in list(source.users):
+            if place[user] > place[node]:
+                user.replace_input_with(source, node)
+
+
+def _elsewhere(target: Any) -> Any:
+    """The operation that gives as a new value what this one writes over its first input; None if there is none."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.is_mutable or not schema.name.endswith("_"):
+        return None
+    packet = getattr(torch.ops.aten, schema.name.split("::")[-1][:-1], None)
+    return getattr(packet, schema.overload_name or "default", None)
 
 
 def _inline(graph: fx.GraphModule, node: fx.Node) -> None:
