@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,13 +61,14 @@ def restore(
     batches: Sequence[Batch],
     options: Options = Options(),
     macs: int | None = None,
+    tensors: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Smaller, dict[str, Fit]]:
     """`small`, which `surgery.cut` made by `keep`, with fitted layers; and by weight what was fitted.
 
     The graph and the model of `small` are changed in place. macs: of all batches, to choose a precision by.
     Raises NeuronMergingError where the network does not run on the batches.
     """
-    lockstep = Lockstep(survey, keep, small, batches, options, macs)
+    lockstep = Lockstep(survey, keep, small, batches, options, macs, tensors)
     with reported_as(f"{type(survey.network.model).__name__} cannot be restored on these inputs"):
         lockstep.run()
     lockstep.write()
@@ -88,10 +90,11 @@ class Lockstep:
         batches: Sequence[Batch],
         options: Options,
         macs: int | None,
+        tensors: Mapping[str, Tensor],
     ) -> None:
         self.survey, self.small, self.options = survey, small, options
         work = precision(survey.network.graph, batches, macs)
-        self.teacher = Walk(survey.network.graph, batches, work, options.probe_statistics)
+        self.teacher = Walk(survey.network.graph, batches, work, options.probe_statistics, tensors)
         self.student = Walk(small.graph, batches, work, measures=False)
         self.copies = small.copies
         self.originals = {new: old for old, new in small.copies.items()}
@@ -464,7 +467,7 @@ class Lockstep:
         parameter = self.small.graph
         for part in target.split("."):
             parameter = getattr(parameter, part)
-        parameter.copy_(value)
+        parameter.copy_(value.clone())  # which can be another view of it
         if self.small.own_class:
             path, _, attribute = name.rpartition(".")
             getattr(self.small.model.get_submodule(path), attribute).copy_(value)  # which its other names share
