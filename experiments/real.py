@@ -5,9 +5,8 @@ table and the figure. In Python: `measure("mobilenet_v2", "restore", 0.3)`, with
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import cache, partial
 from itertools import product
@@ -18,8 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments import command, packages, rows
+from experiments import command, packages, real_tables, rows
 from experiments.real_networks import NETWORKS, SPLITS
+from experiments.real_tables import PATH, key
 from experiments.rows import Row
 from neuron_merging.commandline import Parser
 from neuron_merging.config import ShrinkConfig, add_flags
@@ -28,13 +28,14 @@ from neuron_merging.files import check_writable
 from neuron_merging.methods import METHODS
 from neuron_merging.shrink import shrink
 
-PATH = rows.RESULTS / "real.jsonl"
 VARIANTS = (  # +64: with so many real inputs; +widths: chosen widths
     "prune", "merge", "merge-derived", "lbyl", "fold", "restore", "auto", "restore+64", "prune+widths", "restore+widths",
 )  # fmt: skip
 RATIOS = (0.1, 0.3, 0.5)
 CHANNELS = ("uncoupled", "coupled")  # and the network's parts, which are coupled
-OPTIONS = [f.name for f in fields(ShrinkConfig) if f.name not in ("ratio", "compensation", "widths", "coupled")]
+OPTIONS = {  # flags of `shrink` that this command has too, with their defaults
+    f.name: f.default for f in fields(ShrinkConfig) if f.name not in ("ratio", "compensation", "widths", "coupled")
+}
 
 
 def measure(
@@ -68,10 +69,10 @@ def measured(cell: Row) -> Row:
     truth = network.scored(split)[1]
     before = answers(cell["network"], split)
     row = cell | {"original": round(network.points(before, truth), 2)}
-    name, *extras = cell["method"].split("+")
+    name, number, chosen = parsed(cell["method"])
     options, ratio = dict(cell["options"]), cell["ratio"]
-    for extra in extras:
-        options |= {"widths": "auto"} if extra == "widths" else {"images": network.images(int(extra))}
+    options |= {"images": network.images(number)} if number else {}
+    options |= {"widths": "auto"} if chosen else {}
     part = network.parts.get(cell["channels"])
     try:
         small, report = shrink(
@@ -88,6 +89,24 @@ def measured(cell: Row) -> Row:
     }  # fmt: skip
 
 
+def parsed(method: str) -> tuple[str, int, bool]:
+    """Split METHOD+N+widths into method, number of real inputs (0: none) and whether widths are chosen.
+
+    Raises NeuronMergingError if it is something else.
+    """
+    name, *extras = method.split("+")
+    chosen = "widths" in extras
+    numbers = [extra for extra in extras if extra != "widths"]
+    if name not in METHODS or len(numbers) > 1 or not all(number.isdigit() for number in numbers):
+        raise NeuronMergingError(f"unknown method {method!r}: choose from {', '.join(available())}")
+    return name, int(numbers[0]) if numbers else 0, chosen
+
+
+def available() -> list[str]:
+    """Those of VARIANTS whose method there is."""
+    return [method for method in VARIANTS if method.partition("+")[0] in METHODS]
+
+
 @cache
 def original(network: str) -> nn.Module:
     """The network as it was trained, loaded once."""
@@ -100,104 +119,100 @@ def answers(network: str, split: str) -> np.ndarray:
     return NETWORKS[network].answered(original(network), split)
 
 
-def key(row: Row) -> str:
-    """The key of a measurement, which two rows share if all settings are the same."""
-    return json.dumps([row[name] for name in ("network", "split", "channels", "ratio", "method", "options")])
-
-
-def line(row: Row) -> str:
-    """A row as a line of text."""
-    head = f"{row['network']:<13}{row['channels']:<11}{rows.percent(row['ratio']):>5}  {row['method']:<15}"
-    if "why_not" in row:
-        return f"{head} – {row['why_not']}"
-    left = [
-        f"{100 * after / before:.0f} % of {name}"
-        for name, (before, after) in (("parameters", row["params"]), ("MACs", row["macs"]))
-    ]
-    return (
-        f"{head}{row['score']:6.1f} of {row['original']:.1f}, agrees {row['agreement']:.1f}; {', '.join(left)};"
-        f" {row['seconds']:.1f} s, {row['peak_mb']:,} MB"
-    )
-
-
 def cells(args: argparse.Namespace) -> Iterator[Row]:
     """The cells that a command line asks for."""
-    options = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
     for name in args.networks:
-        every = (*CHANNELS, *NETWORKS[name].parts)
-        chosen = [channels for channels in every if args.channels is None or channels in args.channels]
+        chosen = [form for form in (*CHANNELS, *NETWORKS[name].parts) if form in args.channels]
         for channels, ratio, method in product(chosen, args.ratios, args.methods):
             yield {
                 "network": name, "split": args.split, "channels": channels, "ratio": ratio, "method": method,
-                "options": options,
+                "options": changed(args),
             }  # fmt: skip
 
 
-def listed(kind: Callable[[str], Any], known: Iterable[Any] | None, text: str) -> list[Any]:
-    """A,B,… → a list, for an `argparse` type. Raises ArgumentTypeError for what is not `known`."""
-    values = [kind(part) for part in text.split(",")]
-    wrong = next((value for value in values if known is not None and value not in known), None)
+def changed(args: argparse.Namespace) -> Row:
+    """The options of `shrink` that are not as they are by default."""
+    return {name: getattr(args, name) for name, default in OPTIONS.items() if getattr(args, name) != default}
+
+
+def listed(known: Iterable[str] | None, text: str) -> list[str]:
+    """A,B,… → a list, for an `argparse` type. Raises ArgumentTypeError for a name that is not `known`."""
+    names = text.split(",")
+    wrong = next((name for name in names if known is not None and name not in known), None)
     if wrong is not None:
-        raise argparse.ArgumentTypeError(f"{wrong!r}: choose from {', '.join(map(str, known))}")
-    return values
+        raise argparse.ArgumentTypeError(f"{wrong!r}: choose from {', '.join(known)}")
+    return names
+
+
+def shares(text: str) -> list[float]:
+    """0.1,0.3 → a list, for an `argparse` type."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give shares, such as 0.1,0.3") from None
 
 
 def parser() -> Parser:
     """The parser of this command."""
     p = Parser(prog="python -m experiments.real", description=main.__doc__)
-    parts = [part for network in NETWORKS.values() for part in network.parts]
-    p.add_argument("--networks", type=partial(listed, str, NETWORKS), default=list(NETWORKS), help="names [all]")
+    forms = [*CHANNELS, *(part for network in NETWORKS.values() for part in network.parts)]
     p.add_argument(
-        "--methods", type=partial(listed, str, None),
-        default=[name for name in VARIANTS if name.partition("+")[0] in METHODS],
-        help="names; +64 with 64 real inputs, +widths with chosen widths [%(default)s]",
+        "--networks",
+        type=partial(listed, NETWORKS),
+        default=[*NETWORKS],
+        metavar="A,B,…",
+        help=", ".join(NETWORKS) + " [all]",
+    )
+    p.add_argument(
+        "--methods", type=partial(listed, None), default=available(), metavar="A,B,…",
+        help=f"any method, +N with N real inputs, +widths with chosen widths [{','.join(available())}]",
     )  # fmt: skip
-    p.add_argument("--ratios", type=partial(listed, float, None), default=RATIOS, help="shares to drop [%(default)s]")
+    p.add_argument("--ratios", type=shares, default=RATIOS, metavar="R,R,…", help="shares to drop [0.1,0.3,0.5]")
     p.add_argument(
-        "--channels",
-        type=partial(listed, str, (*CHANNELS, *parts)),
-        help=f"{', '.join(CHANNELS)}, {', '.join(parts)} [all]",
+        "--channels", type=partial(listed, forms), default=forms, metavar="A,B,…", help=", ".join(forms) + " [all]"
     )
     p.add_argument(
-        "--split", choices=SPLITS, default="report", help="tune to choose settings, report for tables [%(default)s]"
-    )
+        "--split", choices=SPLITS, default="report",
+        help="half of the inputs: tune to choose settings, report for tables [%(default)s]",
+    )  # fmt: skip
     p.add_argument(
-        "--rows",
-        type=Path,
-        metavar="FILE",
-        help=f"keep rows there, measure what is not there [{PATH.name} for report, else none]",
-    )
+        "--rows", type=Path, metavar="FILE",
+        help="keep the rows in FILE, and measure what it does not hold [results/real.jsonl for report without other options,"
+        " else rows are only printed]",
+    )  # fmt: skip
     p.add_argument("--install", action="store_true", help="first let pip install the packages that are missing")
-    add_flags(p.add_argument_group("of the methods"), ShrinkConfig, OPTIONS, default=argparse.SUPPRESS)
+    p.add_argument("--tables", action="store_true", help="measure nothing, make table and figure")
+    p.add_argument("--check", action="store_true", help="measure nothing, fail if the table does not match its rows")
+    add_flags(p.add_argument_group("of the methods"), ShrinkConfig, list(OPTIONS))
     return p
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure methods on trained networks of other people, and print each row."""
+    """Measure methods on trained networks of other people, print each row, make the table and the figure."""
     args = parser().parse_args(argv)
+    if args.tables or args.check:
+        real_tables.make(VARIANTS, args.check)
+        return 0
     for method in args.methods:
-        if method.partition("+")[0] not in METHODS:
-            raise NeuronMergingError(f"unknown method {method!r}: choose from {', '.join(VARIANTS)}")
-    needed = [package for name in args.networks for package in NETWORKS[name].needs]
+        parsed(method)
+    needed = list(dict.fromkeys(package for name in args.networks for package in NETWORKS[name].needs))
     if args.install:
         packages.install(needed)
     for package in needed:
-        packages.path(package, "")
-    wanted = list(cells(args))
-    path = args.rows
-    if path is None and args.split == "report" and not wanted[0]["options"]:
-        path = PATH
-    done = set()
-    if path is not None:
+        packages.path(package)
+    path = args.rows or (PATH if args.split == "report" and not changed(args) else None)
+    done = rows.keys(rows.load(path), path, key) if path else set()
+    if path:
         check_writable(path)
-        done = rows.keys(rows.load(path), path, key)
-    for cell in wanted:
+    for cell in cells(args):
         if key(cell) not in done:
             row = measured(cell)
-            print(line(row), flush=True)
-            if path is not None:
+            print(real_tables.line(row), flush=True)
+            if path:
                 rows.append(row, path, key)
+    if path == PATH:
+        real_tables.make(VARIANTS)
     return 0
 
 
