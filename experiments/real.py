@@ -63,7 +63,8 @@ def measure(
 def measured(cell: Row) -> Row:
     """The row of a cell: its settings and results; if the method cannot do it, `why_not` instead of a score.
 
-    agreement: the score if what the original network answers were true. params, macs: before and after.
+    agreement: the score if what the original network answers were true. standard_error: of the score, over the groups of
+    inputs. params, macs: before and after.
     """
     network, split = NETWORKS[cell["network"]], cell["split"]
     truth = network.scored(split)[1]
@@ -84,6 +85,7 @@ def measured(cell: Row) -> Row:
     after = network.answered(small, split)
     return row | {
         "score": round(network.points(after, truth), 2), "agreement": round(network.points(after, before), 2),
+        "standard_error": round(network.standard_error(after, split), 1),
         "params": report.params, "macs": report.macs,
         "seconds": round(report.seconds, 1), "peak_mb": round(report.peak_mb), "threads": torch.get_num_threads(),
     }  # fmt: skip

@@ -58,6 +58,16 @@ class Network:
         model = fused(model.eval())
         return self.answers(torch.cat([model(batch) for batch in self.scored(split)[0].split(BATCH)]))
 
+    def standard_error(self, answers: np.ndarray, split: str) -> float:
+        """The standard error of a score in %, over the groups of a split: other photographs or lines would change it so much.
+
+        It does not say what another seed of a method would change.
+        """
+        truth = self.scored(split)[1]
+        groups = zip(answers.reshape(-1, self.group), truth.reshape(-1, self.group))
+        points = [self.points(*group) for group in groups]
+        return float(np.std(points, ddof=1) / len(points) ** 0.5)
+
     def score(self, model: nn.Module, split: str = "report") -> float:
         """The score of `model` on the inputs of a split, in %."""
         return self.points(self.answered(model, split), self.scored(split)[1])

@@ -21,11 +21,14 @@ LINES = {"restore+64": ("#009E73", "d", ":"), "auto": ("black", "*", "-")}  # th
 INTRODUCTION = """# Trained networks of other people
 
 Made by `make real` from `real.jsonl`. The networks were not trained for this project, and ship inside packages of the registry
-(experiments/real_networks.py). Settings are chosen on the other half of the inputs, so none of those that are scored here.
+(experiments/real_networks.py). Settings are to be chosen on another half of the inputs than the one that is scored here. How hard
+lines and tones are was chosen by hand, on both halves (experiments/real_inputs.py).
 
 - *Channels*: *uncoupled* are neurons that one layer reads; *coupled* are also the channels that several layers share, and those
   in front of depthwise layers; *expansions* are only the wide channels inside of MobileNetV2's blocks.
 - *Dropped*: the share of every unit. *Left*: the share of parameters and of MACs, uniform widths.
+- *±*: the standard error over photographs, images, lines or tones. MobileNetV2 is scored on ten photographs only, ten crops of
+  each: a few points there say nothing. One seed is measured, and another one can change a score by more than this.
 - **Bold**: the best without real inputs, at uniform widths.
 - –: it cannot be done; the reasons are below the tables.
 - A network has no lines for *coupled* if coupling adds nothing to what is dropped.
@@ -46,10 +49,9 @@ def line(row: Row) -> str:
         f"{100 * after / before:.0f} % of {name}"
         for name, (before, after) in (("parameters", row["params"]), ("MACs", row["macs"]))
     ]
-    return (
-        f"{head}{row['score']:6.1f} of {row['original']:.1f}, agrees {row['agreement']:.1f}; {', '.join(left)};"
-        f" {row['seconds']:.1f} s, {row['peak_mb']:,} MB"
-    )
+    score = f"{row['score']:6.1f} ± {row['standard_error']:.1f} of {row['original']:.1f}"
+    costs = f"{row['seconds']:.1f} s, {row['peak_mb']:,} MB"
+    return f"{head}{score}, agrees {row['agreement']:.1f}; {', '.join(left)}; {costs}"
 
 
 def make(order: Sequence[str], check: bool = False) -> None:
@@ -115,9 +117,12 @@ def _scores(name: str, measured: Sequence[Row], methods: Sequence[str]) -> str:
         best = max((row["score"] for method, row in here.items() if "+" not in method), default=None)
         cells = []
         for method in methods:
-            score = here[method]["score"] if method in here else None
+            if method not in here:
+                cells.append("–")
+                continue
+            score, error = here[method]["score"], here[method]["standard_error"]
             bold = "**" if score == best and "+" not in method else ""
-            cells.append("–" if score is None else f"{bold}{score:.1f}{bold}".replace("-", "−"))
+            cells.append(f"{bold}{score:.1f}{bold} ± {error:.1f}".replace("-", "−"))
         lines.append([channels, percent(ratio), _left(next(iter(here.values()))), *cells])
     head = f"## {network.title}: {network.metric}, of the original {original:.1f} %"
     if not lines:

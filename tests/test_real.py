@@ -60,6 +60,8 @@ def test_a_row_says_what_is_left(made_up):
         assert row["original"] == 100 * np.mean(made_up.load()(x).argmax(1).numpy() == truth)
     assert row["params"] == (84 + 130 + 44, 42 + 35 + 24) and row["macs"] == (72 + 120 + 40, 36 + 30 + 20)
     whole = real.measure("made_up", "prune", 0.0)
+    pairs = (made_up.answered(made_up.load(), "tune") == truth).reshape(10, 2).mean(1)
+    assert whole["standard_error"] == pytest.approx(100 * pairs.std(ddof=1) / 10**0.5, abs=0.06)
     assert whole["score"] == whole["original"] and whole["agreement"] == 100
 
 
