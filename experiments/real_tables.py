@@ -21,8 +21,8 @@ LINES = {"restore+64": ("#009E73", "d", ":"), "auto": ("black", "*", "-")}  # th
 INTRODUCTION = """# Trained networks of other people
 
 Made by `make real` from `real.jsonl`. The networks were not trained for this project, and ship inside packages of the registry
-(experiments/real_networks.py). Settings are to be chosen on another half of the inputs than the one that is scored here. How hard
-lines and tones are was chosen by hand, on both halves (experiments/real_inputs.py).
+(experiments/real_networks.py). Settings are to be chosen on another half of the inputs than the one that is scored here. How
+hard lines and tones are was chosen by hand, on both halves (experiments/real_inputs.py).
 
 - *Channels*: *uncoupled* are neurons that one layer reads; *coupled* are also the channels that several layers share, and those
   in front of depthwise layers; *expansions* are only the wide channels inside of MobileNetV2's blocks.
