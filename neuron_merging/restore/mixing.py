@@ -14,7 +14,7 @@ variance that z has there. SliceGPT (Ashkboos et al., ICLR 2024) does this for t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,7 +140,7 @@ def _covariances(survey: Survey, walk: Walk, linear: Sequence[Linear]) -> dict[f
 
 
 def _basis(
-    survey: Survey, walk: Walk, part: Linear, covariances: Mapping[fx.Node, Tensor], tensor: object
+    survey: Survey, walk: Walk, part: Linear, covariances: Mapping[fx.Node, Tensor], tensor: Callable[[fx.Node], Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
     """M [N, N] and its inverse, for one space."""
     G, total = 0, 0
@@ -163,7 +163,7 @@ def _basis(
     return V.T @ K / deviation, torch.linalg.solve_triangular(K, V, upper=True) * deviation.T
 
 
-def _mix_writer(writer: Reader, M: Tensor, covariance: Tensor, tensor: object, put: object) -> None:
+def _mix_writer(writer: Reader, M: Tensor, covariance: Tensor, tensor: Callable, put: Callable) -> None:
     """Let a layer, with its BatchNorm, give M s."""
     weight = tensor(writer.weight_node)
     bias = None if writer.bias_node is None else tensor(writer.bias_node)
