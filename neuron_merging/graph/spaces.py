@@ -149,7 +149,7 @@ def _space(analysis: Analysis, leaf: Leaf, places: list[tuple[str, Place]]) -> S
     writers, followers, readers = (
         tuple(place for role, place in places if role == kind) for kind in ("writer", "follower", "reader")
     )
-    unit, obstacle = find_unit(analysis, leaf, writers, followers, readers)
+    unit, obstacle = find_unit(analysis, leaf, writers, readers)
     first = (writers or followers or readers)[0]
     name = first.name.rpartition(".")[0] or first.name
     return Space(name, leaf.size, leaf, writers, followers, readers, leaf.notes, unit, obstacle)
