@@ -38,9 +38,10 @@ class Place:
 class Unit:
     """The paper's `layer` → `bn` → … → `next` → `next_bn`, by module name.
 
-    relu: its neurons are rectified on their way. next_bn: the BatchNorm directly after the convolution `next`, if it is the only
-    reader. activation: one on the way that a positive scale does not pass, by name. branch: what `next` gives is added to
-    something: without neurons it would be a constant. functions: the activations on the way, ReLU too, as they are applied.
+    relu: its neurons are rectified on their way. next_bn: the BatchNorm directly after the convolution `next`, if it alone
+    reads that. activation: one on the way that a positive scale does not pass, by name. branch: what `next` gives is added to
+    something: without neurons it would be a constant. functions: the activations on the way, ReLU too, as they are applied;
+    only_relu: there are no others.
     """
 
     layer: str
@@ -50,6 +51,7 @@ class Unit:
     next_bn: str | None = None
     activation: str | None = None
     branch: bool = False
+    only_relu: bool = True
     functions: tuple[Callable[[Tensor], Tensor], ...] = field(default=(), compare=False, repr=False)
 
     def activate(self, z: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ def find_unit(
     norm = norm_behind(end)
     unit = Unit(
         owner(start.args[1]), bn, "relu" in map(kind, functions), owner(end.args[1]), norm and owner(norm.args[3]),
-        activation, addition(end) is not None, tuple(map(_as_function, functions)),
+        activation, addition(end) is not None, {*map(kind, functions)} <= {"relu"}, tuple(map(_as_function, functions)),
     )  # fmt: skip
     return unit, f"{activation} is not positively homogeneous" if activation else None
 
@@ -104,11 +106,14 @@ def kind(node: fx.Node) -> str:
 
 def plain_layer(analysis: Analysis, weight: str, grouped: bool = False) -> fx.Node | None:
     """The call of the one plain convolution or linear layer with this weight. grouped: whether it may have groups."""
-    nodes = [n for n in analysis.values if n.op == "get_attr" and n.target in analysis.network.names[weight]]
-    calls = [user for node in nodes for user in node.users]
-    if len(calls) != 1 or operation(calls[0]) not in LAYERS or calls[0].args[1] not in nodes:
+    calls = analysis.network.users(weight)
+    if len(calls) != 1 or operation(calls[0]) not in LAYERS or not _is(calls[0].args[1], weight, analysis):
         return None
     return calls[0] if grouped or groups(calls[0]) == 1 else None
+
+
+def _is(node: fx.Node, name: str, analysis: Analysis) -> bool:
+    return node.op == "get_attr" and node.target in analysis.network.names[name]
 
 
 def groups(node: fx.Node) -> int:
@@ -128,10 +133,13 @@ def along_one_axis(analysis: Analysis, node: fx.Node, leaf: Leaf) -> bool:
 
 
 def norm_behind(node: fx.Node) -> fx.Node | None:
-    """The BatchNorm that is all that reads the output of the convolution at `node`, if it has running statistics."""
+    """The BatchNorm that is all that reads the output of the convolution at `node`, if it has running statistics of its own."""
     users = list(node.users)
     reads = len(users) == 1 and kind(users[0]) == "batch_norm" and users[0].args[0] is node
-    return users[0] if reads and operation(node) in CONVS and owner(users[0].args[3]) is not None else None
+    if not reads or operation(node) not in CONVS or owner(users[0].args[3]) is None:
+        return None
+    same = node.graph.find_nodes(op="get_attr", target=users[0].args[3].target)
+    return users[0] if sum(len(other.users) for other in same) == 1 else None
 
 
 def addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -28,8 +28,9 @@ from neuron_merging.errors import reported_as
 from neuron_merging.graph.axes import Leaf
 from neuron_merging.graph.rules import operation
 from neuron_merging.graph.spaces import Space, Survey
-from neuron_merging.graph.surgery import Smaller, difference, left, run
+from neuron_merging.graph.surgery import Smaller, difference, run
 from neuron_merging.graph.walk import Batch, Walk, precision
+from neuron_merging.graph.weights import left
 from neuron_merging.linalg import ENTRIES, POSITIONS
 from neuron_merging.restore.readers import VIEWS, Reader, find_reader, plain_module
 from neuron_merging.restore.adapt import LITTLE, direction
