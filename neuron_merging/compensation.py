@@ -96,7 +96,7 @@ class Contents:
     def absorbed(self, keep: Tensor, compensation: str, *, t: float = 0.0, lam: float = 1.0) -> list[Absorbed]:
         """What the readers take over from the indices that are not kept.
 
-        t: the least cosine similarity for a merge; 0 sets no limit. lam: the paper's λ. Spaces with an obstacle are only pruned.
+        t: the least cosine similarity for a merge; 0 sets no limit. lam: the paper's λ. Spaces with obstacles are only pruned.
         Raises NeuronMergingError for an unknown compensation.
         """
         if compensation not in COMPENSATIONS:

@@ -31,8 +31,8 @@ from neuron_merging.restore.readers import OPERANDS
 class Shrunk:
     """A smaller network and what became of its spaces.
 
-    full, kept: original and kept sizes. cosine: as in `shrink.Report`. left_out: by layer that stays whole, why. macs: original and now, None where they
-    cannot be counted. note: why it is not of the user's own class, and what was not restored.
+    full, kept: original and kept sizes. cosine: as in `shrink.Report`. left_out: by layer that stays whole, why. macs: original
+    and now, None where they cannot be counted. note: why it is not of the user's own class, what was not restored or merged.
     """
 
     model: nn.Module
@@ -61,7 +61,7 @@ def shrink(model: nn.Module, inputs: Inputs, config: ShrinkConfig, images: Input
     full = [space.size for space in spaces]
     kept = uniform_widths(model, config.ratio, spaces, full, left_out, config.multiple)
     merges = config.compensation if config.compensation in COMPENSATIONS else "prune"
-    only_pruned = refused([s for s, P in zip(spaces, kept) if P < s.size], merges)
+    only_pruned = refused([space for space, P in zip(spaces, kept) if space.size > P], merges)
     keep, absorbed, cosine = _chosen(survey, spaces, kept, config, merges)
     small, unfitted = cut(survey, keep, absorbed), []
     if config.compensation == "restore":

@@ -53,7 +53,7 @@ def cut(survey: Survey, keep: Keep, absorbed: Sequence[Absorbed] = ()) -> Smalle
     """The network with these indices of its spaces, spaces that are not in `keep` being whole.
 
     absorbed: what readers take over from dropped indices. A residual branch of which none is kept becomes a constant; the nodes
-    of its graph then have no copies. Raises NeuronMergingError where an index is none of the space's, or none is kept of another.
+    of its graph then have no copies. Raises NeuronMergingError where an index is none of the space's, or nothing is kept.
     """
     masks = {space: _mask(space, indices) for space, indices in keep.items()}
     silent = {space: silent_value(survey, space) for space, mask in masks.items() if not mask.any()}
@@ -228,14 +228,19 @@ def _in_modes(model: nn.Module, network: Network) -> nn.Module:
 
 def run(model: nn.Module, network: Network, active: list[str] | None = None) -> list[Tensor]:
     """The tensors that a model gives for the example inputs. active: is given the names of the modules that are running."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    model, args, kwargs = copy.deepcopy((model, network.args, network.kwargs), shared)  # which forward() may overwrite
+    args, kwargs = copy.deepcopy((network.args, network.kwargs))  # which a forward pass may overwrite
+    if not isinstance(model, fx.GraphModule) or any(map(_overwrites, model.graph.nodes)):
+        model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     if active is not None:
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: active.append(name))
             module.register_forward_hook(lambda *_: active.__delitem__(-1))
     with torch.no_grad():
         return [value for value in tree_leaves(model(*args, **kwargs)) if isinstance(value, Tensor)]
+
+
+def _overwrites(node: fx.Node) -> bool:
+    return getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
 
 def difference(given: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> str | None:

@@ -95,8 +95,8 @@ def _absorbing(tensor: Tensor, parts: Sequence[Absorbed], stays: Tensor) -> Tens
 
 def _constant(tensor: Tensor, part: Absorbed) -> Tensor:
     """What a reader gives for constants at its inputs, [M]; only approximate at borders that are padded with zeros."""
-    W = tensor.movedim(part.reader.axis, 1).double().flatten(2)
-    W = W.sum(2) if W.ndim > 2 else W
+    W = tensor.movedim(part.reader.axis, 1).double()
+    W = W.reshape(*W.shape[:2], -1).sum(2)
     return W[:, part.channels.flatten().to(W.device)] @ part.shift.flatten()
 
 
