@@ -15,15 +15,28 @@ import torch
 from torch import Tensor, fx
 
 from neuron_merging.alike import scaling_matrices
-from neuron_merging.decompose import COMPENSATIONS, CRITERIA, Decomposition, Neurons, cosines, dropped, ranked
+from neuron_merging.decompose import (
+    COMPENSATIONS,
+    CRITERIA,
+    Decomposition,
+    Neurons,
+    cosines,
+    dropped,
+    effective,
+    merge,
+    merge_derived,
+    only_twins,
+    ranked,
+)
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.constants import find_constants
-from neuron_merging.graph.neurons import neurons, read
+from neuron_merging.graph.neurons import neurons, read, rows
 from neuron_merging.graph.spaces import Space, Survey
 from neuron_merging.graph.units import Place, plain_layer
 from neuron_merging.graph.weights import Absorbed, home
 
 FELT = {"statistics", "product", "recurrent"}  # notes of spaces whose constant indices the others feel
+ALIKE = 0.999  # the cosine of (nearly) exact multiples
 Constants = Mapping[fx.Node, Tensor]  # by layer, those among its inputs; NaN for what varies
 
 
@@ -109,6 +122,29 @@ class Contents:
                 with_constants(COMPENSATIONS[kind](self.neurons, keep, t=t, lam=lam), self.neurons), kind
             )
         return self._of_coupled(keep, None if kind == "prune" else t)
+
+    def start(self, keep: Tensor) -> list[Absorbed]:
+        """What restoration starts from: readers absorb (nearly) exact multiples of kept indices, and are to learn the rest.
+
+        Where a positive factor does not pass, only (nearly) exact twins.
+        """
+        space, unit = self.space, self.neurons
+        if not 0 < len(keep) < space.size:
+            return []
+        if unit is not None:
+            if space.obstacle is None:  # the cosine decides; among equal cosines, how well the constant fits
+                Z = merge_derived(unit, keep, t=ALIKE, lam=1 - 1e-6).Z
+            else:
+                Z = only_twins(merge(Neurons(effective(unit), None, False), keep, t=ALIKE, lam=1.0).Z)
+            return self._of_unit(Decomposition(keep, Z), "start")
+        if space.obstacle is None:
+            matrices = scaling_matrices(self.survey.network, space, keep, t=ALIKE)
+            return [Absorbed(way.reader, way.channels, keep, Z) for way, Z in zip(space.ways.to_readers, matrices)]
+        if space.notes.keys() & FELT:
+            return []
+        own = torch.cat([rows(self.survey.network, place, space.leaf) for place in space.writers + space.followers], 1)
+        Z = only_twins(merge(Neurons(own, None, False), keep, t=ALIKE, lam=1.0).Z)
+        return [Absorbed(place, place.positions(space.leaf), keep, Z) for place in space.readers]
 
     def _of_unit(self, part: Decomposition, kind: str) -> list[Absorbed]:
         (reader,) = self.space.readers

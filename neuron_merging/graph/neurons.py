@@ -56,6 +56,12 @@ def neurons(
     return Neurons(torch.cat([W, bias.reshape(len(W), -1).double()], 1), None, relu, biased=True)
 
 
+def rows(network: Network, place: Place, leaf: Leaf) -> Tensor:
+    """What a parameter or buffer has for each index of a space, in float64: [N, numbers]."""
+    tensor = network.tensor(place.name).detach().movedim(place.axis, 0)
+    return tensor[place.positions(leaf).to(tensor.device)].flatten(1).double()
+
+
 def bias_of(network: Network, writer: Place) -> fx.Node | None:
     """Where the graph gets the bias that goes with a writer's weight; None if there is none."""
     for call in network.users(writer.name):

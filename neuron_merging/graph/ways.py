@@ -146,6 +146,8 @@ class _Walk:
         place, given = self.readers.get(node), self.values.get(node.args[0])
         if place is not None and given is not None:
             channels = occurrences(place.layout, self.leaf)
+            if given == given[: len(channels)] * groups(node):  # the same in every group
+                given = given[: len(channels)]
             if len(channels) != len(given):
                 raise Blocked(f"{place.name} reads it in a way that merging does not know")
             self.ways += [Way(part.writer, part.steps, place, where) for part, where in zip(given, channels)]
