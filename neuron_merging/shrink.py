@@ -132,7 +132,7 @@ def shrink(
     whole; or a list of the kept widths.
     example_input: inputs [B, …], or the shape of one input without the batch. Restoration and the choice of widths need it.
     A network with several inputs takes a tuple or a mapping of tensors. Such a network, and one that torch.fx cannot trace,
-    can only be pruned and restored (exported.py).
+    can only be pruned, merged and restored (exported.py).
     images: real inputs [B, …], in random order, for methods that run the network on inputs. Without them, inputs are made up.
     They are a tuple or a mapping where example_input is one.
     options: the fields of `ShrinkConfig`, such as compensation="merge", criterion="l1-norm", widths="auto", coupled=True.
