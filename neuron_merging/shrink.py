@@ -29,7 +29,7 @@ from neuron_merging.checks import (
 from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
 from neuron_merging.counting import count_parameters
 from neuron_merging.coupled import choose_channels
-from neuron_merging.decompose import CRITERIA, cosines, dropped
+from neuron_merging.decompose import COMPENSATIONS, CRITERIA, cosines, dropped
 from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.graph.spaces import Space
 from neuron_merging.graph.streams import Stream, apart, streams
@@ -41,7 +41,7 @@ from neuron_merging.widths.curves import HELD_OUT
 from neuron_merging.widths.search import WidthSearch
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
-AS_EXPORTED = ("prune", "restore")  # of networks that torch.fx cannot trace, and of several inputs
+AS_EXPORTED = (*COMPENSATIONS, "restore")  # of networks that torch.fx cannot trace, and of several inputs
 SUMMARY_SAMPLES = 8  # made-up inputs for a summary: enough to show the sizes that restoration leaves
 
 
@@ -132,7 +132,7 @@ def shrink(
     whole; or a list of the kept widths.
     example_input: inputs [B, …], or the shape of one input without the batch. Restoration and the choice of widths need it.
     A network with several inputs takes a tuple or a mapping of tensors. Such a network, and one that torch.fx cannot trace,
-    can only be pruned and restored (exported.py).
+    can only be pruned, merged and restored (exported.py).
     images: real inputs [B, …], in random order, for methods that run the network on inputs. Without them, inputs are made up.
     They are a tuple or a mapping where example_input is one.
     options: the fields of `ShrinkConfig`, such as compensation="merge", criterion="l1-norm", widths="auto", coupled=True.
@@ -165,7 +165,7 @@ def shrink(
     except CannotBeTraced as error:
         if shape is None or config.compensation not in AS_EXPORTED or config.chooses:
             raise NeuronMergingError(
-                f"{error}; without that it can only be pruned or restored, for a ratio, with example_input"
+                f"{error}; without that it can only be pruned, merged or restored, for a ratio, with example_input"
             ) from error
         inputs = torch.zeros(2, *shape, device=device) if images is None else images[:2].to(device)
         inputs = example_input if isinstance(example_input, Tensor) else inputs
@@ -235,16 +235,16 @@ def _pruned_as_exported(
     """
     if config.compensation not in AS_EXPORTED or config.chooses:
         raise NeuronMergingError(
-            "a network that is called with several inputs, or by keywords, can only be pruned or restored so far, for a"
-            " ratio: give compensation='prune' or 'restore'"
+            "a network that is called with several inputs, or by keywords, can only be pruned, merged or restored so far,"
+            " for a ratio: give compensation='prune', 'merge', 'merge-derived' or 'restore'"
         )
-    if images is not None and config.compensation == "prune":
-        raise NeuronMergingError("images are for restore: prune needs no data")
+    if images is not None and config.compensation != "restore":
+        raise NeuronMergingError(f"images are for restore: {config.compensation} needs no data")
     memory.reset(device)
     start = time.perf_counter()
-    pruned = exported.shrink(model, inputs, config, images)
+    pruned = exported.shrink(model, inputs, replace(config, coupled=True), images)
     return pruned.model, Report(
-        pruned.spaces, pruned.kept, pruned.full, [nan] * len(pruned.spaces), pruned.left_out,
+        pruned.spaces, pruned.kept, pruned.full, pruned.cosine, pruned.left_out,
         (count_parameters(model), count_parameters(pruned.model)), pruned.macs,
         time.perf_counter() - start, None, memory.peak(device), device=str(device), note=pruned.note,
     )  # fmt: skip

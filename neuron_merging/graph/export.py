@@ -60,6 +60,12 @@ class Network:
         module, _, attribute = name.rpartition(".")
         return getattr(self.model.get_submodule(module), attribute)
 
+    def users(self, name: str) -> list[fx.Node]:
+        """The operations of the graph that take this parameter or buffer, as it is."""
+        graph = self.graph.graph
+        own = [node for alias in self.names[name] for node in graph.find_nodes(op="get_attr", target=alias)]
+        return [user for node in own for user in node.users]
+
 
 def capture(model: nn.Module, example_inputs: Inputs) -> Network:
     """Export a network for these inputs: a tensor, a sequence of arguments, or a mapping of keyword arguments.

@@ -11,6 +11,7 @@ from neuron_merging.graph.axes import Axis, Leaf, Product, Sum, is_fixed, leaves
 from neuron_merging.graph.export import Inputs, Network, capture
 from neuron_merging.graph.propagate import Analysis, propagate
 from neuron_merging.graph.units import Place, Unit, find_unit
+from neuron_merging.graph.ways import Blocked, Ways, by_leaf, find_ways
 
 FEW = 4  # blocks fewer than these are no good to drop: what is inside of them is dropped
 
@@ -21,7 +22,8 @@ class Space:
 
     notes: what else happens to them: "statistics" (a normalisation or reduction is over them), "product" (activations are
     multiplied and summed along them), "mixed" (they come out of such a product), "recurrent". unit: the paper's layer → next,
-    where it is one. obstacle: why kept ones cannot take over from dropped ones by merging (None: they can).
+    where it is one; not_unit: else why it is none. obstacle: why kept ones cannot take over from dropped ones by merging (None:
+    they can). ways: from writers to readers, where it is no unit and has no obstacle.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Space:
     readers: tuple[Place, ...]
     notes: dict[str, str]
     unit: Unit | None
+    not_unit: str | None
+    ways: Ways | None
     obstacle: str | None
 
     @property
@@ -65,9 +69,7 @@ class Survey:
 
     def calls(self, place: Place) -> list[fx.Node]:
         """The operations of the graph that take this parameter, as it is."""
-        nodes = self.network.graph.graph.nodes
-        own = [n for n in nodes if n.op == "get_attr" and n.target in self.network.names[place.name]]
-        return [user for node in own for user in node.users]
+        return self.network.users(place.name)
 
 
 def find_spaces(model: nn.Module, example_inputs: Inputs) -> Survey:
@@ -86,9 +88,12 @@ def find_spaces(model: nn.Module, example_inputs: Inputs) -> Survey:
                 if leaf.frozen is None and leaf.size > 1:
                     role = roles.get((name, leaf), {}).get(d, "follower")
                     found.setdefault(leaf, []).append((role, Place(name, d, resolve(axis))))
+    nodes = by_leaf(analysis)
     order = _order(analysis)
     spaces = [
-        _space(analysis, leaf, places) for leaf, places in found.items() if {r for r, _ in places} != {"follower"}
+        _space(analysis, leaf, places, nodes[leaf])
+        for leaf, places in found.items()
+        if {r for r, _ in places} != {"follower"}
     ]
     spaces.sort(key=lambda space: order.get(space.leaf, 0))
     unused = tuple(dict.fromkeys(n[0] for n in network.names.values() if n[0] not in analysis.parameters))
@@ -145,14 +150,21 @@ def _order(analysis: Analysis) -> dict[Leaf, int]:
     return order
 
 
-def _space(analysis: Analysis, leaf: Leaf, places: list[tuple[str, Place]]) -> Space:
+def _space(analysis: Analysis, leaf: Leaf, places: list[tuple[str, Place]], nodes: list[fx.Node]) -> Space:
     writers, followers, readers = (
         tuple(place for role, place in places if role == kind) for kind in ("writer", "follower", "reader")
     )
-    unit, obstacle = find_unit(analysis, leaf, writers, followers, readers)
+    unit, why = find_unit(analysis, leaf, writers, readers)
+    ways, not_unit, obstacle = None, None, why
+    if unit is None:
+        not_unit, obstacle = why, None
+        try:
+            ways = find_ways(analysis, leaf, nodes, writers, readers)
+        except Blocked as blocked:
+            obstacle = str(blocked)
     first = (writers or followers or readers)[0]
     name = first.name.rpartition(".")[0] or first.name
-    return Space(name, leaf.size, leaf, writers, followers, readers, leaf.notes, unit, obstacle)
+    return Space(name, leaf.size, leaf, writers, followers, readers, leaf.notes, unit, not_unit, ways, obstacle)
 
 
 def _left_out(analysis: Analysis, spaces: list[Space]) -> dict[str, str]:
