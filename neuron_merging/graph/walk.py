@@ -78,26 +78,31 @@ class Walk:
             for source in last[node]:
                 self.values.pop(source, None)
 
-    def compute(self, node: fx.Node, values: Mapping[fx.Node, Sequence[Any]] | None = None) -> list[Any]:
+    def compute(self, node: fx.Node) -> list[Any]:
         """What a node gives for each batch, given the values of the nodes that it reads."""
-        values = self.values if values is None else values
         if node.op == "placeholder":
             given = [batch[self.places[node]] for batch in self.batches]
             return [value.clone() if isinstance(value, Tensor) else value for value in given]  # may be overwritten
         if node.op == "get_attr":
             return [self.tensor(node)] * len(self.batches)
+        if is_batch_norm(node) and self.measures and node not in self.statistics:
+            self.measure(node, self.values[node.args[0]])
+        return [
+            self.apply(node, {source: self.values[source][k] for source in node.all_input_nodes})
+            for k in range(len(self.batches))
+        ]
+
+    def apply(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        """What a node gives for these values of the nodes that it reads, for one batch; parameters need none."""
+
+        def value(source: fx.Node) -> Any:
+            return self.tensor(source) if source.op == "get_attr" and source not in values else values[source]
+
         if is_batch_norm(node):
-            y = values[node.args[0]]
-            if self.measures and node not in self.statistics:
-                self.measure(node, y)
-            return [self.normalise(node, part) for part in y]
+            return self.normalise(node, value(node.args[0]))
+        args, kwargs = tree_map(self._cast_kind, fx.map_arg((node.args, node.kwargs), value))
         call = self.graph.get_submodule(node.target) if node.op == "call_module" else node.target
-        results = []
-        for k in range(len(self.batches)):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source, k=k: values[source][k])
-            args, kwargs = tree_map(self._cast_kind, (args, kwargs))
-            results.append(call(*args, **kwargs))
-        return results
+        return call(*args, **kwargs)
 
     def _cast_kind(self, value: Any) -> Any:
         real = isinstance(value, torch.dtype) and value.is_floating_point

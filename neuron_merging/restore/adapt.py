@@ -59,3 +59,42 @@ def adapt(
     layer.weight.data += step * d["weight"]
     layer.bias.data += step * d["bias"]
     return True
+
+
+def direction(
+    layer: Callable[..., Tensor],
+    consumer: Callable[[Tensor], Tensor],
+    between: Callable[[Tensor], Tensor],
+    x: Tensor,
+    target: Tensor,
+    neurons: int,
+    slope: Tensor | None,
+    regress: Callable[[Tensor], dict[str, Tensor]],
+    little: float = LITTLE,
+) -> dict[str, Tensor] | None:
+    """η d for the weight and bias of a layer that sees x [B, …]. None if R or J d is too small.
+
+    layer: a function of x, and of a weight and a bias if they are others than its own. consumer: the function of the consumer.
+    between: from the layer's output to the consumer's input. target: T, in the shape of the consumer's output, whose neurons
+    are along the dimension `neurons`. slope: s [M], or None for 1. regress: gives the weight and bias that bring the layer
+    nearest to an output. little: the largest error that is left alone, as a share of the variance of s T.
+    """
+    others = [dim for dim in range(target.ndim) if dim != neurons]
+    s = 1 if slope is None else slope.view([-1 if dim == neurons else 1 for dim in range(target.ndim)])
+    u = layer(x).requires_grad_()
+    with torch.enable_grad():
+        y = consumer(between(u))
+    R, whole = (s * (value - value.mean(others, keepdim=True)) for value in (target - y.detach(), target))
+    if R.norm() ** 2 <= little * whole.norm() ** 2:
+        return None
+    v = (s * R).requires_grad_()
+    with torch.enable_grad():
+        (lacking,) = torch.autograd.grad(y, u, v, create_graph=True)  # Jᵀ R; linear in v, its derivative by v is J
+    d = regress(lacking.detach())
+    (Jd,) = torch.autograd.grad(lacking, v, layer(x, d))
+    Jd = s * (Jd - Jd.mean(others, keepdim=True))
+    reach = Jd.norm() ** 2
+    if not reach > 0:
+        return None
+    step = (R * Jd).sum() / reach
+    return {name: step * value for name, value in d.items()}

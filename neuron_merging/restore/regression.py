@@ -1,79 +1,146 @@
-"""Ridge regression that chooses its λ on rows that are held out, pruned weights being one of the choices (ours)."""
+"""Ridge regression of a layer, or of each group of one, that chooses its λ on rows which are held out (ours).
+
+Rows are what a layer sees, U [G, n, F], and what it is to give, T [G, n, M], for each of its G groups. The held-out ones come last.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import inf
 
 import torch
 from torch import Tensor
 
-from neuron_merging.errors import NeuronMergingError
-from neuron_merging.linalg import cholesky, gram, penalty
+from neuron_merging.linalg import ROWS, cholesky, gram, penalty
 
-GRID = (1e-4, 0.1, 1.0, 10.0)  # times λ: what is tried
-LEAST = 1e-9  # λ that is tried, at least
+ROUNDING = 1e-6  # of a neuron's largest output: residuals below it are rounding, and are not fitted
 
-Rows = tuple[Tensor, Tensor]  # what a layer sees [n, F], and is to give there [n, M]
-Fit = tuple[Tensor, Tensor]  # weights [M, F] and bias [M], float64
+Loss = Callable[[Tensor, Tensor], float]  # of predictions and targets [G, n, M]
+Aware = Callable[[Tensor, Tensor], Tensor]  # from predictions and targets to the next targets
 
 
-def best_fit(
-    rows: Rows, held: Rows, start: Fit, ridge: float, intercept: bool
-) -> tuple[Fit | None, tuple[float, float]]:
-    """The fit that errs least on the rows `held`, made again from all rows; the relative errors of `start` and of it on `held`.
+@dataclass(frozen=True)
+class Fit:
+    """Weights [G, M, F] and bias [G, M]. before, after: the held-out loss of the weights that it started from, and of these.
 
-    None where `start` errs least. Tried are λ = `ridge` times `GRID`, and the weights of `start` with another bias.
-    intercept: whether the layer can have another bias.
+    ridge: the λ that was chosen; ∞: the weights are those from before. solver: of all rows, with that λ.
     """
-    before = relative_error(held, start)
-    lambdas = [max(ridge * factor, LEAST) for factor in GRID] + ([inf] if intercept else [])
-    fitted = fits(rows, start, lambdas, intercept)
-    errors = {lam: relative_error(held, fit) for lam, fit in fitted.items()}
-    best = min(errors, key=errors.__getitem__, default=None)
-    if best is None or not errors[best] < before:
-        return None, (before, before)
-    everything = torch.cat([rows[0], held[0]]), torch.cat([rows[1], held[1]])
-    again = fits(everything, start, [best], intercept)
-    return again.get(best, fitted[best]), (before, errors[best])
+
+    W: Tensor
+    b: Tensor
+    before: float
+    after: float
+    ridge: float
+    solver: Solver | None
 
 
-def fits(rows: Rows, start: Fit, lambdas: Sequence[float], intercept: bool) -> dict[float, Fit]:
-    """By λ the weights and bias that are fitted, λ = ∞ being the weights of `start` with another bias.
+class Normal:
+    """The normal equations of centred rows U [G, n, F]; where n < F, the kernel matrix of the rows instead."""
 
-    A λ that is too small for rounding is left out.
+    def __init__(self, U: Tensor, covariance: Tensor | None = None) -> None:
+        self.U, self.n = U, U.shape[1]
+        self.dual = self.n < U.shape[2]
+        if self.dual:  # (A + λD)⁻¹ Uᵀ = D⁻¹ Uᵀ (U D⁻¹ Uᵀ / n + λ)⁻¹, with n unknowns instead of F
+            rows = U.double()
+            self.D = torch.stack([penalty(energy, 1.0) for energy in rows.pow(2).mean(1)])  # [G, F]
+            self.A = (rows / self.D[:, None]) @ rows.transpose(1, 2) / self.n
+        else:
+            self.A = products(U) / self.n if covariance is None else covariance
+
+    def factor(self, ridge: float) -> Tensor:
+        """The Cholesky factor for this λ. Raises NeuronMergingError where λ is too small for rounding."""
+        A = self.A.clone()
+        diagonal = A.diagonal(dim1=1, dim2=2)
+        if self.dual:
+            diagonal += ridge
+        else:
+            diagonal += torch.stack([penalty(energy, ridge) for energy in diagonal])
+        return cholesky(A)
+
+    def solve(self, R: Tensor, factor: Tensor) -> Tensor:
+        """The coefficients [G, M, F] for centred targets R [G, n, M]."""
+        if self.dual:
+            coefficients = torch.cholesky_solve(R.double(), factor) / self.n
+            return ((self.U.double().transpose(1, 2) @ coefficients) / self.D[..., None]).transpose(1, 2)
+        return torch.cholesky_solve((self.U.transpose(1, 2) @ R).double() / self.n, factor).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A factored regression on rows with this mean [G, F]. dual: it needs its own rows, and is no good for others."""
+
+    mean: Tensor
+    factor: Tensor
+    dual: bool
+
+    def __call__(self, R: Tensor, U: Tensor) -> Tensor:
+        """The coefficients [G, M, F] for centred targets R [G, n, M] and the centred rows U [G, n, F] that they belong to."""
+        return torch.cholesky_solve((U.transpose(1, 2) @ R).double() / U.shape[1], self.factor).transpose(1, 2)
+
+
+def products(U: Tensor) -> Tensor:
+    """Uᵀ U [G, F, F] of U [G, n, F], in float64."""
+    if len(U) == 1:
+        return gram(U[0])[None]
+    return sum((part.transpose(1, 2) @ part).double() for part in U.split(ROWS, 1))
+
+
+def fit(
+    U: Tensor,
+    T: Tensor,
+    start: tuple[Tensor, Tensor],
+    held: int,
+    ridges: Sequence[float],
+    loss: Loss,
+    aware: Aware | None = None,
+    repeats: int = 0,
+) -> Fit:
+    """The fit that errs least on the last `held` rows, made again from all rows.
+
+    U: is overwritten. start: weights [G, M, F] and bias [G, M] that the fit starts from, and that stay where they err least.
+    ridges: the λ to try; ∞ for the weights of `start` with another bias. With held = 0 the first λ is taken.
+    aware: gives targets for `repeats` further fits.
     """
-    (U, T), (W0, b0) = rows, start
-    u, t = (U.mean(0).double(), T.mean(0).double()) if intercept else (W0.new_zeros(W0.shape[1]), b0)
-    U = U - u.to(U)
-    R = T - t.to(T) - U @ W0.T.to(U)
-    n, features = U.shape
-    dual = n < features  # (A + λD)⁻¹ Uᵀ = D⁻¹ Uᵀ (U D⁻¹ Uᵀ / n + λ)⁻¹, with n unknowns instead of F
-    if dual:
-        U, R = U.double(), R.double()
-        D = penalty(U.pow(2).mean(0), 1.0)
-        kernel = (U / D) @ U.T / n
-    else:
-        kernel, crossed = gram(U) / n, (U.T @ R).double() / n
-    fitted: dict[float, Fit] = {}
-    for lam in lambdas:
-        W = W0
-        if lam < inf:
-            shift = torch.full_like(kernel.diagonal(), lam) if dual else penalty(kernel.diagonal(), lam)
-            try:
-                factor = cholesky(kernel + shift.diag())
-            except NeuronMergingError:
-                continue
-            if dual:
-                W = W0 + (U.T @ torch.cholesky_solve(R, factor) / (n * D[:, None])).T
-            else:
-                W = W0 + torch.cholesky_solve(crossed, factor).T
-        fitted[lam] = W, t - W @ u
-    return fitted
+    W0, b0 = start
+    mean = U.mean(1)
+    U -= mean[:, None]
+    base = U @ W0.transpose(1, 2)  # what the first weights give, but for a constant
+    n = U.shape[1] - held
+    train, ridge, before, after = Normal(U[:, :n]), ridges[0], 0.0, 0.0
+    seen = train
+    if held:
+        known = None if train.dual else (train.A * n + products(U[:, n:])) / U.shape[1]
+        seen = Normal(U, known)
+        unseen, aim = U[:, n:], T[:, n:]
+        before = loss(base[:, n:] + (b0 + (W0 @ mean[..., None]).squeeze(-1)).to(U)[:, None], aim)
+        losses = {}
+        R = T[:, :n] - base[:, :n]
+        constant = R.mean(1, keepdim=True)
+        for lam in ridges:
+            prediction = base[:, n:] + constant
+            if lam < inf:
+                D = train.solve(R - constant, train.factor(lam)).to(U)
+                shift = U[:, :n].mean(1, keepdim=True)
+                prediction = prediction + (unseen - shift) @ D.transpose(1, 2)
+            losses[lam] = loss(prediction, aim)
+        ridge = min(losses, key=losses.__getitem__)
+        after = losses[ridge]
+        if not after < before:
+            return Fit(W0, b0, before, before, inf, None)
+    if ridge == inf:
+        constant = (T - base).mean(1).to(W0)
+        return Fit(W0, constant - (W0 @ mean.to(W0)[..., None]).squeeze(-1), before, after, inf, None)
+    factor = seen.factor(ridge)
 
+    def solved(target: Tensor) -> tuple[Tensor, Tensor]:
+        middle = target.mean(1, keepdim=True)
+        R = target - middle - base
+        rounding = R.abs().amax(1, keepdim=True) <= ROUNDING * target.abs().amax(1, keepdim=True)
+        return W0 + seen.solve(R.masked_fill(rounding, 0), factor).to(W0), middle
 
-def relative_error(rows: Rows, fit: Fit) -> float:
-    """The error of what a layer with these weights gives, as a share of what it is to give."""
-    (U, T), (W, b) = rows, fit
-    size = T.double().norm().clamp(min=1e-300)
-    return float((U @ W.T.to(U) + b.to(U) - T).double().norm() / size)
+    W, middle = solved(T)
+    for _ in range(repeats if aware else 0):
+        W, middle = solved(aware(U @ W.transpose(1, 2).to(U) + middle, T))
+    b = middle[:, 0].to(W) - (W @ mean.to(W)[..., None]).squeeze(-1)
+    return Fit(W, b, before, after, ridge, Solver(mean, factor, seen.dual))
