@@ -6,7 +6,7 @@ It needs no data and no training. The paper's methods are in decompose.py, ours 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from math import nan
 from typing import Any
 
@@ -31,14 +31,13 @@ from neuron_merging.counting import count_parameters
 from neuron_merging.coupled import choose_channels
 from neuron_merging.decompose import CRITERIA, cosines, dropped
 from neuron_merging.errors import NeuronMergingError, reported_as
-from neuron_merging.graph.spaces import Space
+from neuron_merging.graph.spaces import Space, find_spaces
 from neuron_merging.graph.streams import Stream, apart, streams
 from neuron_merging.graph.tracing import CONVS, CannotBeTraced, Tracer, Unit, survey
 from neuron_merging.methods import METHODS, NEED_IMAGES, check_units
 from neuron_merging.network import choose, neurons, read
 from neuron_merging.ratios import uniform_widths, without
-from neuron_merging.widths.curves import HELD_OUT
-from neuron_merging.widths.search import WidthSearch
+from neuron_merging.widths.search import HELD_OUT, WidthSearch
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
 AS_EXPORTED = ("prune", "restore")  # of networks that torch.fx cannot trace, and of several inputs
@@ -388,10 +387,16 @@ def _search(
     share = 1 / (1 - HELD_OUT) if sensitivity else 1.0
     method = METHODS[config.compensation]
     with reported_as(f"no widths can be chosen for {type(model).__name__}"):
+        probe = synthetic.inputs(model, shape, config, images, share)
+        probe = probe.contiguous(memory_format=torch.channels_last) if probe.ndim == 4 else probe
+        found = find_spaces(model, probe[:2])
+        by_layer = {space.unit.layer: space for space in found.spaces if space.unit is not None}
+        missing = next((unit.layer for unit in units if unit.layer not in by_layer), None)
+        if missing is not None:
+            raise NeuronMergingError(f"torch.export sees no unit in {missing}: ignore it")
         return WidthSearch(
-            model, units, shape, cache(partial(synthetic.inputs, model, shape, config, images, share)),
-            criterion=config.criterion, layerwise=method.of_a_layer(config), ridge=config.ridge,
-            sensitivity=sensitivity, biases=method.adds_bias,
+            found, [by_layer[unit.layer] for unit in units], [[probe]], criterion=config.criterion,
+            layerwise=method.of_a_layer(config), ridge=config.ridge, sensitivity=sensitivity, biases=method.adds_bias,
         )  # fmt: skip
 
 

@@ -60,6 +60,12 @@ class Consumer:
             energy = self.A.diagonal()
         self.penalty = penalty(energy, ridge)
 
+    def curve(
+        self, order: Tensor, measured: Sequence[int], parts: dict[int, Decomposition | None] | None
+    ) -> tuple[np.ndarray, list[Thinned]]:
+        """E(k) for all k and the layer's forms at `measured`; parts: as `decomposed` takes them, None for a regression."""
+        return self.regressed(order, measured) if parts is None else self.decomposed(parts, measured)
+
     def regressed(self, order: Tensor, measured: Sequence[int]) -> tuple[np.ndarray, list[Thinned]]:
         """E(k) for all k if the consumer is fitted to the kept neurons by ridge regression; and its forms at `measured`.
 

@@ -10,10 +10,10 @@ from functools import reduce
 import numpy as np
 from torch import fx, nn
 
-from neuron_merging.graph.axes import Axis, Leaf, Product, Sum, resolve
+from neuron_merging.graph.axes import Axis, Leaf, Sum, resolve
 from neuron_merging.graph.behind import norm_behind, sum_behind
 from neuron_merging.graph.export import size
-from neuron_merging.graph.macs import Dim, Sizes, terms, uncounted
+from neuron_merging.graph.macs import Dim, Sizes, count_macs, terms, uncounted
 from neuron_merging.graph.spaces import Space, Survey
 from neuron_merging.restore.readers import Reader, find_reader, plain_module
 
@@ -26,8 +26,8 @@ class Cost:
     Where the space of a residual branch is left out (width 0), a constant replaces its reader and the BatchNorm behind that.
     biases: whether the compensation may add a bias to layers without BatchNorm; then every such layer that reads a space, or
     comes after one that does, is counted with one. MACs are for one sample where the network takes any number of them.
-    full: the original widths. branches: by space, whether it is that of a residual branch. uncounted: operations with weights
-    whose MACs are not known.
+    full: the original widths. whole: parameters and MACs of the network as it is, without such biases. branches: by space,
+    whether it is that of a residual branch. uncounted: operations with weights whose MACs are not known.
     """
 
     def __init__(self, survey: Survey, spaces: Sequence[Space], biases: bool = False) -> None:
@@ -39,6 +39,7 @@ class Cost:
         ends = [_end(space, readers) for space in spaces]
         self.branches = [end is not None for end in ends]
         costs = self._parameters(survey, bare), self._macs(survey)
+        self.whole = np.array([sum(p.numel() for p in survey.network.model.parameters()), count_macs(survey.network)])
         self._set_coefficients(costs, [self._left_out(survey, end, bare) if end else Counter() for end in ends])
 
     # ------------------------------------------------------------ the polynomials
@@ -163,6 +164,6 @@ def _bare(survey: Survey, spaces: Sequence[Space], readers: dict[str, Reader]) -
             changed.add(node)
     return [
         reader for reader in readers.values()
-        if reader.bias is None and reader.node in changed and norm_behind(reader.node) is None
+        if reader.bias is None and reader.node in changed and reader.norm is None
         and isinstance(plain_module(survey.network.model, reader), nn.Module)
     ]  # fmt: skip

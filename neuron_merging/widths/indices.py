@@ -46,10 +46,14 @@ def _rows(survey: Survey, space: Space, place: Place) -> Tensor:
     return tensor[place.positions(space.leaf).to(tensor.device)].flatten(1)
 
 
-def compensated(survey: Survey, space: Space, kept: Tensor, decompose: Decompose) -> Decomposition:
+def compensation(survey: Survey, space: Space, decompose: Decompose) -> Callable[[Tensor], Decomposition]:
     """How kept indices [P] stand in for the others; where the compensation has no form for the space, they do not."""
     unit = neurons_of(survey, space)
     if unit is not None and space.obstacle is None:
-        return decompose(unit, kept)
-    cut = Decomposition(kept, torch.eye(space.size, dtype=torch.float64, device=kept.device)[kept])
-    return cut if unit is None else with_constants(cut, unit)
+        return lambda kept: decompose(unit, kept)
+
+    def cut(kept: Tensor) -> Decomposition:
+        part = Decomposition(kept, torch.eye(space.size, dtype=torch.float64, device=kept.device)[kept])
+        return part if unit is None else with_constants(part, unit)
+
+    return cut

@@ -39,28 +39,53 @@ class Energy:
     def __init__(self, survey: Survey, space: Space, places: tuple[Place, ...]) -> None:
         self.survey, self.space, self.places = survey, space, places
         self.energies = torch.zeros(space.size, dtype=torch.float64)
+        self.called = [(node, place) for place in places for node in calls(survey, place)]
 
-    def add(self, walk: Walk, node: fx.Node, place: Place) -> None:
-        """Measure the values that the call `node` of the parameter at `place` takes, or, if it writes the space, gives."""
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """Where it is looked at."""
+        return list(dict.fromkeys(node for node, _ in self.called))
+
+    @property
+    def variance(self) -> float:
+        """The energy of all indices together."""
+        return float(self.energies.sum())
+
+    def look(self, walk: Walk, node: fx.Node) -> None:
+        """Measure the values that a call takes, or, if it writes the space only, gives; the walk has come to it."""
+        for place in (place for called, place in self.called if called is node):
+            self._add(walk, node, place)
+
+    def _add(self, walk: Walk, node: fx.Node, place: Place) -> None:
         axes = self.survey.analysis.values
         leaf = self.space.leaf
         sources = [*[source for source in node.all_input_nodes if source.op != "get_attr"], node]
         seen = next(((s, d) for s in sources for d in _dims(axes.get(s), leaf)), None)
         energy = torch.ones_like(self.energies) if seen is None else _energy(walk.values[seen[0]], *seen, axes, leaf)
         if place in self.space.readers or seen is None or seen[0] is not node:
-            weight = walk.tensor(next(n for n in node.all_input_nodes if self._is(n, place)))
+            weight = self.survey.network.tensor(place.name).detach()
             rows = weight.double().movedim(place.axis, 0)[place.positions(leaf).to(weight.device)]
             energy = energy * rows.pow(2).flatten(1).sum(1).to(energy)
         self.energies += energy
 
-    def _is(self, node: fx.Node, place: Place) -> bool:
-        return node.op == "get_attr" and node.target in self.survey.network.names[place.name]
-
     def curve(self, order: Tensor, measured: Sequence[int]) -> tuple[np.ndarray, list[Zeroed]]:
         """E(k) for all k, and the parameters at `measured`."""
-        order = order.cpu()
-        error = self.energies[order].flip(0).cumsum(0).flip(0).numpy()
-        return np.append(error, 0.0), [Zeroed(k, self.places, self.space.leaf, order[k:]) for k in measured]
+        error = self.energies[order.cpu()].flip(0).cumsum(0).flip(0).numpy()
+        return np.append(error, 0.0), [self.form(order, k) for k in measured]
+
+    def form(self, order: Tensor, k: int) -> Zeroed:
+        """The parameters when the first k of an order are kept."""
+        return Zeroed(k, self.places, self.space.leaf, order[k:].cpu())
+
+
+def calls(survey: Survey, place: Place) -> list[fx.Node]:
+    """The operations that take a parameter, or a view of it that they alone take."""
+    found = []
+    for node in survey.calls(place):
+        while node.op == "call_function" and len(node.users) == 1 and len(node.all_input_nodes) == 1:
+            (node,) = node.users
+        found.append(node)
+    return found
 
 
 def _dims(axes: object, leaf: Leaf) -> list[int]:

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import Survey
-from neuron_merging.graph.walk import Values, Walk, last_uses
+from neuron_merging.graph.walk import Values, Walk, is_batch_norm, last_uses
 from neuron_merging.restore.readers import Reader
 from neuron_merging.widths.consumer import Thinned
 from neuron_merging.widths.masked import Zeroed
 
-Form = tuple[Reader, Thinned] | Zeroed  # of a layer, or of parameters, that a space has been thinned in front of
+Form = tuple[Reader, tuple[Thinned, ...]] | Zeroed  # a layer's groups, or parameters, once a space is thinned
 
 
 class Changes:
@@ -38,20 +38,18 @@ class Changes:
                 for place in form.places:
                     self.tensors[place.name] = form.put(tensor(place.name), place)
                 continue
-            reader, thinned = form
+            reader, groups = form
             weight = tensor(reader.weight)
-            self.tensors[reader.weight] = reader.as_weight(thinned.put(reader.matrix(weight)), weight)
-            self.shifts[reader.node] = self.shifts.get(reader.node, 0) + shaped(reader, thinned.c, weight)
+            W = torch.stack([group.put(W) for group, W in zip(groups, reader.matrix(weight, reader.groups))])
+            self.tensors[reader.weight] = reader.as_weight(W, weight)
+            c = torch.cat([group.c for group in groups]).to(weight)
+            c = c if reader.conv is None else c.view(-1, *[1] * (weight.ndim - 2))
+            self.shifts[reader.node] = self.shifts.get(reader.node, 0) + c
 
     def of(self, node: fx.Node) -> Tensor | None:
         """The other parameter at a get_attr node, if there is one."""
         known = node.op == "get_attr" and node.target in self.names
         return self.tensors.get(self.names[node.target][0]) if known else None
-
-
-def shaped(reader: Reader, c: Tensor, like: Tensor) -> Tensor:
-    """A constant [M] as it is added to what a layer gives."""
-    return c.to(like) if reader.conv is None else c.to(like).view(-1, *[1] * (like.ndim - 2))
 
 
 class Output:
@@ -101,11 +99,10 @@ class Output:
         for node in self.constants:
             if node in touched:
                 other = changes.of(node)
-                known = [other] * len(self.walk.batches) if other is not None else self.walk.compute(node, values)
-                values[node] = known
+                values[node] = self._apply(node, values) if other is None else [other] * len(self.walk.batches)
         last = last_uses(nodes, {*self.walk.results, *self.constants})
         for node in nodes:
-            values[node] = self.walk.compute(node, values)
+            values[node] = self._apply(node, values)
             if node in changes.shifts:
                 values[node] = [value + changes.shifts[node] for value in values[node]]
             for source in last[node]:
@@ -114,6 +111,16 @@ class Output:
         parts = [by_sample(part, samples(batch)) for *part, batch in zip(*results, self.walk.batches)]
         flat = torch.cat(parts).double()
         return flat - flat.mean(1, keepdim=True) if flat.shape[1] > 1 else flat
+
+    def _apply(self, node: fx.Node, values: Values) -> list[Any]:
+        if node.op == "placeholder":
+            return self.walk.compute(node)
+        if is_batch_norm(node) and self.walk.measures and node not in self.walk.statistics:
+            self.walk.measure(node, values[node.args[0]])
+        return [
+            self.walk.apply(node, {source: values[source][k] for source in node.all_input_nodes})
+            for k in range(len(self.walk.batches))
+        ]
 
 
 def sensitivities(output: Output, forms: Sequence[dict[int, list[Form]]]) -> list[dict[int, float]]:
