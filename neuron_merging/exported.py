@@ -3,33 +3,34 @@
 Pruning and restoration (restore/exported.py); merging runs on the graph of torch.fx only (graph/tracing.py).
 """
 
-import contextlib
-import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from neuron_merging.config import ShrinkConfig
-from neuron_merging.decompose import CRITERIA, ranked
+from neuron_merging.config import CHOSEN_WIDTHS, ShrinkConfig
+from neuron_merging.decompose import CRITERIA, Decomposition, Neurons, prune, ranked
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.export import Inputs, Network
+from neuron_merging.graph.export import Inputs
 from neuron_merging.graph.rules import operation
 from neuron_merging.graph.spaces import Place, Space, Survey, find_spaces
 from neuron_merging.graph.surgery import cut
+from neuron_merging.network import with_constants
 from neuron_merging.ratios import uniform_widths, without
+from neuron_merging.restore.batches import batches
 from neuron_merging.restore.exported import restore
 from neuron_merging.restore.readers import OPERANDS
+from neuron_merging.widths.cost import Cost
+from neuron_merging.widths.search import WidthSearch
 
 
 @dataclass(frozen=True)
 class Shrunk:
     """A smaller network and what became of its spaces.
 
-    full, kept: original and kept sizes. left_out: by layer that stays whole, why. macs: original and now, None where they
-    cannot be counted. note: why it is not of the user's own class, and what was not restored.
+    full, kept: original and kept sizes. left_out: by layer that stays whole, why. macs: original and now, for one sample.
+    note: why it is not of the user's own class, what was not restored or counted. search: what was measured for a choice.
     """
 
     model: nn.Module
@@ -37,8 +38,9 @@ class Shrunk:
     full: list[int]
     kept: list[int]
     left_out: dict[str, str]
-    macs: tuple[int, int] | None
+    macs: tuple[int, int]
     note: str | None
+    search: WidthSearch | None = None
 
 
 def shrink(model: nn.Module, inputs: Inputs, config: ShrinkConfig, images: Inputs | None = None) -> Shrunk:
@@ -55,15 +57,26 @@ def shrink(model: nn.Module, inputs: Inputs, config: ShrinkConfig, images: Input
         reasons = "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:3]) or "it has no layers"
         raise NeuronMergingError(f"{type(model).__name__} has nothing that can be pruned: {reasons}")
     full = [space.size for space in spaces]
-    kept = uniform_widths(model, config.ratio, spaces, full, left_out, config.multiple)
-    keep = {space: strongest(survey, space, size, config.criterion) for space, size in zip(spaces, kept)}
+    kept, search = full, None
+    if config.budget is None:
+        multiple = config.multiple if config.widths == "uniform" else 1
+        kept = uniform_widths(model, config.ratio, spaces, full, left_out, multiple)
+    if config.chooses:
+        search = _search(survey, spaces, config, images)
+        if config.widths in CHOSEN_WIDTHS:
+            local = config.compensation == "prune"
+            kept = search.widths(kept, config.budget, multiple=config.multiple, compare=local)
+    if config.criterion == "auto":
+        keep = dict(zip(spaces, search.keep(kept)))
+    else:
+        keep = {space: strongest(survey, space, size, config.criterion) for space, size in zip(spaces, kept)}
     small, unfitted = cut(survey, keep), []
     if config.compensation == "restore":
         small, errors = restore(
             survey, keep, small, images, ridge=config.ridge, samples=config.probe_samples, seed=config.seed
         )
         unfitted = _unfitted(survey, keep, errors)
-    macs = [count_macs(network, survey.network) for network in (survey.network.model, small.model)]
+    cost = Cost(survey, spaces)
     notes = []
     if small.why:
         notes.append(
@@ -73,8 +86,27 @@ def shrink(model: nn.Module, inputs: Inputs, config: ShrinkConfig, images: Input
         notes.append("restored over white noise, which can be below pruning: give real inputs, images=")
     if unfitted:
         notes.append(f"not restored, being no plain layers of their own weights: {', '.join(unfitted)}")
-    counted = None if None in macs else tuple(macs)
-    return Shrunk(small.model, spaces, full, kept, left_out, counted, "; ".join(notes) or None)
+    if cost.uncounted:
+        notes.append(f"its multiply-accumulates are not counted: {', '.join(cost.uncounted)}")
+    macs = tuple(round(cost(widths)[1]) for widths in (full, kept))
+    return Shrunk(small.model, spaces, full, kept, left_out, macs, "; ".join(notes) or None, search)
+
+
+def _search(survey: Survey, spaces: list[Space], config: ShrinkConfig, images: Inputs | None) -> WidthSearch:
+    """Measure what thinning each space does, on images or on inputs that are made up."""
+    if config.drop_blocks:
+        raise NeuronMergingError("drop_blocks: blocks cannot be left out of a network that torch.fx cannot trace")
+    restores = config.compensation == "restore"
+
+    def pruned(neurons: Neurons, keep: Tensor) -> Decomposition:
+        return with_constants(prune(neurons, keep, t=config.threshold, lam=config.lamda), neurons)
+
+    return WidthSearch(
+        survey, spaces,
+        batches(survey.network, images, torch.Generator().manual_seed(config.seed), config.probe_samples),
+        criterion=config.criterion, layerwise=None if restores else pruned, ridge=config.ridge,
+        sensitivity=config.widths == "auto", biases=restores,
+    )  # fmt: skip
 
 
 def _unfitted(survey: Survey, keep: dict[Space, Tensor], fitted: Collection[str]) -> list[str]:
@@ -98,12 +130,3 @@ def _rows(survey: Survey, space: Space, place: Place) -> Tensor:
     """What a parameter has for each index of a space: [size, numbers], float64."""
     tensor = survey.network.tensor(place.name).detach().double().movedim(place.axis, 0)
     return tensor[place.positions(space.leaf).to(tensor.device)].flatten(1)
-
-
-def count_macs(model: nn.Module, network: Network) -> int | None:
-    """Multiply-accumulates of convolutions, matrix products and attention for one call; None where they cannot be counted."""
-    args, kwargs = copy.deepcopy((network.args, network.kwargs))
-    with contextlib.suppress(Exception), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).eval()(*args, **kwargs)
-        return counter.get_total_flops() // 2
-    return None

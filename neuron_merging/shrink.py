@@ -162,9 +162,9 @@ def shrink(
     try:
         units, left_out = _units(model, config)
     except CannotBeTraced as error:
-        if shape is None or config.compensation not in AS_EXPORTED or config.chooses:
+        if shape is None or config.compensation not in AS_EXPORTED:
             raise NeuronMergingError(
-                f"{error}; without that it can only be pruned or restored, for a ratio, with example_input"
+                f"{error}; without that it can only be pruned or restored, with example_input"
             ) from error
         inputs = torch.zeros(2, *shape, device=device) if images is None else images[:2].to(device)
         inputs = example_input if isinstance(example_input, Tensor) else inputs
@@ -232,12 +232,12 @@ def _pruned_as_exported(
 
     Raises NeuronMergingError for all methods but `AS_EXPORTED`.
     """
-    if config.compensation not in AS_EXPORTED or config.chooses:
+    if config.compensation not in AS_EXPORTED:
         raise NeuronMergingError(
-            "a network that is called with several inputs, or by keywords, can only be pruned or restored so far, for a"
-            " ratio: give compensation='prune' or 'restore'"
+            "a network that is called with several inputs, or by keywords, can only be pruned or restored so far:"
+            " give compensation='prune' or 'restore'"
         )
-    if images is not None and config.compensation == "prune":
+    if images is not None and config.compensation == "prune" and not config.chooses:
         raise NeuronMergingError("images are for restore: prune needs no data")
     memory.reset(device)
     start = time.perf_counter()
@@ -245,7 +245,8 @@ def _pruned_as_exported(
     return pruned.model, Report(
         pruned.spaces, pruned.kept, pruned.full, [nan] * len(pruned.spaces), pruned.left_out,
         (count_parameters(model), count_parameters(pruned.model)), pruned.macs,
-        time.perf_counter() - start, None, memory.peak(device), device=str(device), note=pruned.note,
+        time.perf_counter() - start, pruned.search and pruned.search.seconds, memory.peak(device), pruned.search,
+        str(device), pruned.note,
     )  # fmt: skip
 
 

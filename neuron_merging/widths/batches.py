@@ -42,9 +42,7 @@ def split(network: Network, batches: Sequence[Batch], share: float) -> tuple[lis
     def part(start: int, end: int) -> list[Batch]:
         pieces = -(-(end - start) // size)
         bounds = [start + (end - start) * i // pieces for i in range(pieces + 1)]
-        return [
-            [value[a:b] if many else value for many, value in zip(batched, whole)] for a, b in pairwise(bounds)
-        ]
+        return [[value[a:b] if many else value for many, value in zip(batched, whole)] for a, b in pairwise(bounds)]
 
     return part(held_out, samples), part(0, held_out)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import numpy as np
-from torch import fx, nn
+from torch import fx
 
 from neuron_merging.graph.axes import Axis, Leaf, Sum, resolve
 from neuron_merging.graph.behind import norm_behind, sum_behind
@@ -24,8 +24,8 @@ class Cost:
     """Parameters and MACs as polynomials of the widths: every tensor and operation costs a product of sizes of axes.
 
     Where the space of a residual branch is left out (width 0), a constant replaces its reader and the BatchNorm behind that.
-    biases: whether the compensation may add a bias to layers without BatchNorm; then every such layer that reads a space, or
-    comes after one that does, is counted with one. MACs are for one sample where the network takes any number of them.
+    biases: whether the compensation may add a bias to layers without BatchNorm; then every such layer that can get smaller is
+    counted with one. MACs are for one sample where the network takes any number of them.
     full: the original widths. whole: parameters and MACs of the network as it is, without such biases. branches: by space,
     whether it is that of a residual branch. uncounted: operations with weights whose MACs are not known.
     """
@@ -154,16 +154,10 @@ def _end(space: Space, readers: dict[str, Reader]) -> Reader | None:
 
 
 def _bare(survey: Survey, spaces: Sequence[Space], readers: dict[str, Reader]) -> list[Reader]:
-    """Layers that restoration may give a bias: they have none, no BatchNorm, and see something else once spaces are smaller."""
-    read = {place.name for space in spaces for place in space.readers}
-    changed: set[fx.Node] = set()
-    for node in survey.network.graph.graph.nodes:  # in the order of their computation
-        called = any(n.op == "get_attr" and n.target in survey.network.names and survey.network.names[n.target][0] in read
-                     for n in node.all_input_nodes)  # fmt: skip
-        if called or not changed.isdisjoint(node.all_input_nodes):
-            changed.add(node)
+    """Layers that restoration may give a bias: smaller ones that have none, and no BatchNorm."""
+    smaller = {place.name for space in spaces for place in space.places}
     return [
-        reader for reader in readers.values()
-        if reader.bias is None and reader.node in changed and reader.norm is None
-        and isinstance(plain_module(survey.network.model, reader), nn.Module)
+        reader for name, reader in readers.items()
+        if name in smaller and reader.bias is None and reader.norm is None
+        and plain_module(survey.network.model, reader) is not None
     ]  # fmt: skip

@@ -66,7 +66,7 @@ def curves(
     of what the reader gives, or of the stream that it adds to: a cheap mode.
     """
     walk = Walk(survey.network.graph, batches, precision)
-    errors = _Errors(survey, spaces, walk, measure)
+    errors = Errors(survey, spaces, walk, measure)
     errors.run()
     if not held_out:
         return [replace(c, damage=_falling(damage)) for c, damage in zip(errors.curves, errors.shares)]
@@ -90,7 +90,7 @@ def _with_damage(curve: Curve, changes: dict[int, float]) -> Curve:
     return replace(curve, damage=_falling(curve.error * np.exp(np.interp(np.arange(len(curve.error)), ks, log_rho))))
 
 
-class _Errors:
+class Errors:
     """Runs the network on batches and measures the error of every layer that reads a space."""
 
     def __init__(self, survey: Survey, spaces: Sequence[Space], walk: Walk, measure: Measure) -> None:
