@@ -77,9 +77,7 @@ def test_costs_are_those_of_the_smaller_network(network, kind):
         one_more = np.array(widths)
         one_more[-1] += 1
         assert cost(one_more) - cost(widths) == pytest.approx(cost.marginal(widths)[:, -1])
-    assert cost_of(network, shape)(cost.full) == pytest.approx(
-        [count_parameters(network), count_macs(network, shape)]
-    )
+    assert cost_of(network, shape)(cost.full) == pytest.approx([count_parameters(network), count_macs(network, shape)])
 
 
 # ---------------------------------------------------------------- error curves
