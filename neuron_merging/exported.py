@@ -86,6 +86,9 @@ def shrink(model: nn.Module, inputs: Inputs, config: ShrinkConfig, images: Input
         notes.append("restored over white noise, which can be below pruning: give real inputs, images=")
     if unfitted:
         notes.append(f"not restored, being no plain layers of their own weights: {', '.join(unfitted)}")
+    estimated = [] if search is None else [s.name for s, c in zip(spaces, search.curves) if c.estimated]
+    if estimated:
+        notes.append(f"what dropping does is estimated only where no plain layer reads it: {', '.join(estimated)}")
     if cost.uncounted:
         notes.append(f"its multiply-accumulates are not counted: {', '.join(cost.uncounted)}")
     macs = tuple(round(cost(widths)[1]) for widths in (full, kept))

@@ -27,7 +27,7 @@ from neuron_merging.checks import (
     without_masks,
 )
 from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
-from neuron_merging.counting import count_parameters
+from neuron_merging.counting import count_parameters, dtype, precise
 from neuron_merging.coupled import choose_channels
 from neuron_merging.decompose import CRITERIA, cosines, dropped
 from neuron_merging.errors import NeuronMergingError, reported_as
@@ -390,7 +390,7 @@ def _search(
     with reported_as(f"no widths can be chosen for {type(model).__name__}"):
         probe = synthetic.inputs(model, shape, config, images, share)
         probe = probe.contiguous(memory_format=torch.channels_last) if probe.ndim == 4 else probe
-        found = find_spaces(model, probe[:2])
+        found = find_spaces(model, precise(probe[:2], dtype(model)))
         by_layer = {space.unit.layer: space for space in found.spaces if space.unit is not None}
         missing = next((unit.layer for unit in units if unit.layer not in by_layer), None)
         if missing is not None:

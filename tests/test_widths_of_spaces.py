@@ -188,6 +188,16 @@ def test_samples_that_are_held_out():
 
 
 @torch.no_grad()
+def test_what_is_estimated_only_is_said():
+    torch.manual_seed(0)
+    make, ids = NETWORKS["Recurrent"]
+    search = searched(make().eval(), ids)
+    assert [curve.estimated for curve in search.curves] == [True, True]
+    make, images = NETWORKS["Residual"]
+    assert not any(curve.estimated for curve in searched(make().eval(), images).curves)
+
+
+@torch.no_grad()
 def test_networks_that_torch_fx_cannot_trace_choose_widths():
     """By budgets, for a ratio, quickly, and with neurons chosen too."""
     torch.manual_seed(0)

@@ -34,11 +34,15 @@ MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept indices at which se
 
 @dataclass(frozen=True)
 class Curve:
-    """What thinning one space does. order: its indices [N], those kept longest first. error, damage: E, D at k = 0…N."""
+    """What thinning one space does. order: its indices [N], those kept longest first. error, damage: E, D at k = 0…N.
+
+    estimated: whether something else than plain layers reads it, so that a part of E is an estimate (masked.py).
+    """
 
     order: Tensor
     error: np.ndarray
     damage: np.ndarray
+    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,10 @@ class Errors:
         measured = sorted({round(share * N) for share in MEASURED})
         if self.measure.criterion == "auto":
             consumers = [consumer for r in readings if isinstance(r, Layer) for consumer in r.consumers]
-            alone = sum((r.energies for r in readings if isinstance(r, Energy)), torch.zeros(N, dtype=torch.float64))
+            alone = sum(
+                (r.energies for r in readings if isinstance(r, Energy)),
+                torch.zeros(N, dtype=torch.float64, device="cpu"),
+            )
             order = greedy(consumers, alone.to(self.device))
         else:
             order = order_of(self.survey, space, self.measure.criterion).to(self.device)
@@ -150,7 +157,8 @@ class Errors:
             error = self._measured(i, reading, order, measured, parts)
             total += error
             self.shares[i] += error / max(reading.variance, 1e-12)
-        self.curves[i] = Curve(order.cpu(), total, total)
+        estimated = any(isinstance(reading, Energy) for reading in readings)
+        self.curves[i] = Curve(order.cpu(), total, total, estimated)
         self.readings[i] = ()
 
     def _parts(self, space: Space, order: Tensor, measured: Sequence[int]) -> dict[int, Decomposition | None] | None:

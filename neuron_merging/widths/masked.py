@@ -38,7 +38,7 @@ class Energy:
 
     def __init__(self, survey: Survey, space: Space, places: tuple[Place, ...]) -> None:
         self.survey, self.space, self.places = survey, space, places
-        self.energies = torch.zeros(space.size, dtype=torch.float64)
+        self.energies = torch.zeros(space.size, dtype=torch.float64, device="cpu")
         self.called = [(node, place) for place in places for node in calls(survey, place)]
 
     @property
@@ -99,7 +99,7 @@ def _energy(
     """The mean square [N] of what each index of a space has along dimension d; ones where batches are along it too."""
     axis = axes[node][d]
     if any(value.shape[d] != axis.size for value in values):
-        return torch.ones(leaf.size, dtype=torch.float64)
+        return torch.ones(leaf.size, dtype=torch.float64, device="cpu")
     squares = [value.double().pow(2).movedim(d, 0).flatten(1) for value in values]
     mean = sum(square.sum(1) for square in squares) / sum(square.shape[1] for square in squares)
     return mean.cpu()[positions(axis, leaf)].mean(1)

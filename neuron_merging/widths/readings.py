@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -83,7 +84,7 @@ def _layer(survey: Survey, space: Space, place: Place) -> Layer | None:
     where = place.positions(space.leaf)
     if reader.conv is not None:  # tap by tap
         channels, taps = survey.network.tensor(place.name).shape[1], prod(reader.conv.kernel_size)
-        where = (torch.arange(taps)[None, :, None] * channels + where[:, None]).flatten(1)
+        where = (torch.arange(taps, device="cpu")[None, :, None] * channels + where[:, None]).flatten(1)
     if len(where.unique()) < where.numel():
         return None
     return Layer(reader, where, sum_behind(reader.node))
@@ -120,7 +121,7 @@ def _places(reader: Reader, y: list[Tensor], features: int) -> list[Tensor]:
     if len(chosen) > most:
         random = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(chosen), generator=random, device="cpu")[:most].sort().values
-    ends = torch.tensor(counts).cumsum(0).tolist()
+    ends = accumulate(counts)
     return [
         (chosen[(chosen >= end - count) & (chosen < end)] - (end - count)).to(part.device)
         for end, count, part in zip(ends, counts, y)
