@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from neuron_merging.counting import count_macs, dtype
 from neuron_merging.errors import NeuronMergingError, reported_as
-from neuron_merging.graph.interpreter import floats
+from neuron_merging.graph.interpreter import floats, quick_macs
 from neuron_merging.graph.streams import Stream
 from neuron_merging.graph.tracing import CONVS, NORMS, WRAPPERS, Unit, check_wrapper
 from neuron_merging.network import check_finite
@@ -176,6 +176,7 @@ def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | Non
     what = f"{type(model).__name__} does not run on an input of shape {list(shape)}"
     try:
         with reported_as(what):
+            quick_macs(model, shape)
             return count_macs(model, shape)
     except NeuronMergingError as error:
         needed = _needed_inputs(model)
@@ -194,7 +195,7 @@ def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | Non
 def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether a network runs on one input of this shape."""
     with contextlib.suppress(Exception):
-        count_macs(model, shape)
+        quick_macs(model, shape)
         return True
     return False
 
@@ -248,7 +249,7 @@ def check_vectors(model: nn.Module, units: Sequence[Unit | Stream], shape: tuple
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(check, layer, name)) for layer, name in places]
     try:
         if hooks:
-            count_macs(model, shape)
+            quick_macs(model, shape)
     finally:
         for hook in hooks:
             hook.remove()

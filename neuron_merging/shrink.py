@@ -6,7 +6,7 @@ It needs no data and no training. The paper's methods are in decompose.py, ours 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from math import nan
 from typing import Any
 
@@ -27,18 +27,17 @@ from neuron_merging.checks import (
     without_masks,
 )
 from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
-from neuron_merging.counting import count_parameters
+from neuron_merging.counting import count_parameters, dtype, precise
 from neuron_merging.coupled import choose_channels
 from neuron_merging.decompose import COMPENSATIONS, CRITERIA, cosines, dropped
 from neuron_merging.errors import NeuronMergingError, reported_as
-from neuron_merging.graph.spaces import Space
+from neuron_merging.graph.spaces import Space, find_spaces
 from neuron_merging.graph.streams import Stream, apart, streams
 from neuron_merging.graph.tracing import CONVS, CannotBeTraced, Tracer, Unit, survey
 from neuron_merging.methods import METHODS, NEED_IMAGES, check_units
 from neuron_merging.network import choose, neurons, read
 from neuron_merging.ratios import uniform_widths, without
-from neuron_merging.widths.curves import HELD_OUT
-from neuron_merging.widths.search import WidthSearch
+from neuron_merging.widths.search import HELD_OUT, WidthSearch
 
 WIDTHS = ("uniform", *CHOSEN_WIDTHS)
 AS_EXPORTED = (*COMPENSATIONS, "restore")  # of networks that torch.fx cannot trace, and of several inputs
@@ -163,9 +162,9 @@ def shrink(
     try:
         units, left_out = _units(model, config)
     except CannotBeTraced as error:
-        if shape is None or config.compensation not in AS_EXPORTED or config.chooses:
+        if shape is None or config.compensation not in AS_EXPORTED:
             raise NeuronMergingError(
-                f"{error}; without that it can only be pruned, merged or restored, for a ratio, with example_input"
+                f"{error}; without that it can only be pruned, merged or restored, with example_input"
             ) from error
         inputs = torch.zeros(2, *shape, device=device) if images is None else images[:2].to(device)
         inputs = example_input if isinstance(example_input, Tensor) else inputs
@@ -233,12 +232,12 @@ def _pruned_as_exported(
 
     Raises NeuronMergingError for all methods but `AS_EXPORTED`.
     """
-    if config.compensation not in AS_EXPORTED or config.chooses:
+    if config.compensation not in AS_EXPORTED:
         raise NeuronMergingError(
-            "a network that is called with several inputs, or by keywords, can only be pruned, merged or restored so far,"
-            " for a ratio: give compensation='prune', 'merge', 'merge-derived' or 'restore'"
+            "a network that is called with several inputs, or by keywords, can only be pruned, merged or restored so far:"
+            " give compensation='prune', 'merge', 'merge-derived' or 'restore'"
         )
-    if images is not None and config.compensation != "restore":
+    if images is not None and config.compensation != "restore" and not config.chooses:
         raise NeuronMergingError(f"images are for restore: {config.compensation} needs no data")
     memory.reset(device)
     start = time.perf_counter()
@@ -246,7 +245,8 @@ def _pruned_as_exported(
     return pruned.model, Report(
         pruned.spaces, pruned.kept, pruned.full, pruned.cosine, pruned.left_out,
         (count_parameters(model), count_parameters(pruned.model)), pruned.macs,
-        time.perf_counter() - start, None, memory.peak(device), device=str(device), note=pruned.note,
+        time.perf_counter() - start, pruned.search and pruned.search.seconds, memory.peak(device), pruned.search,
+        str(device), pruned.note,
     )  # fmt: skip
 
 
@@ -388,10 +388,16 @@ def _search(
     share = 1 / (1 - HELD_OUT) if sensitivity else 1.0
     method = METHODS[config.compensation]
     with reported_as(f"no widths can be chosen for {type(model).__name__}"):
+        probe = synthetic.inputs(model, shape, config, images, share)
+        probe = probe.contiguous(memory_format=torch.channels_last) if probe.ndim == 4 else probe
+        found = find_spaces(model, precise(probe[:2], dtype(model)))
+        by_layer = {space.unit.layer: space for space in found.spaces if space.unit is not None}
+        missing = next((unit.layer for unit in units if unit.layer not in by_layer), None)
+        if missing is not None:
+            raise NeuronMergingError(f"torch.export sees no unit in {missing}: ignore it")
         return WidthSearch(
-            model, units, shape, cache(partial(synthetic.inputs, model, shape, config, images, share)),
-            criterion=config.criterion, layerwise=method.of_a_layer(config), ridge=config.ridge,
-            sensitivity=sensitivity, biases=method.adds_bias,
+            found, [by_layer[unit.layer] for unit in units], [[probe]], criterion=config.criterion,
+            layerwise=method.of_a_layer(config), ridge=config.ridge, sensitivity=sensitivity, biases=method.adds_bias,
         )  # fmt: skip
 
 

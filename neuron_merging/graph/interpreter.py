@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from neuron_merging.counting import count_macs, dtype
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.tracing import CONVS, DROPOUT, NORMS, Tracer, addition, computes_as
 
@@ -26,12 +26,39 @@ ROUNDING = 1e-12  # of a channel's squared mean: a variance below it is that of 
 EXACT = 2 * 10**8  # multiply-accumulates that float64 does in no time
 
 
+def dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a network's inputs, as in counting.py."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def quick_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """About `counting.count_macs`, without a graph: enough to choose a precision, and to see whether a network runs.
+
+    The network is run in float32. If it fails, it is run in its own precision, then on whole numbers, as an embedding takes.
+    """
+
+    def count(copied: nn.Module, kind: torch.dtype | None = None) -> int:
+        copied.eval().requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            copied(torch.zeros(1, *shape, dtype=kind or dtype(copied), device="cpu"))
+        return counter.get_total_flops() // 2
+
+    try:
+        return count(copy.deepcopy(model).cpu().float())
+    except RuntimeError:
+        own = dtype(model)
+        for kind in (torch.int64,) if own == torch.float32 else (own, torch.int64):
+            with contextlib.suppress(Exception):
+                return count(copy.deepcopy(model).cpu(), kind)
+        raise
+
+
 def precision(model: nn.Module, inputs: Tensor) -> torch.dtype:
     """In what a walk over `inputs` [B, …] computes: the network's dtype, float32 at least; float64 if there is little to do.
 
     In float64 the order of sums, and so the number of threads, is not felt. A network that says .float() has none.
     """
-    if len(inputs) * count_macs(model, tuple(inputs.shape[1:])) <= EXACT:
+    if len(inputs) * quick_macs(model, tuple(inputs.shape[1:])) <= EXACT:
         with contextlib.suppress(RuntimeError), torch.no_grad():
             copy.deepcopy(model).double().eval()(inputs[:1].to(torch.float64, copy=True))
             return torch.float64
