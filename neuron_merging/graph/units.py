@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -13,6 +13,7 @@ from neuron_merging.graph.rules import operation
 
 CONVS = {"conv1d", "conv2d", "conv3d"}
 LAYERS = {"linear", *CONVS}
+TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 POOLS = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for d in (1, 2, 3)}
 VIEWS = {"flatten", "view", "reshape", "squeeze", "unsqueeze", "contiguous", "clone", "to", "alias", "detach"}
 DROPOUT = {"dropout", "feature_dropout"}
@@ -104,10 +105,10 @@ def kind(node: fx.Node) -> str:
     return operation(node).removesuffix("_")
 
 
-def plain_layer(analysis: Analysis, weight: str, grouped: bool = False) -> fx.Node | None:
-    """The call of the one plain convolution or linear layer with this weight. grouped: whether it may have groups."""
+def plain_layer(analysis: Analysis, weight: str, grouped: bool = False, kinds: Set[str] = LAYERS) -> fx.Node | None:
+    """The call of the one convolution or linear layer of these kinds with this weight. grouped: whether it may have groups."""
     calls = analysis.network.users(weight)
-    if len(calls) != 1 or operation(calls[0]) not in LAYERS or not _is(calls[0].args[1], weight, analysis):
+    if len(calls) != 1 or operation(calls[0]) not in kinds or not _is(calls[0].args[1], weight, analysis):
         return None
     return calls[0] if grouped or groups(calls[0]) == 1 else None
 

@@ -19,6 +19,7 @@ from neuron_merging.graph.units import (
     HOMOGENEOUS,
     LAYERS,
     POOLS,
+    TRANSPOSED,
     VIEWS,
     Place,
     groups,
@@ -119,7 +120,7 @@ class _Walk:
     def _by_call(self, places: Sequence[Place]) -> dict[fx.Node, Place]:
         calls = {}
         for place in places:
-            node = plain_layer(self.analysis, place.name, grouped=True)
+            node = plain_layer(self.analysis, place.name, grouped=True, kinds=LAYERS | TRANSPOSED)
             if node is None:
                 raise Blocked(f"{place.name} is not the weight of one plain layer alone")
             calls[node] = place
@@ -130,7 +131,7 @@ class _Walk:
         if node.op != "call_function" or self.analysis.sources.get(node):  # parameters, and what is made of them alone
             return
         name = kind(node)
-        if name in LAYERS:
+        if name in LAYERS | TRANSPOSED:
             self._layer(node)
         elif name == "getitem":
             self._part(node)
