@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from neuron_merging.compensation import Contents, constants, refused, with_constants
@@ -104,7 +103,11 @@ def prunable(survey: Survey, coupled: bool) -> tuple[list[Space], dict[str, str]
 
 
 def _compensated(
-    survey: Survey, contents: Sequence[Contents], keep: Mapping[Space, Tensor], config: ShrinkConfig, images: Inputs | None
+    survey: Survey,
+    contents: Sequence[Contents],
+    keep: Mapping[Space, Tensor],
+    config: ShrinkConfig,
+    images: Inputs | None,
 ) -> tuple[Smaller, list[str]]:
     """The smaller network, and what there is to know of it."""
     if config.compensation == "restore":

@@ -53,6 +53,8 @@ class Fitting:
 
     def is_due(self, reader: Reader) -> bool:
         """Whether a layer has lost inputs, or neurons, and sees something else than the teacher's."""
+        if reader.node not in self.pair.copies:  # of a branch that is left out
+            return False
         small, whole = self.pair.weight(reader), self.pair.teacher.tensor(reader.weight_node)
         consumer = small.shape[reader.inputs] != whole.shape[reader.inputs]
         pruned = small.shape[1 - reader.inputs] != whole.shape[1 - reader.inputs]
@@ -62,7 +64,10 @@ class Fitting:
         """What the student's layer is to give, for each batch; None where that is not known."""
         pair = self.pair
         y = [pair.cut(part, reader.node) for part in pair.teacher.values[reader.node]]
-        if y[0].ndim < 2 or y[0].shape[reader.channel(y[0])] != pair.weight(reader).shape[1 - reader.inputs]:
+        known = reader.node in pair.copies
+        if known and (
+            y[0].ndim < 2 or y[0].shape[reader.channel(y[0])] != pair.weight(reader).shape[1 - reader.inputs]
+        ):
             return None
         error = self._stream_error(reader)
         return y if error is None else [a + b.reshape(a.shape) for a, b in zip(y, error)]
@@ -91,6 +96,15 @@ class Fitting:
             return False
         pair.put(reader, reader.as_weight(result.W.to(weight), weight), result.b.flatten())
         return True
+
+    def give_constant(self, reader: Reader) -> None:
+        """Let a branch that is left out give the mean of its target. reader: the layer that ends it."""
+        pair = self.pair
+        target = self.target(reader)
+        if reader.norm is not None:
+            target = [pair.teacher.normalise(reader.norm, part) for part in target]
+        rows = [part.movedim(reader.channel(part), -1).flatten(0, -2) for part in target]
+        pair.put_constant(reader, torch.cat(rows).mean(0))
 
     def places(self, reader: Reader, target: list[Tensor], W0: Tensor) -> list[Tensor]:
         """For each batch the output positions that a fit uses: all, or a fixed random choice if there are very many."""
@@ -136,7 +150,7 @@ class Fitting:
         errors = [pair.cut(a, other) - b for a, b in zip(pair.teacher.values[other], part)]
         if reader.norm is None:
             return errors
-        slope = pair.slope(reader)
+        slope = pair.slope(reader) if reader.norm in pair.copies else pair.teacher.slope(reader.norm)
         inverse = torch.where(slope.abs() < 1e-2, 0, 1 / slope)
         return [error * inverse.view(-1, *[1] * (error.ndim - 2)) for error in errors]
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from neuron_merging.compensation import Contents
 from neuron_merging.errors import reported_as
 from neuron_merging.graph.spaces import Space, Survey
 from neuron_merging.graph.surgery import Smaller, cut, difference, run
@@ -37,11 +38,10 @@ from neuron_merging.restore.regression import Fit
 
 @dataclass(frozen=True)
 class Restored:
-    """A restored network; by weight, what came of its fit; and the spaces that got another basis."""
+    """A restored network; and by weight, what came of its fit."""
 
     small: Smaller
     fits: dict[str, Fit]
-    mixed: tuple[Space, ...]
 
 
 @torch.no_grad()
@@ -58,10 +58,10 @@ def restore(
     Raises NeuronMergingError where the network does not run on the batches.
     """
     with reported_as(f"{type(survey.network.model).__name__} cannot be restored on these inputs"):
-        before, tensors = survey, {}
+        tensors: Mapping[str, Tensor] = {}
         if options.mixing:
             survey, keep, tensors = mixed(survey, keep, batches)
-        small = cut(survey, keep)
+        small = cut(survey, keep, [taken for space in keep for taken in Contents(survey, space, {}).start(keep[space])])
         pair = Pair(survey, keep, small, batches, measures=options.probe_statistics, macs=macs, tensors=tensors)
         fitting = Fitting(pair, options)
         _run(pair, fitting, [space for space, kept in keep.items() if len(kept) < space.size])
@@ -70,7 +70,7 @@ def restore(
         model = copy.deepcopy(small.model).eval()
         why = difference(run(model, survey.network), run(small.graph, survey.network))
         small = replace(small, model=small.graph, why=why) if why else small
-    return Restored(small, fitting.fits, ())
+    return Restored(small, fitting.fits)
 
 
 def _run(pair: Pair, fitting: Fitting, smaller: Sequence[Space]) -> None:
@@ -92,6 +92,8 @@ def _run(pair: Pair, fitting: Fitting, smaller: Sequence[Space]) -> None:
                 bar.update()
                 if reader.norm is not None and teacher.measures and reader.norm not in teacher.statistics:
                     teacher.measure(reader.norm, teacher.values[node])
+                if reader.weight in pair.silent:
+                    fitting.give_constant(reader)
                 target = fitting.target(reader) if fitting.is_due(reader) else None
                 if target is not None and fitting.regress(reader, target) and node in ways:
                     adapt(fitting, reader, ways[node], target)

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from neuron_merging.graph.axes import Leaf
 from neuron_merging.graph.spaces import Space, Survey
-from neuron_merging.graph.surgery import Smaller, left
+from neuron_merging.graph.surgery import Smaller
 from neuron_merging.graph.walk import Batch, Walk, attribute, precision
+from neuron_merging.graph.weights import left
 from neuron_merging.restore.readers import Reader, find_reader, plain_module
 
 
@@ -40,8 +41,10 @@ class Pair:
         self.scaled = [new for new in self.student.nodes if new not in set(small.copies.values())]  # sizes
         self.masks: dict[Leaf, Tensor] = {}
         for space, kept in keep.items():
-            self.masks[space.leaf] = torch.zeros(space.size, dtype=torch.bool)
-            self.masks[space.leaf][kept.cpu()] = True
+            if len(kept):
+                self.masks[space.leaf] = torch.zeros(space.size, dtype=torch.bool)
+                self.masks[space.leaf][kept.cpu()] = True
+        self.silent = {space.readers[0].name: space.unit.next for space, kept in keep.items() if not len(kept)}
         self.readers = {r.node: r for n in survey.network.graph.graph.nodes if (r := find_reader(survey, n))}
         self.biases: dict[fx.Node, Tensor] = {}
         self.changed: set[fx.Node] = set()
@@ -51,7 +54,9 @@ class Pair:
 
     def step(self, node: fx.Node) -> None:
         """Compute the student's values at a node, for which the teacher has its own."""
-        new = self.copies[node]
+        new = self.copies.get(node)
+        if new is None:  # of a branch that is left out
+            return
         if self._unchanged(node, new):
             self.same.add(node)
             self.student.values[new] = self.teacher.values[node]
@@ -164,10 +169,21 @@ class Pair:
         if norm in self.teacher.statistics and new not in self.student.statistics:
             self.student.statistics[new] = tuple(self.cut(x, norm, 1) for x in self.teacher.statistics[norm])
 
+    def put_constant(self, reader: Reader, value: Tensor) -> None:
+        """Let a branch that is left out, which this layer ends, give a constant [M]."""
+        self.student.tensors[self._constant(reader)] = value
+
+    def _constant(self, reader: Reader) -> str:
+        return f"{reader.weight_node.target.rpartition('.')[0]}.value"
+
     # ------------------------------------------------------------ the result
 
     def write(self) -> None:
         """Put what was changed into the student's graph, and into its model of the user's own class."""
+        for reader in self.readers.values():
+            target = self._constant(reader)
+            if reader.weight in self.silent and target in self.student.tensors:
+                self._store(f"{self.silent[reader.weight]}.value", target, self.student.tensors[target])
         for node in self.changed:
             reader = self.readers[node]
             for name, source in ((reader.weight, reader.weight_node), (reader.bias, reader.bias_node)):
