@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.tracing import CONVS
+from neuron_merging.running import CONVS
 
 ENTRIES = 2**27  # the most numbers in a matrix of patches: 512 MB
 POSITIONS = 128  # output positions that a fit uses, for every feature of a patch

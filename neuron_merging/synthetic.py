@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from neuron_merging.config import ShrinkConfig
-from neuron_merging.counting import dtype
 from neuron_merging.errors import NeuronMergingError, reported_as
-from neuron_merging.graph.interpreter import (
+from neuron_merging.running import (
+    CONVS,
+    NORMS,
     by_sample,
     computing_in,
     count_positions,
+    dtype,
     floats,
     measure_statistics,
     precision,
 )
-from neuron_merging.graph.tracing import CONVS, NORMS
 
 MADE = {"dtype": torch.float32, "device": "cpu"}  # of all new tensors, whatever the defaults of the process are
 CHUNK = 64  # samples that are normalised together in the class step

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_flatten
 
 from neuron_merging import synthetic
 from neuron_merging.config import ShrinkConfig
-from neuron_merging.counting import dtype
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.export import Inputs, Network, arguments
 from neuron_merging.graph.walk import Batch
+from neuron_merging.running import dtype
 
 SAMPLES = 64  # that are made up for several inputs, where nobody says how many
 PARTS = 6  # batches in which a graph gets its samples, if it takes any size
