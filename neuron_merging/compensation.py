@@ -63,8 +63,10 @@ class Contents:
         """The weights [N, D], float64, of each writer, or of what else has the space. Raises as `neurons`."""
         if self.neurons is not None:
             return [self.neurons.W]
-        places = self.space.writers or self.space.places
-        return [neurons(self.survey.network, place, self.space.leaf).W for place in places]
+        network, space = self.survey.network, self.space
+        if not space.writers:
+            return [rows(network, place, space.leaf) for place in space.places]
+        return [neurons(network, place, space.leaf).W for place in space.writers]
 
     @cached_property
     def shifts(self) -> dict[Place, Tensor]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.utils import prune as masks
 
@@ -14,10 +15,12 @@ from neuron_merging.compensation import Contents, constants
 from neuron_merging.config import ShrinkConfig
 from neuron_merging.decompose import COMPENSATIONS, CRITERIA
 from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.neurons import bias_of
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.surgery import cut, largest_error
+from neuron_merging.graph.units import kind
 from tests.helpers import Written, conv, example, plant_multiples, with_statistics
-from tests.spaces_networks import Attention, Residual
+from tests.spaces_networks import NETWORKS, Attention, Residual
 
 RIGHT = 1e-5
 
@@ -101,6 +104,52 @@ def test_multiples_in_a_residual_stream_behind_concatenations_and_a_flatten_are_
     assert small.own_class and max(errors(model, small, x)) < 1e-4
     assert small.model.depth.groups == 11 and small.model.fc.in_features == 5 * 16
     assert max(errors(model, smaller(model, x, keep, "prune"), x)) > 0.01
+
+
+@torch.no_grad()
+def plant(model, survey, space):
+    """Every channel of the second quarter becomes twice one of the first, at all writers and on all ways."""
+    n, m = torch.arange(space.size // 4, space.size // 4 * 2), torch.arange(space.size // 4)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+
+    def copy_of(node, channels, factor):
+        if node is not None:
+            tensor = tensors[survey.network.names[node.target][0]]
+            tensor[channels[n]] = factor * tensor[channels[m]]
+
+    for writer in space.writers:
+        rows, where = tensors[writer.name].movedim(writer.axis, 0), writer.positions(space.leaf)
+        rows[where[n]] = 2 * rows[where[m]]
+        copy_of(bias_of(survey.network, writer), where, 2)
+    chains = [*space.ways.chains.values(), *(way.steps for way in space.ways.to_readers)]
+    for step in {(step.node, step.time): step for chain in chains for step in chain}.values():
+        parameters = step.node.args[1:5] if kind(step.node) == "batch_norm" else step.node.args[1:3]
+        for node, factor in zip(parameters, (1, 2, 2, 1)):  # γ, β, μ, v, or filters and bias
+            copy_of(node, step.channels, factor)
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "resnet18", "squeezenet1_0", "mobilenet_v2", "googlenet"])
+def test_multiples_in_all_spaces_that_a_merge_passes_are_lossless(name):
+    torch.manual_seed(0)
+    if name in NETWORKS:
+        make, x = NETWORKS[name]
+        model = make().eval()
+    else:
+        options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
+        x = torch.randn(4, 3, 64, 64)
+        model = with_statistics(getattr(torchvision.models, name)(weights=None, **options), x)
+    survey = find_spaces(model, x)
+    for space in survey.spaces:
+        if space.ways:
+            plant(model, survey, space)
+    keep = {s.name: [*range(s.size // 4), *range(s.size // 4 * 2, s.size)] for s in survey.spaces if s.ways}
+    if keep and name in NETWORKS:
+        with torch.no_grad():
+            args = x if isinstance(x, tuple) else (x,)
+            assert largest_error([smaller(model, x, keep, "prune").model(*args)], [model(*args)]) > 0.01
+            assert largest_error([smaller(model, x, keep, t=0.99).model(*args)], [model(*args)]) < RIGHT
+    elif keep:
+        assert max(errors(model, smaller(model, x, keep, t=0.99), x)) < 1e-4
 
 
 def test_multiples_that_a_depthwise_convolution_treats_differently_are_not_merged():

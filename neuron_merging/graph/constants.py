@@ -13,7 +13,17 @@ from torch import Tensor, fx
 
 from neuron_merging.graph.export import Network, shape
 from neuron_merging.graph.neurons import batchnorm, numbers
-from neuron_merging.graph.units import ACTIVATIONS, DROPOUT, HOMOGENEOUS, LAYERS, POOLS, VIEWS, groups, kind
+from neuron_merging.graph.units import (
+    ACTIVATIONS,
+    DROPOUT,
+    HOMOGENEOUS,
+    LAYERS,
+    POOLS,
+    VIEWS,
+    groups,
+    has_numbers,
+    kind,
+)
 from neuron_merging.graph.ways import PARTS
 
 SPREADS = {*HOMOGENEOUS, *ACTIVATIONS, *POOLS, *VIEWS, *DROPOUT, *PARTS, "add", "sub", "mul", "div", "neg", "cat", "stack",
@@ -45,18 +55,14 @@ def is_layer(network: Network, node: fx.Node) -> bool:
     return all(s is None or (s.op == "get_attr" and s.target in network.names) for s in node.args[1:3])
 
 
-def _is_norm(node: fx.Node) -> bool:
-    return (
-        kind(node) == "batch_norm"
-        and all(s is None or s.op == "get_attr" for s in node.args[1:5])
-        and bool(node.args[3])
-    )
-
-
 def _has_dead(network: Network, node: fx.Node) -> bool:
     if is_layer(network, node):
         return bool(_zero_rows(network, node).any())
-    return node.op == "call_function" and _is_norm(node) and bool((batchnorm(network, node).gamma == 0).any())
+    return _is_norm(node) and bool((batchnorm(network, node).gamma == 0).any())
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return node.op == "call_function" and kind(node) == "batch_norm" and has_numbers(node)
 
 
 def _zero_rows(network: Network, node: fx.Node) -> Tensor:

@@ -12,8 +12,10 @@ from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.axes import Leaf
 from neuron_merging.graph.export import Network
 from neuron_merging.graph.spaces import Space
-from neuron_merging.graph.units import Place, norm_behind, operation
+from neuron_merging.graph.units import LAYERS, TRANSPOSED, Place, norm_behind, operation
 
+BIASES = dict.fromkeys(LAYERS, (0, 1, 2)) | dict.fromkeys(TRANSPOSED, (1, 1, 2)) | {"addmm": (1, 2, 0)}
+"""By operation the axis of its weight along which its bias is, and which arguments the two are."""
 ROUNDING = torch.finfo(torch.float32).eps  # a γ below this share of the largest in its layer counts as 0
 
 
@@ -65,10 +67,10 @@ def rows(network: Network, place: Place, leaf: Leaf) -> Tensor:
 def bias_of(network: Network, writer: Place) -> fx.Node | None:
     """Where the graph gets the bias that goes with a writer's weight; None if there is none."""
     for call in network.users(writer.name):
-        names = [argument.name for argument in call.target._schema.arguments] if hasattr(call.target, "_schema") else []
-        name = "self" if operation(call) == "addmm" else "bias"
-        given = dict(zip(names, call.args)) | call.kwargs
-        node = given.get(name)
+        axis, weight, bias = BIASES.get(operation(call), (None, 0, 0))
+        if axis != writer.axis or call.args[weight].target not in network.names[writer.name]:
+            continue
+        node = call.args[bias] if bias < len(call.args) else None
         if isinstance(node, fx.Node) and node.op == "get_attr" and node.target in network.names:
             return node
     return None

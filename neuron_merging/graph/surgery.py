@@ -146,9 +146,10 @@ def cut_graph(
     for name in {node.target for node in new.nodes if node.op == "get_attr"} & survey.network.names.keys():
         first, like = survey.network.names[name][0], survey.network.tensor(name)
         if first not in own:
-            own[first] = _like(smaller.tensors.get(first, like.detach()).clone(), like)
+            own[first] = _like(smaller.tensors[first] if first in smaller.tensors else like.detach().clone(), like)
         _put(graph, name, own[first])
-    graph.recompile()
+    if constants or smaller.biases:
+        graph.recompile()
     return graph, changes, copies
 
 

@@ -82,7 +82,7 @@ def find_unit(
         if node is end:
             break
         if name == "batch_norm" and before is start and operation(start) in CONVS:
-            bn = owner(node.args[3])
+            bn = owner(node.args[3]) if has_numbers(node) else None
             if bn is None:
                 return None, f"{name} keeps no statistics of its own"
         elif name in HOMOGENEOUS or name in ACTIVATIONS:
@@ -137,10 +137,16 @@ def norm_behind(node: fx.Node) -> fx.Node | None:
     """The BatchNorm that is all that reads the output of the convolution at `node`, if it has running statistics of its own."""
     users = list(node.users)
     reads = len(users) == 1 and kind(users[0]) == "batch_norm" and users[0].args[0] is node
-    if not reads or operation(node) not in CONVS or owner(users[0].args[3]) is None:
+    if not reads or operation(node) not in CONVS or not has_numbers(users[0]):
         return None
     same = node.graph.find_nodes(op="get_attr", target=users[0].args[3].target)
     return users[0] if sum(len(other.users) for other in same) == 1 else None
+
+
+def has_numbers(norm: fx.Node) -> bool:
+    """Whether the BatchNorm at a node has running statistics, and these, γ and β are no results of a computation."""
+    plain = all(source is None or source.op == "get_attr" for source in norm.args[1:5])
+    return plain and norm.args[3] is not None
 
 
 def addition(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -23,6 +23,7 @@ from neuron_merging.graph.units import (
     VIEWS,
     Place,
     groups,
+    has_numbers,
     kind,
     owner,
     plain_layer,
@@ -180,7 +181,7 @@ class _Walk:
         """An operation on one value, which a positive factor passes."""
         given = [source for source in node.all_input_nodes if source in self.values]
         before = self.values[given[0]]
-        if name == "batch_norm" and given == [node.args[0]] and owner(node.args[3]) is not None:
+        if name == "batch_norm" and given == [node.args[0]] and has_numbers(node):
             self.values[node] = self._followed(node, before, node.args[3])
             return
         scaled = name in ("mul", "div") and not isinstance(node.args[1], fx.Node)

@@ -115,7 +115,7 @@ def home(survey: Survey, weight: str) -> tuple[fx.Node, str | None] | None:
         own = place.op == "get_attr" and len(place.users) == 1
         return (node, survey.network.names[place.target][0]) if own else None
     path, _, attribute = weight.rpartition(".")
-    plain = attribute == "weight" and type(survey.network.model.get_submodule(path)) in PLAIN
+    plain = attribute == "weight" and isinstance(survey.network.model.get_submodule(path), PLAIN)
     return (node, None) if plain else None
 
 
