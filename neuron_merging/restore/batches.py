@@ -43,15 +43,17 @@ def batches(network: Network, config: ShrinkConfig, images: Inputs | None = None
     if len(counts) > 1:
         raise NeuronMergingError(f"images: the inputs have different numbers of samples, {sorted(counts)}")
     (count,) = counts
-    if network.dynamic:
-        size = max(2, -(-count // PARTS))  # torch.export takes a batch of one for something else
+    size = 2 if network.dynamic else size  # torch.export takes a batch of one for something else
     if count < LEAST * size:
         raise NeuronMergingError(f"{count} images are too few for restoration: give {LEAST * size} or more")
     order = torch.arange(count) if images is None else torch.randperm(count, generator=random)
-    return [
-        [value[order[start : start + size].to(value.device)] if yes else value for value, yes in zip(leaves, many)]
-        for start in range(0, count - size + 1, size)
-    ]
+    places = parts(order) if network.dynamic else order[: count - count % size].split(size)
+    return [[value[part.to(value.device)] if yes else value for value, yes in zip(leaves, many)] for part in places]
+
+
+def parts(samples: Tensor) -> list[Tensor]:
+    """Batches of samples [B, …], about equally large, for a graph that takes any size but one."""
+    return list(samples.tensor_split(min(PARTS, len(samples) // 2)))
 
 
 def _made_up(network: Network, example: Tensor, config: ShrinkConfig, share: float) -> Tensor:
