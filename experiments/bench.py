@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ from models import build
 from neuron_merging import memory, synthetic
 from neuron_merging.benchmark import compare
 from neuron_merging.commandline import Parser, versions
-from neuron_merging.counting import count_macs
 from neuron_merging.compensation import Contents
 from neuron_merging.config import ShrinkConfig
+from neuron_merging.counting import count_macs
 from neuron_merging.decompose import BatchNorm, dropped
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.files import write_text
@@ -116,7 +117,7 @@ def merging(model: nn.Module, shape: tuple[int, ...], kind: str, repeats: int = 
 
     def work() -> nn.Module:
         keep, absorbed = decomposed()
-        return cut(survey, dict(zip(units, keep)), sum(absorbed, [])).model
+        return cut(survey, dict(zip(units, keep)), list(chain.from_iterable(absorbed))).model
 
     ours = seconds(work, repeats)
     forgets, before = memory.reset(CPU), memory.peak(CPU)

@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt
 
 from experiments import chosen
 from experiments.beyond import IMAGES, SEEDS, complete, criterion_of
+from experiments.experiment import spaces_of
 from experiments.grid import CRITERIA, FORMS, Grid
 from experiments.rows import Row, percent, published, published_key, ratio
-from experiments.experiment import spaces_of
 from neuron_merging.files import write_atomically
 
 plt.switch_backend("Agg")  # files only: no display is needed

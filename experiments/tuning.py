@@ -159,7 +159,9 @@ def measure(
             probe["samples"] *= synthetic.default_samples(model, images.dataset.shape)
         x = synthetic.make(model, images.dataset.shape, seed=seed, **probe)
         macs = Cost(made.survey, []).whole[1] * len(x)
-        small = restore(made.survey, made.keep, [[part] for part in parts(x)], Options(**variant.options), macs).small.model
+        small = restore(
+            made.survey, made.keep, [[part] for part in parts(x)], Options(**variant.options), macs
+        ).small.model
     else:
         small = shrink(model, experiment, calibration(experiment), searches).model
     correct, total = accuracy(small, images)
