@@ -19,9 +19,11 @@ from experiments import beyond, chosen, demo, features, figures, grid, manifest,
 from experiments.experiment import load as load_checkpoint_of
 from experiments.experiment import measure
 from experiments.grid import GRIDS
+from neuron_merging.compensation import Contents
 from neuron_merging.decompose import COMPENSATIONS, CRITERIA
 from neuron_merging.errors import NeuronMergingError
-from tests.helpers import decompose, rebuild, units
+from neuron_merging.graph.surgery import cut
+from tests.helpers import surveyed
 
 
 def a_row(**changes) -> rows.Row:
@@ -359,14 +361,14 @@ def test_feature_errors_are_those_at_the_consumers():
     """Lossless where nothing is dropped; where the consumer itself is pruned, its kept neurons are compared."""
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.ReLU())))
-    found, x = units(model), torch.randn(16, 8)
+    survey, x = surveyed(model, (8,)), torch.randn(16, 8)
     for widths, zero in (([8, 8], True), ([8, 4], False)):
-        parts = decompose(model, found, widths, "l2-norm", "prune")
-        errors = features.relative_errors(model, rebuild(model, found, parts), found, parts, x)
+        keep = {space: Contents(survey, space, {}).choose(P, "l2-norm") for space, P in zip(survey.spaces, widths)}
+        errors = features.relative_errors(model, cut(survey, keep).model, keep, x)
         assert errors[0] == pytest.approx(0, abs=1e-6)
         assert (errors[1] < 1e-6) == zero
     hidden = model[:3](x).relu()
-    dropped = [n for n in range(8) if n not in parts[1].keep.tolist()]
+    dropped = [n for n in range(8) if n not in keep[survey.spaces[1]].tolist()]
     missing = hidden[:, dropped] @ model[4].weight[:, dropped].T
     assert errors[1] == pytest.approx(float(missing.norm() / model[:5](x).norm()), rel=1e-5)
 

@@ -21,8 +21,9 @@ from neuron_merging.counting import count_macs, count_parameters
 from neuron_merging.decompose import CRITERIA
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.methods import METHODS, NEED_IMAGES
-from neuron_merging.shrink import prunable, shrink, width
-from tests.helpers import images, same, smaller, with_statistics
+from neuron_merging.plan import prunable
+from neuron_merging.shrink import shrink
+from tests.helpers import images, same, smaller, surveyed, with_statistics
 
 MANY = int(os.environ.get("NEURON_MERGING_FUZZ", "0"))
 FREE = [name for name in METHODS if name not in NEED_IMAGES]
@@ -83,9 +84,14 @@ def networks(draw):
     return with_statistics(model, torch.randn(64, *shape)), shape
 
 
-def thinned(model, found, share):
-    """Kept widths: this share of every unit, one neuron at least."""
-    return [max(1, round(share * width(model, unit))) for unit in found]
+def spaces(model, shape, coupled):
+    """What can lose indices."""
+    return prunable(surveyed(model, shape), coupled)[0]
+
+
+def thinned(found, share):
+    """Kept widths: this share of every space, one index at least."""
+    return [max(1, round(share * space.size)) for space in found]
 
 
 def inputs(shape, count=5):
@@ -102,12 +108,12 @@ def test_any_network_any_method(made, criterion, kind, share, coupled):
     model, shape = made
     x, before = inputs(shape), copy.deepcopy(model.state_dict())
     wanted, coupled = model(x), coupled and kind not in ("lbyl", "fold") and criterion != "auto"
-    found, _ = prunable(model, coupled)
+    found = spaces(model, shape, coupled)
     event(f"{kind}, {criterion}" if found else "nothing can be pruned")
     told = {"example_input": shape, "criterion": criterion, "compensation": kind, "probe_samples": 32}
     told |= {"images": inputs(shape, 16)} if kind in NEED_IMAGES else {}
     try:
-        small, report = shrink(model, thinned(model, found, share), coupled=coupled, **told)
+        small, report = shrink(model, thinned(found, share), coupled=coupled, **told)
     except NeuronMergingError as error:
         assert not found and "has no layer that can be pruned" in str(error), error
         return
@@ -127,7 +133,7 @@ def test_any_network_any_method(made, criterion, kind, share, coupled):
 @torch.no_grad()
 def test_twins_are_folded_without_loss(made, kind, coupled):
     model, shape = made
-    found, _ = prunable(model, coupled)
+    found = spaces(model, shape, coupled)
     if not found:
         return
     keep, x = plant(model, found), inputs(shape)
@@ -164,7 +170,7 @@ def test_the_number_of_threads_changes_nothing(made, kind, double):
     model, shape = made
     model = model.double() if double else model
     coupled = kind not in ("lbyl", "fold")
-    found, _ = prunable(model, coupled)
+    found = spaces(model, shape, coupled)
     if not found:
         return
     told = {"example_input": shape, "compensation": kind, "probe_samples": 64, "coupled": coupled}
@@ -172,7 +178,7 @@ def test_the_number_of_threads_changes_nothing(made, kind, double):
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            networks.append(shrink(model, thinned(model, found, 0.5), **told)[0])
+            networks.append(shrink(model, thinned(found, 0.5), **told)[0])
     finally:
         torch.set_num_threads(threads)
     outputs = [small(inputs(shape).to(next(model.parameters()))) for small in networks]
