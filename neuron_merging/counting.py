@@ -6,11 +6,7 @@ from torch import Tensor, nn
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph import macs
 from neuron_merging.graph.export import capture
-
-
-def dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a network's inputs: that of its first floating-point parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+from neuron_merging.running import dtype
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -81,10 +81,35 @@ def test_the_strongest_stay_and_ratios_go_by_name():
     assert "up" not in [unit.layer for unit in left.units] and "it is ignored" in left.left_out["up"]
 
 
-@pytest.mark.parametrize("kind", ["merge", "fold"])
-def test_other_methods_say_that_they_cannot(kind):
-    with pytest.raises(NeuronMergingError, match="can only be pruned or restored so far"):
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("fold", "can only be pruned, merged or restored so far"), ("merge", "merge can merge nothing here")],
+)
+def test_other_methods_say_that_they_cannot(kind, why):
+    with pytest.raises(NeuronMergingError, match=why):
         shrink(Attention(), 0.5, example_input=INPUTS["a mapping"], compensation=kind)
+
+
+@torch.no_grad()
+def test_what_can_be_merged_is_merged_and_the_rest_is_named():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(6, 8)
+
+        def forward(self, x, y):
+            return self.c(F.relu(self.b(F.gelu(self.a(x))) + self.d(y)))
+
+    model, inputs = Two().eval(), (torch.randn(5, 4), torch.randn(5, 6))
+    for layer in (model.b, model.d):  # the same in both: one of the two channels is as good as both
+        layer.weight[3], layer.bias[3] = 0.5 * layer.weight[2], 0.5 * layer.bias[2]
+    small, report = shrink(model, {"b": 1 / 8}, example_input=inputs, compensation="merge", threshold=0.99)
+    assert report.note is None and small.c.in_features == 7 and report.cosine[1] > 0.9
+    if not torch.equal(small.b.weight, model.b.weight[[0, 1, 2, 4, 5, 6, 7]]):
+        pytest.fail("the weaker twin stays")
+    torch.testing.assert_close(small(*inputs), model(*inputs))
+    report = shrink(model, 0.5, example_input=inputs, compensation="merge", threshold=0.1)[1]
+    assert "only pruned, as a merge does not pass: a: gelu is not positively homogeneous" in str(report)
 
 
 def test_what_cannot_be_traced_is_pruned_all_the_same():
@@ -104,8 +129,10 @@ def test_what_cannot_be_traced_is_pruned_all_the_same():
 
     small, report = shrink(Untraceable().eval(), 0.5, example_input=(6,), compensation="prune")
     assert report.widths == [4] and small(torch.randn(2, 6)).shape == (2, 3)
+    small, report = shrink(Untraceable().eval(), 0.5, example_input=(6,), compensation="merge")
+    assert report.widths == [4] and report.note is None and 0 < report.cosine[0] <= 1
     with pytest.raises(NeuronMergingError, match=r"cannot be traced by torch.fx .*it can only be pruned"):
-        shrink(Untraceable(), 0.5, example_input=(6,), compensation="merge")
+        shrink(Untraceable(), 0.5, example_input=(6,), compensation="fold")
 
 
 @torch.no_grad()

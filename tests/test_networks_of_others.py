@@ -10,11 +10,11 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from neuron_merging import synthetic as probe
 from neuron_merging.accuracy import fused
-from neuron_merging.counting import count_macs, dtype
+from neuron_merging.counting import count_macs
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.interpreter import by_sample
 from neuron_merging.graph.tracing import survey
 from neuron_merging.methods import METHODS
+from neuron_merging.running import by_sample, dtype
 from neuron_merging.shrink import shrink, summarize
 from tests.helpers import Written, conv, same, with_statistics
 

@@ -175,7 +175,7 @@ def test_only_readers_change_and_widths_are_those_of_pruning():
     "options, message",
     [
         ({"compensation": "restore"}, "give images"),
-        ({"compensation": "merge"}, "can only be pruned or restored"),
+        ({"compensation": "merge"}, "merge can merge nothing here"),
         ({"compensation": "prune", "images": words(24, 1)}, "prune needs no data"),
         ({"compensation": "restore", "images": words(3, 1)}, "too few"),
         ({"compensation": "restore", "images": words(24, 1)["ids"]}, "as example_input is"),

@@ -13,18 +13,15 @@ from torch import nn
 from experiments.experiment import Experiment, shrink
 from models import build
 from neuron_merging import synthetic as probe
-from neuron_merging.blocks import Silence
 from neuron_merging.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from neuron_merging.config import ShrinkConfig
 from neuron_merging.counting import count_macs, count_parameters
 from neuron_merging.decompose import CRITERIA
 from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.silence import Silence
 from neuron_merging.graph.spaces import find_spaces
-from neuron_merging.graph.tracing import units
 from neuron_merging.graph.walk import Walk, precision
 from neuron_merging.methods import METHODS
-from neuron_merging.network import choose, decompose, read, rebuild
-from neuron_merging.restore.lockstep import restore
 from neuron_merging.shrink import shrink as of_network
 from neuron_merging.synthetic import inputs
 from neuron_merging.widths import curves as W
@@ -34,7 +31,20 @@ from neuron_merging.widths.consumer import Consumer, greedy
 from neuron_merging.widths.cost import Cost
 from neuron_merging.widths.output import Output, sensitivities
 from neuron_merging.widths.search import allocate
-from tests.helpers import of_a_layer, same, shape_of, smaller, widths_of, with_statistics
+from tests.helpers import (
+    choose,
+    decompose,
+    of_a_layer,
+    read,
+    rebuild,
+    restore,
+    same,
+    shape_of,
+    smaller,
+    units,
+    widths_of,
+    with_statistics,
+)
 
 
 def curve(damage):

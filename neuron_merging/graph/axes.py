@@ -360,11 +360,13 @@ def mask(axis: Axis, keep: Callable[[Leaf], Tensor]) -> Tensor:
 
 def positions(axis: Axis, leaf: Leaf) -> Tensor:
     """Where each index of a leaf is on an axis: int64 [size of the leaf, n]."""
-    found = []
-    for part, where in _occurrences(resolve(axis)):
-        if part is leaf:
-            found.append(where)
+    found = occurrences(axis, leaf)
     return torch.cat(found, 1).sort(1).values if found else torch.empty(leaf.size, 0, dtype=torch.int64, device="cpu")
+
+
+def occurrences(axis: Axis, leaf: Leaf) -> list[Tensor]:
+    """For each time that a leaf is on an axis, from left to right, where its indices are: int64 [size of the leaf, n]."""
+    return [where for part, where in _occurrences(resolve(axis)) if part is leaf]
 
 
 def _occurrences(axis: Axis) -> list[tuple[Leaf, Tensor]]:

@@ -10,7 +10,9 @@ from torch import fx, nn
 from neuron_merging.graph.axes import Axis, Leaf, Product, Sum, is_fixed, leaves, resolve, why
 from neuron_merging.graph.export import Inputs, Network, capture
 from neuron_merging.graph.propagate import Analysis, propagate
+from neuron_merging.graph.training import NEVER, add_training, unused_layers
 from neuron_merging.graph.units import Place, Unit, find_unit
+from neuron_merging.graph.ways import Blocked, Ways, by_leaf, find_ways
 
 FEW = 4  # blocks fewer than these are no good to drop: what is inside of them is dropped
 
@@ -21,7 +23,9 @@ class Space:
 
     notes: what else happens to them: "statistics" (a normalisation or reduction is over them), "product" (activations are
     multiplied and summed along them), "mixed" (they come out of such a product), "recurrent". unit: the paper's layer → next,
-    where it is one. obstacle: why kept ones cannot take over from dropped ones by merging (None: they can).
+    where it is one; not_unit: else why it is none. obstacle: why kept ones cannot take over from dropped ones by merging (None:
+    they can). ways: from writers to readers, where it is no unit and has no obstacle. modules: the layers that write it, and those
+    that follow with more than a number for each index, by name.
     """
 
     name: str
@@ -32,7 +36,10 @@ class Space:
     readers: tuple[Place, ...]
     notes: dict[str, str]
     unit: Unit | None
+    not_unit: str | None
+    ways: Ways | None
     obstacle: str | None
+    modules: tuple[str, ...]
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -43,11 +50,6 @@ class Space:
     def layer(self) -> str:
         """The module that it is called after."""
         return self.name
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the modules that write or follow it."""
-        return tuple(dict.fromkeys(place.name.rpartition(".")[0] for place in self.writers + self.followers))
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,7 @@ class Survey:
 
     def calls(self, place: Place) -> list[fx.Node]:
         """The operations of the graph that take this parameter, as it is."""
-        nodes = self.network.graph.graph.nodes
-        own = [n for n in nodes if n.op == "get_attr" and n.target in self.network.names[place.name]]
-        return [user for node in own for user in node.users]
+        return self.network.users(place.name)
 
 
 def find_spaces(model: nn.Module, example_inputs: Inputs) -> Survey:
@@ -77,6 +77,7 @@ def find_spaces(model: nn.Module, example_inputs: Inputs) -> Survey:
     """
     network = capture(model, example_inputs)
     analysis = propagate(network)
+    add_training(analysis, network.args or network.kwargs)
     _choose_among_nested(analysis)
     roles = _roles(analysis)
     found: dict[Leaf, list[tuple[str, Place]]] = {}
@@ -86,9 +87,12 @@ def find_spaces(model: nn.Module, example_inputs: Inputs) -> Survey:
                 if leaf.frozen is None and leaf.size > 1:
                     role = roles.get((name, leaf), {}).get(d, "follower")
                     found.setdefault(leaf, []).append((role, Place(name, d, resolve(axis))))
+    nodes = by_leaf(analysis)
     order = _order(analysis)
     spaces = [
-        _space(analysis, leaf, places) for leaf, places in found.items() if {r for r, _ in places} != {"follower"}
+        _space(analysis, leaf, places, nodes[leaf])
+        for leaf, places in found.items()
+        if {r for r, _ in places} != {"follower"}
     ]
     spaces.sort(key=lambda space: order.get(space.leaf, 0))
     unused = tuple(dict.fromkeys(n[0] for n in network.names.values() if n[0] not in analysis.parameters))
@@ -145,14 +149,25 @@ def _order(analysis: Analysis) -> dict[Leaf, int]:
     return order
 
 
-def _space(analysis: Analysis, leaf: Leaf, places: list[tuple[str, Place]]) -> Space:
+def _space(analysis: Analysis, leaf: Leaf, places: list[tuple[str, Place]], nodes: list[fx.Node]) -> Space:
     writers, followers, readers = (
         tuple(place for role, place in places if role == kind) for kind in ("writer", "follower", "reader")
     )
-    unit, obstacle = find_unit(analysis, leaf, writers, followers, readers)
+    unit, why = find_unit(analysis, leaf, writers, readers)
+    ways, not_unit, obstacle = None, None, why
+    if unit is None:
+        not_unit, obstacle = why, None
+        try:
+            ways = find_ways(analysis, leaf, nodes, writers, readers)
+        except Blocked as blocked:
+            obstacle = str(blocked)
     first = (writers or followers or readers)[0]
     name = first.name.rpartition(".")[0] or first.name
-    return Space(name, leaf.size, leaf, writers, followers, readers, leaf.notes, unit, obstacle)
+    own = [place for place in writers + followers if place in writers or analysis.network.tensor(place.name).ndim > 1]
+    modules = tuple(dict.fromkeys(place.name.rpartition(".")[0] or place.name for place in own))
+    return Space(
+        name, leaf.size, leaf, writers, followers, readers, leaf.notes, unit, not_unit, ways, obstacle, modules
+    )
 
 
 def _left_out(analysis: Analysis, spaces: list[Space]) -> dict[str, str]:
@@ -162,4 +177,4 @@ def _left_out(analysis: Analysis, spaces: list[Space]) -> dict[str, str]:
         if role.role == "writer" and role.axis.size > 1 and is_fixed(role.axis):
             for name in role.names - used:
                 left_out.setdefault(name.rpartition(".")[0] or name, why(role.axis))
-    return left_out
+    return left_out | dict.fromkeys(unused_layers(analysis), NEVER)

@@ -14,10 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from neuron_merging.errors import NeuronMergingError, reason
 from neuron_merging.graph.attributes import BOLDEST, follow, follows_itself
-from neuron_merging.graph.axes import Axis, Leaf, count, mask
+from neuron_merging.graph.axes import Leaf, count
 from neuron_merging.graph.export import Network, module_path
 from neuron_merging.graph.rules import Scaled
+from neuron_merging.graph.silence import silence, silence_graph, silent_value
 from neuron_merging.graph.spaces import Space, Survey
+from neuron_merging.graph.units import Unit
+from neuron_merging.graph.weights import Absorbed, Cut, cut_tensors, of_rows
 
 TOLERANCE = 1e-4  # of the largest output: by which a class's forward may differ from the graph's
 
@@ -46,22 +49,27 @@ Keep = Mapping[Space, Tensor | Sequence[int]]
 
 
 @torch.no_grad()
-def cut(survey: Survey, keep: Keep) -> Smaller:
+def cut(survey: Survey, keep: Keep, absorbed: Sequence[Absorbed] = ()) -> Smaller:
     """The network with these indices of its spaces, spaces that are not in `keep` being whole.
 
-    Raises NeuronMergingError where an index is none of the space's, or none is kept.
+    absorbed: what readers take over from dropped indices. A residual branch of which none is kept becomes a constant; the nodes
+    of its graph then have no copies. Raises NeuronMergingError where an index is none of the space's, or nothing is kept.
     """
-    masks = {space.leaf: _mask(space, indices) for space, indices in keep.items()}
-    kept = {leaf: int(left.sum()) for leaf, left in masks.items()}
-    tensors = cut_tensors(survey, masks)
-    graph, changes, copies = cut_graph(survey, tensors, kept)
+    masks = {space: _mask(space, indices) for space, indices in keep.items()}
+    silent = {space: silent_value(survey, space) for space, mask in masks.items() if not mask.any()}
+    by_leaf = {space.leaf: mask for space, mask in masks.items() if space not in silent}
+    smaller = cut_tensors(survey, by_leaf, absorbed)
+    constants = {space: of_rows(survey, space.readers[0].name, rows, by_leaf) for space, rows in silent.items()}
+    kept = {leaf: int(mask.sum()) for leaf, mask in by_leaf.items()}
+    graph, changes, copies = cut_graph(survey, smaller, kept, constants)
     expected = run(graph, survey.network)
-    model, why = _of_own_class(survey.network, tensors, changes, expected)
+    branches = {space.unit: rows for space, rows in constants.items()}
+    model, why = _of_own_class(survey.network, smaller, branches, changes, expected)
     return Smaller(graph if why else _in_modes(model, survey.network), graph, why, copies)
 
 
 def _of_own_class(
-    network: Network, tensors: Mapping[str, Tensor], changes: Changes, expected: Sequence[Tensor]
+    network: Network, smaller: Cut, branches: Mapping[Unit, Tensor], changes: Changes, expected: Sequence[Tensor]
 ) -> tuple[nn.Module, str | None]:
     """The user's model with smaller weights, and what is wrong with it, if anything is.
 
@@ -72,8 +80,10 @@ def _of_own_class(
     levels: dict[type, int] = {}
     first = None
     while True:
-        model = _own(network, tensors)
-        follow(model, changes, tensors, network, levels)
+        model = _own(network, smaller)
+        follow(model, changes, smaller.tensors, network, levels)
+        for unit, constant in branches.items():
+            silence(model, unit, constant)
         active: list[str] = []
         try:
             why = difference(run(model, network, active), expected)
@@ -93,6 +103,8 @@ def _of_own_class(
 
 def _mask(space: Space, indices: Tensor | Sequence[int]) -> Tensor:
     indices = torch.as_tensor(indices, dtype=torch.int64).cpu()
+    if indices.numel() == 0 and space.unit is not None and space.unit.branch:
+        return torch.zeros(space.size, dtype=torch.bool)
     if indices.numel() == 0 or int(indices.min()) < 0 or int(indices.max()) >= space.size:
         raise NeuronMergingError(f"{space.name}: keep at least one index, and those from 0 to {space.size - 1}")
     left = torch.zeros(space.size, dtype=torch.bool)
@@ -100,32 +112,16 @@ def _mask(space: Space, indices: Tensor | Sequence[int]) -> Tensor:
     return left
 
 
-def left(axis: Axis, masks: Mapping[Leaf, Tensor]) -> Tensor:
-    """Which indices of an axis are left: bool [size]."""
-    return mask(axis, lambda leaf: masks.get(leaf, torch.ones(leaf.size, dtype=torch.bool)))
-
-
-def cut_tensors(survey: Survey, masks: Mapping[Leaf, Tensor]) -> dict[str, Tensor]:
-    """The parameters and buffers that get smaller, by their first name."""
-    tensors = {}
-    for name, axes in survey.analysis.parameters.items():
-        tensor = survey.network.tensor(name)
-        for d, axis in enumerate(axes):
-            stays = left(axis, masks)
-            if not stays.all():
-                tensor = tensor.index_select(d, stays.nonzero().flatten().to(tensor.device))
-        if tensor.shape != survey.network.tensor(name).shape:
-            tensors[name] = tensor.detach().clone()
-    return tensors
-
-
 Changes = list[tuple[fx.Node, dict[str, Any], dict[str, Any]]]
 
 
 def cut_graph(
-    survey: Survey, tensors: Mapping[str, Tensor], kept: Mapping[Leaf, int]
+    survey: Survey, smaller: Cut, kept: Mapping[Leaf, int], constants: Mapping[Space, Tensor]
 ) -> tuple[fx.GraphModule, Changes, dict[fx.Node, fx.Node]]:
-    """The graph with smaller parameters, by node what its arguments were and became, and the copies of its nodes."""
+    """The graph with smaller parameters, by node what its arguments were and became, and the copies of its nodes.
+
+    constants: by unit without neurons, what its branch gives.
+    """
     old = survey.network.graph
     new, copies = fx.Graph(), {}
     new.output(new.graph_copy(old.graph, copies))
@@ -142,13 +138,18 @@ def cut_graph(
         if became:
             changes.append((node, given, became))
     graph = fx.GraphModule(old, new)
+    for space, constant in constants.items():
+        silence_graph(graph, survey, space, copies, constant)
+    for node, bias in smaller.biases.items():
+        _add_bias(graph, copies[node], bias)
     own: dict[str, nn.Parameter | Tensor] = {}
     for name in {node.target for node in new.nodes if node.op == "get_attr"} & survey.network.names.keys():
         first, like = survey.network.names[name][0], survey.network.tensor(name)
         if first not in own:
-            own[first] = _like(tensors.get(first, like.detach().clone()), like)
+            own[first] = _like(smaller.tensors[first] if first in smaller.tensors else like.detach().clone(), like)
         _put(graph, name, own[first])
-    graph.recompile()
+    if constants or smaller.biases:
+        graph.recompile()
     return graph, changes, copies
 
 
@@ -180,6 +181,16 @@ def _rewrite(copies: dict[fx.Node, fx.Node], node: fx.Node, arguments: dict[str,
     new.args, new.kwargs = tuple(args), kwargs
 
 
+def _add_bias(graph: fx.GraphModule, layer: fx.Node, bias: Tensor) -> None:
+    """Give a layer of the graph, which has none, a bias."""
+    path = layer.args[1].target.rpartition(".")[0]
+    module = graph.get_submodule(path)
+    module.bias = nn.Parameter(bias.clone(), requires_grad=module.weight.requires_grad)
+    with graph.graph.inserting_before(layer):
+        own = graph.graph.get_attr(f"{path}.bias")
+    layer.args = (*layer.args[:2], own, *layer.args[3:])
+
+
 def _like(tensor: Tensor, original: Tensor) -> Tensor:
     """A parameter where the original is one, else the tensor."""
     if isinstance(original, nn.Parameter):
@@ -193,13 +204,17 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(path), attribute, tensor)
 
 
-def _own(network: Network, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _own(network: Network, smaller: Cut) -> nn.Module:
     """A copy of the user's model with smaller tensors; those that share one share it again."""
-    model = copy.deepcopy(network.model)
-    for name, tensor in tensors.items():
-        made = _like(tensor.clone(), network.tensor(name))
+    made = {name: _like(tensor.clone(), network.tensor(name)) for name, tensor in smaller.tensors.items()}
+    instead = {id(network.tensor(name)): tensor for name, tensor in made.items()}
+    model = copy.deepcopy(network.model, instead)  # what is replaced is not copied
+    for name, tensor in made.items():
         for alias in network.names[name]:
-            _put(model, alias, made)
+            _put(model, alias, tensor)
+    for node, bias in smaller.biases.items():
+        module = model.get_submodule(network.names[node.args[1].target][0].rpartition(".")[0])
+        module.bias = nn.Parameter(bias.clone(), requires_grad=module.weight.requires_grad)
     return model
 
 
@@ -214,13 +229,19 @@ def _in_modes(model: nn.Module, network: Network) -> nn.Module:
 
 def run(model: nn.Module, network: Network, active: list[str] | None = None) -> list[Tensor]:
     """The tensors that a model gives for the example inputs. active: is given the names of the modules that are running."""
-    model, args, kwargs = copy.deepcopy((model, network.args, network.kwargs))  # which a forward pass may overwrite
+    args, kwargs = copy.deepcopy((network.args, network.kwargs))  # which a forward pass may overwrite
+    if not isinstance(model, fx.GraphModule) or any(map(_overwrites, model.graph.nodes)):
+        model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     if active is not None:
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: active.append(name))
             module.register_forward_hook(lambda *_: active.__delitem__(-1))
     with torch.no_grad():
         return [value for value in tree_leaves(model(*args, **kwargs)) if isinstance(value, Tensor)]
+
+
+def _overwrites(node: fx.Node) -> bool:
+    return getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
 
 def difference(given: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = TOLERANCE) -> str | None:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
+from neuron_merging.compensation import Contents, constants
 from neuron_merging.decompose import Decomposition
 from neuron_merging.graph.spaces import Space, Survey
 from neuron_merging.graph.walk import Batch, Walk
 from neuron_merging.widths.consumer import computed_widths, greedy
-from neuron_merging.widths.indices import Decompose, compensation, order_of
+from neuron_merging.widths.indices import Decompose, compensation
 from neuron_merging.widths.masked import Energy
 from neuron_merging.widths.output import Form, Output, sensitivities
 from neuron_merging.widths.readings import Layer, find_readings, look
@@ -100,6 +101,8 @@ class Errors:
     def __init__(self, survey: Survey, spaces: Sequence[Space], walk: Walk, measure: Measure) -> None:
         self.survey, self.spaces, self.walk, self.measure = survey, spaces, walk, measure
         self.device = next(survey.network.model.parameters()).device
+        known = constants(survey)
+        self.contents = [Contents(survey, space, known) for space in spaces]
         self.readings = [find_readings(survey, space) for space in spaces]
         self.curves: list[Curve | None] = [None] * len(spaces)
         self.forms: list[dict[int, list[Form]]] = [{} for _ in spaces]
@@ -150,8 +153,8 @@ class Errors:
             )
             order = greedy(consumers, alone.to(self.device))
         else:
-            order = order_of(self.survey, space, self.measure.criterion).to(self.device)
-        parts = self._parts(space, order, measured)
+            order = self.contents[i].order(self.measure.criterion).to(self.device)
+        parts = self._parts(self.contents[i], order, measured)
         total = np.zeros(N + 1)
         for reading in readings:
             error = self._measured(i, reading, order, measured, parts)
@@ -161,12 +164,15 @@ class Errors:
         self.curves[i] = Curve(order.cpu(), total, total, estimated)
         self.readings[i] = ()
 
-    def _parts(self, space: Space, order: Tensor, measured: Sequence[int]) -> dict[int, Decomposition | None] | None:
+    def _parts(
+        self, contents: Contents, order: Tensor, measured: Sequence[int]
+    ) -> dict[int, Decomposition | None] | None:
         decompose = self.measure.decompose
         if decompose is None:
             return None
-        stand_in = compensation(self.survey, space, decompose)
-        return {k: None if k == 0 else stand_in(order[:k].sort().values) for k in computed_widths(space.size, measured)}
+        stand_in = compensation(contents, decompose)
+        computed = computed_widths(contents.space.size, measured)
+        return {k: None if k == 0 else stand_in(order[:k].sort().values) for k in computed}
 
     def _measured(
         self,
@@ -206,7 +212,7 @@ def joint_damage(
     """
     output = Output(survey, Walk(survey.network.graph, batches, precision))
     device = next(survey.network.model.parameters()).device
-    found = [(find_readings(survey, space), compensation(survey, space, decompose)) for space in spaces]
+    found = [(find_readings(survey, space), compensation(Contents(survey, space, {}), decompose)) for space in spaces]
     lost = []
     for widths in choices:
         forms: list[Form] = []
