@@ -82,7 +82,8 @@ def test_the_strongest_stay_and_ratios_go_by_name():
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [("fold", "can only be pruned, merged or restored so far"), ("merge", "merge can merge nothing here")]
+    ("kind", "why"),
+    [("fold", "can only be pruned, merged or restored so far"), ("merge", "merge can merge nothing here")],
 )
 def test_other_methods_say_that_they_cannot(kind, why):
     with pytest.raises(NeuronMergingError, match=why):
