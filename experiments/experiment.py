@@ -23,10 +23,10 @@ from neuron_merging.config import CHOSEN_WIDTHS, ShrinkConfig, changed, option, 
 from neuron_merging.counting import count_macs, count_parameters
 from neuron_merging.decompose import CRITERIA
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.streams import Stream
-from neuron_merging.graph.tracing import Unit
+from neuron_merging.graph.spaces import Space
 from neuron_merging.methods import METHODS, NEED_IMAGES
-from neuron_merging.shrink import prunable, width
+from neuron_merging.plan import prunable
+from neuron_merging.shrink import examined
 from neuron_merging.shrink import shrink as shrink_network
 from neuron_merging.widths.search import WidthSearch
 
@@ -222,10 +222,9 @@ def shrink(
     about = replace(experiment, ratio=0.5, budget=None, multiple=1, drop_blocks=False)
     searches = {} if searches is None else searches
     search = searches.get(about)
-    units, _ = prunable(model, experiment.coupled)
     small, report = shrink_network(
         model,
-        kept_widths(model, units, experiment),
+        kept_widths(spaces_of(model, experiment), experiment),
         example_input=settings.NETWORKS[experiment.arch].shape,
         images=images,
         config=experiment.plain(),
@@ -238,14 +237,20 @@ def shrink(
     return Shrunk(small, report.widths, before + report.seconds, report.peak_mb, report.search.seconds)
 
 
-def kept_widths(model: nn.Module, units: Sequence[Unit | Stream], experiment: Experiment) -> list[int]:
+def spaces_of(model: nn.Module, experiment: Experiment) -> list[Space]:
+    """What of an experiment's network can be dropped."""
+    survey, _, _ = examined(model, settings.NETWORKS[experiment.arch].shape)
+    return prunable(survey, experiment.coupled)[0]
+
+
+def kept_widths(units: Sequence[Space], experiment: Experiment) -> list[int]:
     """The kept width of every unit. If widths are chosen, these are the ones whose cost is the budget.
 
     Raises NeuronMergingError if there are no units, or for a list of another length (`choose` checks its numbers).
     """
-    full = [width(model, unit) for unit in units]
+    full = [unit.size for unit in units]
     if not full:
-        raise NeuronMergingError(f"{type(model).__name__} has no layer left that can be pruned")
+        raise NeuronMergingError(f"{experiment.arch} has no layer left that can be pruned")
     if not isinstance(experiment.widths, str):
         if len(experiment.widths) != len(full):
             raise NeuronMergingError(

@@ -1,17 +1,14 @@
 """How many of some labelled inputs a network classifies rightly."""
 
-import contextlib
-import copy
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from neuron_merging.counting import dtype
-from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.tracing import CONVS, Graph, NotAUnit, next_norm, put_module
+from neuron_merging.running import CONVS, dtype
 
 CPU_BATCH = 64
 
@@ -43,24 +40,16 @@ def count_correct(
 def fused(model: nn.Module) -> nn.Module:
     """A copy of `model` (in evaluation mode) that computes the same with fewer passes over its activations.
 
-    Each BatchNorm directly after a convolution is folded into it. Returns `model` itself if it has no such BatchNorm, or if
-    torch.fx cannot trace it.
+    Each BatchNorm directly after a convolution is folded into it. Returns `model` itself if torch.fx cannot trace it, or where
+    folding could change what it computes: hooks, and layers that are called more than once.
     """
     try:
-        network = Graph(model)
-    except NeuronMergingError:
+        calls = Counter(node.target for node in fx.symbolic_trace(model).graph.nodes if node.op == "call_module")
+    except Exception:  # tracing runs the user's forward(), which can raise anything
         return model
-    norms = {}
-    for node in network.nodes:
-        if isinstance(network.module(node), CONVS):
-            with contextlib.suppress(NotAUnit):
-                network.own(node)
-                norms[node.target] = next_norm(network, node)
-    if not any(norms.values()):
+    modules = dict(model.named_modules())
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules.values())
+    several = any(count > 1 and next(modules[name].parameters(), None) is not None for name, count in calls.items())
+    if hooked or several or not any(isinstance(modules[name], nn.modules.batchnorm._BatchNorm) for name in calls):
         return model
-    model = copy.deepcopy(model)
-    for conv, bn in norms.items():
-        if bn:
-            put_module(model, conv, fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(bn)))
-            put_module(model, bn, nn.Identity())
-    return model.to(memory_format=torch.channels_last)
+    return fuse(model).to(memory_format=torch.channels_last)

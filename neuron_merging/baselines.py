@@ -8,17 +8,20 @@ re-estimation: measures the BatchNorm statistics again on real images; not data-
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuron_merging.compensation import Contents
 from neuron_merging.decompose import Decomposition, Neurons, dropped, effective
 from neuron_merging.errors import NeuronMergingError, missing, reported_as
-from neuron_merging.graph.interpreter import measure_statistics
-from neuron_merging.graph.tracing import NORMS, Unit
-from neuron_merging.network import read, rebuild
+from neuron_merging.graph.spaces import Space, Survey
+from neuron_merging.graph.surgery import Smaller, cut
+from neuron_merging.graph.units import Unit
+from neuron_merging.running import NORMS, measure_statistics
 
 LBYL_RIDGE = 1e-2  # λ₁ and λ₂
 ENTRIES = 2**24  # the most numbers in the matrices that are solved at once: 128 MB
@@ -60,42 +63,49 @@ def lbyl(neurons: Neurons, keep: Tensor) -> Decomposition:
     return Decomposition(keep, Z)
 
 
-def fold(model: nn.Module, units: Sequence[Unit], widths: Sequence[int], seed: int = 0) -> nn.Module:
-    """A smaller copy of `model`: the neurons of unit i form `widths[i]` clusters, and a centroid replaces each cluster.
+def fold(survey: Survey, widths: Mapping[Space, int], seed: int = 0) -> Smaller:
+    """A smaller network: the neurons of each unit form so many clusters, and a centroid replaces each cluster.
 
     First all members of a cluster are set to its centroid. Then one member stands in for the others, which is exact.
     With BatchNorm, filters are scaled by it before they are compared and averaged. Averaging makes the variance smaller, so
     the centroid is multiplied by N_c / √(N_c + (N_c² − N_c) c̄), with c̄ the mean cosine of its N_c members.
     """
-    clustered, parts = copy.deepcopy(model), []
-    for unit, P in zip(units, widths):
-        neurons = read(model, unit)
+    clustered = copy.deepcopy(survey.network.model)
+    parts: dict[Space, Decomposition] = {}
+    for space, P in widths.items():
+        neurons = Contents(survey, space, {}).neurons
         if P == 0:  # a block that is left out
-            parts.append(
-                Decomposition(torch.arange(0, device=neurons.W.device), neurons.W.new_zeros(0, len(neurons.W)))
-            )
+            parts[space] = Decomposition(torch.arange(0, device=neurons.W.device), neurons.W.new_zeros(0, space.size))
             continue
-        bn = neurons.bn
-        W, shift = _scaled(neurons)
         Z = _clusters(neurons, P, seed)
         keep, order = Z.argmax(1).sort()  # the first member of every cluster
-        parts.append(Decomposition(keep, Z[order]))
-        average = averages(Z)
-        layer = clustered.get_submodule(unit.layer)
-        mean = average @ W
-        if bn is None and layer.bias is not None:
-            mean, bias = mean[:, :-1], mean[:, -1]
-        else:
-            bias = W.new_zeros(len(W))  # it is part of the BatchNorm's mean
-        _fill(layer.weight, mean)
-        if layer.bias is not None:
-            _fill(layer.bias, bias)
-        if bn is not None:
-            direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
-            length = (Z @ direction).norm(dim=1)  # its square is the sum of all cosines in a cluster
-            gamma = torch.where(length > 1e-9, Z.sum(1) / length, 1)  # 1 for a cluster of zeros
-            _replace_norm(clustered.get_submodule(unit.bn), Z.T @ gamma, average @ bn.beta, average @ shift)
-    return rebuild(clustered, units, parts)
+        parts[space] = Decomposition(keep, Z[order])
+        _centre(clustered, space.unit, neurons, Z)
+    survey = replace(survey, network=replace(survey.network, model=clustered))
+    absorbed = [
+        taken for space, part in parts.items() if len(part.keep) for taken in Contents(survey, space, {}).of_unit(part)
+    ]
+    return cut(survey, {space: part.keep for space, part in parts.items()}, absorbed)
+
+
+def _centre(model: nn.Module, unit: Unit, neurons: Neurons, Z: Tensor) -> None:
+    """Set the neurons of a unit to the centroids of their clusters Z [P, N]. Changes `model`."""
+    bn, average = neurons.bn, averages(Z)
+    W, shift = _scaled(neurons)
+    layer = model.get_submodule(unit.layer)
+    mean = average @ W
+    if bn is None and layer.bias is not None:
+        mean, bias = mean[:, :-1], mean[:, -1]
+    else:
+        bias = W.new_zeros(len(W))  # it is part of the BatchNorm's mean
+    _fill(layer.weight, mean)
+    if layer.bias is not None:
+        _fill(layer.bias, bias)
+    if bn is not None:
+        direction = W / W.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        length = (Z @ direction).norm(dim=1)  # its square is the sum of all cosines in a cluster
+        gamma = torch.where(length > 1e-9, Z.sum(1) / length, 1)  # 1 for a cluster of zeros
+        _replace_norm(model.get_submodule(unit.bn), Z.T @ gamma, average @ bn.beta, average @ shift)
 
 
 def _scaled(neurons: Neurons) -> tuple[Tensor, Tensor]:
@@ -144,12 +154,15 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _replace_norm(bn: nn.Module, gamma: Tensor, beta: Tensor, mean: Tensor) -> None:
-    """Make a BatchNorm compute γ (u − mean) + β."""
+    """Make a BatchNorm compute γ (u − mean) + β, with γ > 0."""
+    if bn.weight is None:  # the statistics say it all
+        bn.running_mean.copy_(mean - beta / gamma)
+        bn.running_var.copy_(gamma**-2 - bn.eps)
+        return
     bn.running_mean.copy_(mean)
     bn.running_var.fill_(1 - bn.eps)
-    grad = bn.weight is None or bn.weight.requires_grad
-    bn.affine = True
-    bn.weight, bn.bias = (nn.Parameter(value.to(bn.running_mean.dtype), grad) for value in (gamma, beta))
+    _fill(bn.weight, gamma)
+    _fill(bn.bias, beta)
 
 
 def reestimate(model: nn.Module, images: Tensor, batch_size: int = 128) -> nn.Module:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neuron_merging.blocks import drop
 from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.files import write_atomically
-from neuron_merging.graph.tracing import CONVS, NORMS, units
+from neuron_merging.graph.silence import leave_out
+from neuron_merging.running import CONVS, NORMS
 
 KEYS = (  # names under which a file may hold its state_dict; if it has several of them, the first in this list is read
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "net_state_dict", "weights", "params",
@@ -227,9 +227,7 @@ def fit(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """
     weights = unwrapped(weights, model.state_dict())
     if any(name.endswith(".value") for name in weights):
-        for unit in units(model):
-            if f"{unit.next}.value" in weights:
-                drop(model, unit)
+        leave_out(model, weights)
     for name, module in model.named_modules():
         stored_weight = weights.get(f"{name}.weight", weights.get(f"{name}.running_mean"))
         if stored_weight is None or not isinstance(module, (*CONVS, *NORMS, nn.Linear)):

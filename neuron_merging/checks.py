@@ -4,7 +4,6 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -14,15 +13,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune as masks
 from torch.utils._pytree import tree_leaves
 
-from neuron_merging.counting import count_macs, dtype
+from neuron_merging.counting import count_macs
 from neuron_merging.errors import NeuronMergingError, reported_as
-from neuron_merging.graph.interpreter import floats
-from neuron_merging.graph.streams import Stream
-from neuron_merging.graph.tracing import CONVS, NORMS, WRAPPERS, Unit, check_wrapper
-from neuron_merging.network import check_finite
+from neuron_merging.graph.neurons import check_finite
+from neuron_merging.running import CONVS, NORMS, dtype, floats, quick_macs
 
 SIDES = (32, 224)  # sides of the images that a network is tried on if no input is given
-INSIDE = WRAPPERS | {"AveragedModel": "its .module"}  # by class of a wrapper: where the network that can be traced is
+INSIDE = {  # by class of a wrapper: where the network that can be exported is
+    "DataParallel": "its .module", "DistributedDataParallel": "its .module", "AveragedModel": "its .module",
+    "OptimizedModule": "its ._orig_mod", "RecursiveScriptModule": "as it was before",
+    "TopLevelTracedModule": "as it was before",
+}  # fmt: skip
 OPAQUE = ("OptimizedModule", "RecursiveScriptModule", "TopLevelTracedModule")  # cannot even be a part of a network
 
 
@@ -44,16 +45,13 @@ def check_weights(model: nn.Module) -> None:
 
     - a parameter or running statistic that is NaN or infinite, or a variance below 0,
     - a layer that has no size or no weights yet,
-    - a network, or a part of one, inside a wrapper that torch.fx cannot trace.
+    - a network, or a part of one, inside a wrapper that hides it.
     """
-    check_wrapper(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind in (OPAQUE if name else INSIDE) and next(module.parameters(), None) is not None:
             what, where = (f"{name} ({kind})", ", in its place") if name else (kind, "")
-            raise NeuronMergingError(
-                f"{what} cannot be traced by torch.fx: give the network inside, {INSIDE[kind]}{where}"
-            )
+            raise NeuronMergingError(f"{what} cannot be read: give the network inside, {INSIDE[kind]}{where}")
     check_sizes(model)
     for name, module in model.named_modules():
         values = list(module.parameters(recurse=False))
@@ -176,6 +174,7 @@ def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | Non
     what = f"{type(model).__name__} does not run on an input of shape {list(shape)}"
     try:
         with reported_as(what):
+            quick_macs(model, shape)
             return count_macs(model, shape)
     except NeuronMergingError as error:
         needed = _needed_inputs(model)
@@ -194,7 +193,7 @@ def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | Non
 def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether a network runs on one input of this shape."""
     with contextlib.suppress(Exception):
-        count_macs(model, shape)
+        quick_macs(model, shape)
         return True
     return False
 
@@ -219,39 +218,6 @@ def likely_shape(model: nn.Module) -> tuple[int, ...] | None:
     else:
         shapes = [(getattr(first, "in_features", 16),)] if first else []
     return next((shape for shape in shapes if runs(model, shape)), None)
-
-
-@torch.no_grad()
-def check_vectors(model: nn.Module, units: Sequence[Unit | Stream], shape: tuple[int, ...] | None) -> None:
-    """Raises NeuronMergingError for a BatchNorm1d that reads [B, L, C] from a linear layer: it normalises L, not C.
-
-    shape: of one input, or None. Also raises the error if there is such a BatchNorm and no shape is known or can be guessed.
-    """
-
-    def check(layer: str, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].ndim > 2:
-            raise NeuronMergingError(f"{name} normalises places, not what {layer} gives at each: ignore {layer}")
-
-    places = [
-        (unit.layer, name)
-        for unit in units if isinstance(unit, Stream) and isinstance(model.get_submodule(unit.layer), nn.Linear)
-        for name in {place.module for place in unit.followers}
-    ]  # fmt: skip
-    if places and shape is None:
-        # no guess for a linear layer, which takes inputs of any rank
-        shape = likely_shape(model) if isinstance(_first(model), CONVS) else None
-        if shape is None:
-            layer, name = places[0]
-            raise NeuronMergingError(
-                f"{name} may normalise places or what {layer} gives at each: give example_input, which shows it"
-            )
-    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(check, layer, name)) for layer, name in places]
-    try:
-        if hooks:
-            count_macs(model, shape)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def input_shape(example_input: Tensor | Sequence[int] | None, images: Tensor | None) -> tuple[int, ...] | None:

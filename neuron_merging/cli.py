@@ -35,10 +35,11 @@ from neuron_merging.commandline import (
     warn_of_nothing,
 )
 from neuron_merging.config import ShrinkConfig, add_flags, numbers, numbers_by_name, shares_text
-from neuron_merging.counting import count_parameters, dtype
+from neuron_merging.counting import count_parameters
 from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.images import Labelled, image_folder, loader, pictures, transforms
 from neuron_merging.loading import build_model, origin, with_weights
+from neuron_merging.running import dtype
 from neuron_merging.shrink import shrink, summarize
 
 Datasets = Callable[[argparse.Namespace, torch.device], Labelled | None]

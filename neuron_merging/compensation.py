@@ -120,7 +120,7 @@ class Contents:
             return []
         kind = "prune" if self.space.obstacle else compensation
         if self.neurons is not None:
-            return self._of_unit(
+            return self.of_unit(
                 with_constants(COMPENSATIONS[kind](self.neurons, keep, t=t, lam=lam), self.neurons), kind
             )
         return self._of_coupled(keep, None if kind == "prune" else t)
@@ -138,7 +138,7 @@ class Contents:
                 Z = merge_derived(unit, keep, t=ALIKE, lam=1 - 1e-6).Z
             else:
                 Z = only_twins(merge(Neurons(effective(unit), None, False), keep, t=ALIKE, lam=1.0).Z)
-            return self._of_unit(Decomposition(keep, Z), "start")
+            return self.of_unit(Decomposition(keep, Z), "start")
         if space.obstacle is None:
             matrices = scaling_matrices(self.survey.network, space, keep, t=ALIKE)
             return [Absorbed(way.reader, way.channels, keep, Z) for way, Z in zip(space.ways.to_readers, matrices)]
@@ -148,7 +148,8 @@ class Contents:
         Z = only_twins(merge(Neurons(own, None, False), keep, t=ALIKE, lam=1.0).Z)
         return [Absorbed(place, place.positions(space.leaf), keep, Z) for place in space.readers]
 
-    def _of_unit(self, part: Decomposition, kind: str) -> list[Absorbed]:
+    def of_unit(self, part: Decomposition, kind: str = "") -> list[Absorbed]:
+        """What the reader of a unit takes over by a decomposition; nothing where a plain cut does the same."""
         (reader,) = self.space.readers
         if kind == "prune" and part.shift is None:
             return []

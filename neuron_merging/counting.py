@@ -1,16 +1,12 @@
 """Counts what a network costs: parameters and multiply-accumulates."""
 
-import contextlib
-import copy
-
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-
-def dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a network's inputs: that of its first floating-point parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph import macs
+from neuron_merging.graph.export import capture
+from neuron_merging.running import dtype
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -19,25 +15,20 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of convolutions and matrix products for one input of `shape` (without the batch).
+    """Multiply-accumulates of convolutions, matrix products, attention and recurrent layers for one input of `shape`.
 
-    The network is run in float32. If it fails, it is run in its own precision, then on whole numbers, as an embedding takes.
+    The shape is without the batch. The input is of the network's precision, or, if that fails, of whole numbers, as an
+    embedding takes them. Raises NeuronMergingError if the network does not run on it or cannot be exported.
     """
-
-    def count(copied: nn.Module, kind: torch.dtype | None = None) -> int:
-        copied.eval().requires_grad_(False)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            copied(torch.zeros(1, *shape, dtype=kind or dtype(copied), device="cpu"))
-        return counter.get_total_flops() // 2
-
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        return count(copy.deepcopy(model).cpu().float())
-    except RuntimeError:
-        own = dtype(model)
-        for kind in (torch.int64,) if own == torch.float32 else (own, torch.int64):
-            with contextlib.suppress(Exception):
-                return count(copy.deepcopy(model).cpu(), kind)
-        raise
+        network = capture(model, torch.zeros(1, *shape, dtype=dtype(model), device=device))
+    except NeuronMergingError as error:
+        try:
+            network = capture(model, torch.zeros(1, *shape, dtype=torch.int64, device=device))
+        except NeuronMergingError:
+            raise error from None
+    return macs.count_macs(network)
 
 
 def precise(x: Tensor, precision: torch.dtype) -> Tensor:

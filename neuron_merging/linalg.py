@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.tracing import CONVS
+from neuron_merging.running import CONVS
 
 ENTRIES = 2**27  # the most numbers in a matrix of patches: 512 MB
 POSITIONS = 128  # output positions that a fit uses, for every feature of a patch
@@ -87,8 +87,8 @@ def cholesky(A: Tensor) -> Tensor:
 
 
 def penalty(energy: Tensor, ridge: float) -> Tensor:
-    """The diagonal of Λ for the features' variances `energy` [F]: λ of each, and λ/10 of their mean."""
-    return ridge * energy + 0.1 * ridge * energy.mean() + 1e-10
+    """The diagonal of Λ for the features' variances `energy` […, F]: λ of each, and λ/10 of their mean."""
+    return ridge * energy + 0.1 * ridge * energy.mean(-1, keepdim=True) + 1e-10
 
 
 ROWS = 2**14  # rows that are summed in their own dtype; such sums are added up in float64

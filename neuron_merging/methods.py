@@ -1,32 +1,39 @@
 """All methods that make a network smaller, by name: the paper's, ours, and those of other papers."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from neuron_merging.baselines import fold, folded, lbyl, reestimate
+from neuron_merging.compensation import Contents, constants, refused, with_constants
 from neuron_merging.config import ShrinkConfig
-from neuron_merging.coupled import cut_streams
-from neuron_merging.decompose import COMPENSATIONS, Decomposition, Neurons, prune
+from neuron_merging.decompose import COMPENSATIONS, Decomposition, Neurons
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.streams import Stream, apart
-from neuron_merging.graph.tracing import Unit
-from neuron_merging.network import check_compensation, compensate, read, rebuild, with_constants
+from neuron_merging.graph.rules import operation
+from neuron_merging.graph.spaces import Space, Survey
+from neuron_merging.graph.surgery import Smaller, cut
 from neuron_merging.restore import Options, restore
+from neuron_merging.restore.batches import Source
+from neuron_merging.restore.readers import OPERANDS
+from neuron_merging.widths.batches import count
+from neuron_merging.widths.cost import Cost
+from neuron_merging.widths.search import HELD_OUT, WidthSearch
 
-Units = Sequence[Unit | Stream]
-Inputs = Callable[[], Tensor]
-"""A function that returns the inputs [B, …] that a method runs the network on: real ones, or made-up ones, made at the call."""
+Keep = Mapping[Space, Tensor]
+Run = Callable[[Survey, Keep, ShrinkConfig, Source], tuple[Smaller, list[str]]]
 
 
 @dataclass(frozen=True)
 class Method:
     """A method that makes a network smaller.
 
-    run: (network, its units, the neurons [P] that each keeps, the config, inputs) → a smaller network. Must not change the
-    network. layerwise: the method's form for one layer, for the choice of widths; None if it has none.
+    run: (survey of the network, the indices [P] that each space keeps, the config, inputs) → a smaller network, and notes. Must
+    not change the network. layerwise: the method's form for one layer, for the choice of widths; None if it has none.
     The other fields are true or false:
     regresses: it fits layers to their earlier outputs; the choice of widths then does so too.
     local: it acts on one layer at a time, so `layerwise` is all of it.
@@ -34,7 +41,7 @@ class Method:
     seed. coupled: it has a form for channels that several layers share. adds_bias: it may add a bias to a layer without one.
     """
 
-    run: Callable[[nn.Module, Units, Sequence[Tensor], ShrinkConfig, Inputs], nn.Module]
+    run: Run
     layerwise: Callable[[Neurons, Tensor, ShrinkConfig], Decomposition] | None = None
     regresses: bool = False
     local: bool = False
@@ -54,56 +61,87 @@ class Method:
             )
         return partial(self.layerwise, config=config)
 
+    def check(self, spaces: Sequence[Space], widths: Sequence[int], name: str) -> None:
+        """Raises NeuronMergingError if the method, called `name`, has no form for these spaces."""
+        if not self.coupled and any(space.unit is None for space in spaces):
+            raise NeuronMergingError(
+                f"{name} has no form for coupled channels: use prune, merge or restore, or leave them whole"
+            )
+        plain = name.removesuffix("-bn")
+        if plain in COMPENSATIONS:
+            refused([space for space, P in zip(spaces, widths) if space.size > P], plain)
 
-def check_units(name: str, units: Units) -> None:
-    """Raises NeuronMergingError if the method `name` has no form for one of the units."""
-    if not METHODS[name].coupled and any(isinstance(unit, Stream) for unit in units):
-        raise NeuronMergingError(
-            f"{name} has no form for coupled channels: use prune, merge or restore, or leave them whole"
-        )
-    plain = name.removesuffix("-bn")
-    if plain in COMPENSATIONS:
-        check_compensation([unit for unit in units if isinstance(unit, Unit)], plain)
+    def search(self, survey: Survey, spaces: Sequence[Space], config: ShrinkConfig, inputs: Source) -> WidthSearch:
+        """Measure what thinning each space does. As a third of the inputs is held out for sensitivities, there are more."""
+        sensitivity = config.widths == "auto"
+        return WidthSearch(
+            survey, spaces, inputs(1 / (1 - HELD_OUT) if sensitivity else 1.0), criterion=config.criterion,
+            layerwise=self.of_a_layer(config), ridge=config.ridge, sensitivity=sensitivity, biases=self.adds_bias,
+        )  # fmt: skip
 
 
 def _compensated(
-    name: str, model: nn.Module, units: Units, keep: Sequence[Tensor], config: ShrinkConfig, inputs: Inputs
-) -> nn.Module:
-    """Apply a compensation of decompose.py to the units, and its form for coupled channels to the streams."""
-    (alone, kept), coupled = apart(units, keep)
-    parts = compensate(model, alone, kept, name, t=config.threshold, lam=config.lamda)
-    small = rebuild(model, alone, parts)
-    cut_streams(model, small, coupled, None if name == "prune" else config.threshold)
-    return small
+    name: str, survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source
+) -> tuple[Smaller, list[str]]:
+    """Apply a compensation of decompose.py; spaces that it cannot merge are only pruned."""
+    only_pruned = refused([space for space, kept in keep.items() if len(kept) < space.size], name)
+    known = constants(survey)
+    absorbed = [
+        taken
+        for space, kept in keep.items()
+        for taken in Contents(survey, space, known).absorbed(kept, name, t=config.threshold, lam=config.lamda)
+    ]
+    reasons = "; ".join(f"{space.layer}: {why}" for space, why in only_pruned.items())
+    return cut(survey, keep, absorbed), [f"only pruned, as a merge does not pass: {reasons}"] if reasons else []
 
 
 def _layer_compensated(name: str, neurons: Neurons, keep: Tensor, config: ShrinkConfig) -> Decomposition:
     return with_constants(COMPENSATIONS[name](neurons, keep, t=config.threshold, lam=config.lamda), neurons)
 
 
-def _restored(
-    model: nn.Module, units: Units, keep: Sequence[Tensor], config: ShrinkConfig, inputs: Inputs
-) -> nn.Module:
-    return restore(model, units, keep, inputs(), Options(ridge=config.ridge))
+def _restored(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source) -> tuple[Smaller, list[str]]:
+    batches = inputs(1.0)
+    macs = Cost(survey, []).whole[1] * count(survey.network, batches)
+    options = Options(ridge=config.ridge, probe_statistics=not inputs.real)
+    restored = restore(survey, keep, batches, options, macs)
+    unfitted = _unfitted(survey, keep, restored.fits)
+    note = f"not restored, being no plain layers of their own weights: {', '.join(unfitted)}"
+    return restored.small, [note] if unfitted else []
 
 
-def _lbyl(model: nn.Module, units: Units, keep: Sequence[Tensor], config: ShrinkConfig, inputs: Inputs) -> nn.Module:
-    def part(unit: Unit, kept: Tensor) -> Decomposition:
-        neurons = read(model, unit)
-        return lbyl(neurons, kept) if len(kept) else prune(neurons, kept, t=config.threshold, lam=config.lamda)
+def _unfitted(survey: Survey, keep: Keep, fitted: Collection[str]) -> list[str]:
+    """The parameters that read what was dropped, but were not looked at by restoration; embeddings that read, too."""
+    smaller = [space for space, kept in keep.items() if 0 < len(kept) < space.size]
+    readers = {place.name for space in smaller for place in space.readers}
+    for place in (place for space in smaller for place in space.writers):
+        calls = {operation(call) for call in survey.calls(place)}
+        if "embedding" in calls and calls & OPERANDS.keys():
+            readers.add(place.name)
+    return sorted(readers - set(fitted))
 
-    return rebuild(model, units, [part(unit, kept) for unit, kept in zip(units, keep)])
+
+def _lbyl(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source) -> tuple[Smaller, list[str]]:
+    absorbed = []
+    for space, kept in keep.items():
+        contents = Contents(survey, space, {})
+        if 0 < len(kept) < space.size:
+            absorbed += contents.of_unit(lbyl(contents.neurons, kept))
+    return cut(survey, keep, absorbed), []
 
 
-def _folded(model: nn.Module, units: Units, keep: Sequence[Tensor], config: ShrinkConfig, inputs: Inputs) -> nn.Module:
-    return fold(model, units, [len(kept) for kept in keep], config.seed)  # as many clusters, not the same neurons
+def _folded(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source) -> tuple[Smaller, list[str]]:
+    widths = {space: len(kept) for space, kept in keep.items()}
+    return fold(survey, widths, config.seed), []  # as many clusters, not the same neurons
 
 
 def _reestimated(
-    name: str, model: nn.Module, units: Units, keep: Sequence[Tensor], config: ShrinkConfig, inputs: Inputs
-) -> nn.Module:
+    name: str, survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source
+) -> tuple[Smaller, list[str]]:
     """Apply a compensation of decompose.py, then measure the BatchNorm statistics again on real inputs."""
-    return reestimate(_compensated(name, model, units, keep, config, inputs), inputs())
+    small, notes = _compensated(name, survey, keep, config, inputs)
+    images = [batch[0] for batch in inputs(1.0)]
+    reestimate(small.model, torch.cat(images))
+    return small, notes
 
 
 METHODS: dict[str, Method] = {

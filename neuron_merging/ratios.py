@@ -3,63 +3,44 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
-from typing import Any
 
-from torch import nn
-
+from neuron_merging.compensation import check_width
 from neuron_merging.config import Ratio
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import Space
-from neuron_merging.graph.streams import Stream
-from neuron_merging.graph.tracing import NORMS, Unit
-from neuron_merging.network import check_width
 
 
-def without(
-    model: nn.Module, units: list[Any], left_out: dict[str, str], ignore: Sequence[str]
-) -> tuple[list[Any], dict[str, str]]:
+def without(units: list[Space], left_out: dict[str, str], ignore: Sequence[str]) -> tuple[list[Space], dict[str, str]]:
     """The units that are not ignored; and by layer that stays whole, why. Raises NeuronMergingError for an unknown name."""
     if isinstance(ignore, str):
         ignore = [ignore]
     for pattern in ignore:
-        if not any(fnmatchcase(name, pattern) for name in (*(n for u in units for n in _layers(model, u)), *left_out)):
+        if not any(fnmatchcase(name, pattern) for name in (*(n for u in units for n in u.modules), *left_out)):
             raise NeuronMergingError(f"ignore: no convolution or linear layer is called {pattern}")
-    ignored = [u for u in units if any(fnmatchcase(name, pattern) for name in _layers(model, u) for pattern in ignore)]
+    ignored = [u for u in units if any(fnmatchcase(name, pattern) for name in u.modules for pattern in ignore)]
     others = [u for u in units if u not in ignored]
-    whole = {name for u in ignored for name in _layers(model, u)} - {name for u in others for name in _layers(model, u)}
+    whole = {name for u in ignored for name in u.modules} - {name for u in others for name in u.modules}
     reason = "it is ignored, or shares channels with a layer that is"
-    return others, left_out | {name: reason for u in ignored for name in _layers(model, u) if name in whole}
-
-
-def _layers(model: nn.Module, unit: Unit | Stream | Space) -> tuple[str, ...]:
-    """The layers that a unit, stream or space consists of: those that write it, and the depthwise convolutions that follow."""
-    if isinstance(unit, Space):
-        return unit.modules
-    if isinstance(unit, Unit):
-        return (unit.layer,)
-    followers = (place.module for place in unit.followers)
-    return (*unit.writers, *(name for name in followers if not isinstance(model.get_submodule(name), NORMS)))
+    return others, left_out | {name: reason for u in ignored for name in u.modules if name in whole}
 
 
 def uniform_widths(
-    model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], left_out: dict[str, str], multiple: int
+    ratio: Ratio, units: list[Space], full: list[int], left_out: dict[str, str], multiple: int
 ) -> list[int]:
     """The kept width of every unit for this ratio, rounded to `multiple`. Raises NeuronMergingError if they make no sense."""
-    kept = _kept(model, ratio, units, full, left_out)
-    for unit, P, N in zip(units, kept, full):
-        check_width(unit.layer, P, N, least=0 if isinstance(unit, Unit) and unit.branch else 1)
-    if 0 in kept and any(isinstance(unit, Stream) for unit in units):
-        raise NeuronMergingError("a block can only be left out where channels are not coupled: give 1 or more")
+    kept = _kept(ratio, units, full, left_out)
+    for unit, P in zip(units, kept):
+        check_width(unit, P)
     return kept if multiple == 1 else [_rounded(w, n, multiple) for w, n in zip(kept, full)]
 
 
-def _kept(model: nn.Module, ratio: Ratio, units: list[Any], full: list[int], left_out: dict[str, str]) -> list[int]:
+def _kept(ratio: Ratio, units: list[Space], full: list[int], left_out: dict[str, str]) -> list[int]:
     """The kept width of every unit before rounding. Raises NeuronMergingError that names a layer whose ratio makes no sense."""
     ratio = ratio.tolist() if hasattr(ratio, "tolist") else ratio  # tensors and arrays
     if isinstance(ratio, Mapping):
         ratios = [0.0] * len(units)
         for pattern, value in ratio.items():
-            matching = [i for i, u in enumerate(units) if any(fnmatchcase(name, pattern) for name in _layers(model, u))]
+            matching = [i for i, u in enumerate(units) if any(fnmatchcase(name, pattern) for name in u.modules)]
             for i in matching:
                 ratios[i] = _number(value)
             if not matching:

@@ -1,7 +1,8 @@
 """Made-up inputs, called the probe (ours): restoration and the choice of widths run the network on them instead of on data.
 
-Images have edges and colours like photographs (dead leaves). A network that does not take images gets noise. Then each input is
-moved one step along the gradient of a random class (the class step), so that the inputs differ in what the network tells apart.
+Images have edges and colours like photographs (dead leaves), and sounds have a pitch (tones). Other inputs are noise. Then each
+input is moved one step along the gradient of a random class (the class step), so that the inputs differ in what the network tells
+apart.
 """
 
 import contextlib
@@ -14,22 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from neuron_merging.config import ShrinkConfig
-from neuron_merging.counting import dtype
 from neuron_merging.errors import NeuronMergingError, reported_as
-from neuron_merging.graph.interpreter import (
+from neuron_merging.running import (
+    CONVS,
+    NORMS,
     by_sample,
     computing_in,
     count_positions,
+    dtype,
     floats,
     measure_statistics,
     precision,
 )
-from neuron_merging.graph.tracing import CONVS, NORMS, Graph
 
 MADE = {"dtype": torch.float32, "device": "cpu"}  # of all new tensors, whatever the defaults of the process are
 CHUNK = 64  # samples that are normalised together in the class step
 PART = 16  # samples that are Fourier-transformed or painted together
 PINK, WHITE = 1.2, 0.15  # standard deviations of images and of white noise
+STEP = 0.4  # length of the class step in standard deviations of the inputs
+CONTRASTS = (0.25, 1.2)  # standard deviations of images whose scale is not known
+SHORTEST = 64  # places of an input in time, from which on it gets tones
+NUMBERS = 2**20  # places of all inputs together, at least
 LEAVES = 3  # area of all leaves of an image together, as a multiple of the image's area
 SMALLEST = 4  # least radius of a leaf in pixels, but at most an eighth of the side; the largest radius is the side
 
@@ -40,28 +46,43 @@ def make(
     samples: int | None = None,
     *,
     kind: str = "auto",
-    step: float = 0.4,
+    step: float | None = None,
     seed: int = 1,
 ) -> Tensor:
     """A probe [samples, *shape] for `model`, in float32 on its device. On a CPU the same seed gives the same probe.
 
-    kind: "leaves", "pink", "white" or "auto". "auto" gives dead leaves if the network has BatchNorm and its first layer is a
-    convolution, else weak white noise. samples: None for `default_samples`. step: length of the class step in standard
-    deviations of the samples, 0 for none.
-    Raises NeuronMergingError for an unknown kind, a shape that the network does not take, or a network that cannot be traced.
+    kind: "leaves", "pink", "tones", "white" or "auto", which is `usual`. samples: None for `default_samples`. step: length of the
+    class step in standard deviations of the samples, 0 for none; None: 0.4, but none for tones, and for images of a network
+    without BatchNorm. Such a network says nothing of its inputs' scale: then every image has a contrast and brightness of its own.
+    Raises NeuronMergingError for an unknown kind, or a shape that the network does not take.
     """
     check(kind)
-    if kind == "auto":
-        kind = "leaves" if _convolves(model) and any(isinstance(m, NORMS) for m in model.modules()) else "white"
-    if kind != "white" and len(shape) < 2:
+    unknown = kind == "auto" and not any(isinstance(m, NORMS) for m in model.modules())
+    kind = usual(model, shape) if kind == "auto" else kind
+    if kind in ("leaves", "pink") and len(shape) < 2:
         raise NeuronMergingError(f"--probe {kind} is for images: an input of shape {list(shape)} has none; use white")
     samples = samples or default_samples(model, shape)
     random = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
-    x = PROBES[kind](samples, shape, random).to(parameter.device)
+    x = PROBES[kind](samples, shape, random)
+    if kind == "leaves" and unknown:
+        x = _of_any_scale(x, random)
+    x = x.to(parameter.device)
+    if step is None:
+        step = 0.0 if kind == "tones" or (kind == "leaves" and unknown) else STEP
     if step == 0:
         return x
     return x + (step * x.std() * _class_direction(model, x, random)).to(x)
+
+
+def usual(model: nn.Module, shape: tuple[int, ...]) -> str:
+    """The kind of inputs that "auto" is: leaves or tones where the first layer is a convolution over images or time, else white."""
+    sides = shape[1:]
+    if not _convolves(model, shape):
+        return "white"
+    if len(sides) >= 2:
+        return "leaves"
+    return "tones" if shape[-1] >= SHORTEST else "white"
 
 
 def inputs(
@@ -101,23 +122,25 @@ def rule(kind: str) -> str:
 
 
 def default_samples(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """How many samples a probe for `model` has by default: 256, or more if the first layer is linear.
+    """How many samples a probe for `model` has by default: 256, fewer of large inputs, more if the first layer is linear.
 
-    A linear first layer reads one or several rows of each sample, such as one for each token: it is to get 4096 rows in all.
+    A linear first layer reads one or several rows of each sample, such as one for each token: it is to get 4096 rows in all. Of
+    large inputs 32 samples or more are made that have `NUMBERS` places together.
     Raises NeuronMergingError if the network does not take inputs of this shape.
     """
-    if _convolves(model):
-        return 256
+    if _convolves(model, shape):
+        places = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+        return max(32, min(256, NUMBERS // places))
     with reported_as(f"{type(model).__name__} does not take inputs of shape {list(shape)}"):
         first = next(iter(count_positions(model, shape).values()), 1)  # in the order of the calls
     return max(256, 4096 // max(1, round(first)))
 
 
-def _convolves(model: nn.Module) -> bool:
+def _convolves(model: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether the first layer that the forward pass calls is a convolution."""
-    network = Graph(model)
-    called = (network.module(node) for node in network.nodes)
-    return isinstance(next((m for m in called if isinstance(m, (*CONVS, nn.Linear))), None), CONVS)
+    with reported_as(f"{type(model).__name__} does not take inputs of shape {list(shape)}"):
+        first = next(iter(count_positions(model, shape)), None)
+    return first is not None and isinstance(model.get_submodule(first), CONVS)
 
 
 def pink(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -175,6 +198,43 @@ def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tens
     return WHITE * torch.randn(samples, *shape, generator=random, **MADE)
 
 
+def tones(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """Sounds [samples, …, T] of mean 0 and standard deviation 1: a tone with harmonics, and white noise of any strength.
+
+    The pitch is anywhere from 2 periods in an input to 8 places in a period, on a logarithmic scale. Harmonics fall by 3 to 12 dB
+    an octave. Channels have correlations of 0.9.
+    """
+    *channels, length = shape
+    width = math.prod(channels)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(samples, *size, generator=random, **MADE)
+
+    turns = 2 * (length / 16) ** uniform(1, 1) * torch.arange(length, **MADE) / length  # periods since the start
+    slope = 0.5 + 1.5 * uniform(1, 1)
+    sound = torch.zeros(samples, 1 + width, length, **MADE)
+    for harmonic in range(1, 12):
+        audible = harmonic * turns[..., 1:2] < 0.5
+        loud = harmonic**-slope * uniform(1 + width, 1) * audible
+        sound += loud * torch.sin(2 * math.pi * (harmonic * turns + uniform(1 + width, 1)))
+    sound = sound / sound.std(2, keepdim=True)
+    noise = torch.randn(samples, 1 + width, length, generator=random, **MADE)
+    sound = _correlated(sound + uniform(1, 1) * noise)
+    sound = (sound - sound.mean(2, keepdim=True)) / sound.std(2, keepdim=True)
+    return sound.view(samples, *shape)
+
+
+def _of_any_scale(images: Tensor, random: torch.Generator) -> Tensor:
+    """Images [N, C, …], each with another contrast, between those of `CONTRASTS`, and another brightness."""
+    low, high = CONTRASTS
+    single = [1] * (images.ndim - 2)
+    contrast = low * (high / low) ** torch.rand(len(images), 1, *single, generator=random, **MADE)
+    brightness = 0.5 * torch.randn(len(images), 1, *single, generator=random, **MADE)
+    sides = tuple(range(2, images.ndim))
+    deviation = images.flatten(1).std(1).view(-1, 1, *single)
+    return contrast * ((images - images.mean(sides, keepdim=True)) / deviation + brightness)
+
+
 def _correlated(noise: Tensor) -> Tensor:
     """Independent noise [N, 1 + C, …] → channels [N, C, …] with correlations of 0.9 and the same variance."""
     return math.sqrt(0.9) * noise[:, :1] + math.sqrt(0.1) * noise[:, 1:]
@@ -185,7 +245,7 @@ def _scaled(images: Tensor) -> Tensor:
     return PINK * images / images.std(dim=(0, *range(2, images.ndim)), keepdim=True)
 
 
-PROBES = {"leaves": leaves, "pink": pink, "white": white}
+PROBES = {"leaves": leaves, "pink": pink, "tones": tones, "white": white}
 KINDS = ("auto", *PROBES)
 AUTO = "auto: leaves or white"
 

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,11 +9,17 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from data import DATASETS, Images
+from neuron_merging.checks import likely_shape
+from neuron_merging.compensation import Contents, refused, with_constants
 from neuron_merging.config import ShrinkConfig
-from neuron_merging.graph.tracing import NORMS, units
+from neuron_merging.decompose import COMPENSATIONS
+from neuron_merging.graph.spaces import find_spaces
+from neuron_merging.graph.surgery import cut
 from neuron_merging.methods import METHODS
-from neuron_merging.network import read
-from neuron_merging.synthetic import inputs
+from neuron_merging.restore import Options
+from neuron_merging.restore import restore as restored
+from neuron_merging.restore.batches import Source
+from neuron_merging.running import NORMS, dtype
 
 
 def images(name="FashionMNIST", count=150, seed=0) -> Images:
@@ -48,6 +53,67 @@ def example(model: nn.Module, count: int = 8) -> torch.Tensor:
 def shape_of(model: nn.Module) -> tuple[int, ...]:
     """Of one input of one of our networks."""
     return (1, 28, 28) if type(model).__name__ == "LeNet_300_100" else (3, 32, 32)
+
+
+def surveyed(model: nn.Module, shape=None):
+    """The survey of a network that takes inputs of this shape; None: a shape that is guessed."""
+    shape = shape if shape is not None else likely_shape(model)
+    return find_spaces(model, torch.zeros(2, *shape, dtype=dtype(model)))
+
+
+def units(model: nn.Module, shape=None) -> list:
+    """The paper's units of a network."""
+    return [space.unit for space in surveyed(model, shape).spaces if space.unit is not None]
+
+
+def spaces_of(survey, found) -> list:
+    """The spaces of these units, by the names of their layers."""
+    by_layer = {space.layer: space for space in survey.spaces}
+    return [by_layer[unit.layer] for unit in found]
+
+
+def read(model: nn.Module, unit, shape=None):
+    """The neurons of a unit."""
+    survey = surveyed(model, shape)
+    return Contents(survey, *spaces_of(survey, [unit]), {}).neurons
+
+
+def choose(model: nn.Module, found, widths, criterion: str, shape=None) -> list[torch.Tensor]:
+    """The neurons that each of these units keeps."""
+    survey = surveyed(model, shape)
+    return [
+        Contents(survey, space, {}).choose(P, criterion)
+        for space, P in zip(spaces_of(survey, found), widths, strict=True)
+    ]
+
+
+def decompose(model: nn.Module, found, widths, criterion: str, form: str, *, t=0.0, lam=1.0, shape=None) -> list:
+    """How the kept neurons of each of these units stand in for the others."""
+    survey = surveyed(model, shape)
+    spaces = spaces_of(survey, found)
+    refused(spaces, form)
+    parts = []
+    for space, P in zip(spaces, widths, strict=True):
+        contents = Contents(survey, space, {})
+        keep, kind = contents.choose(P, criterion), form if P else "prune"
+        part = COMPENSATIONS[kind](contents.neurons, keep, t=t, lam=lam)
+        parts.append(with_constants(part, contents.neurons) if P else part)
+    return parts
+
+
+def rebuild(model: nn.Module, found, parts, shape=None) -> nn.Module:
+    """The smaller network that these decompositions of its units make."""
+    survey = surveyed(model, shape)
+    pairs = list(zip(spaces_of(survey, found), parts, strict=True))
+    absorbed = [taken for space, part in pairs if len(part.keep) for taken in Contents(survey, space, {}).of_unit(part)]
+    return cut(survey, {space: part.keep for space, part in pairs}, absorbed).model
+
+
+def restore(model: nn.Module, found, keep, probe: torch.Tensor, options: Options = Options()) -> nn.Module:
+    """A restored network, fitted on the probe, in six batches where that is possible."""
+    survey = find_spaces(model, probe[:2].to(dtype(model)))
+    parts = [[part] for part in probe.tensor_split(min(6, len(probe) // 2))]
+    return restored(survey, dict(zip(spaces_of(survey, found), keep, strict=True)), parts, options).small.model
 
 
 def widths_of(model: nn.Module, found=None) -> list[int]:
@@ -139,10 +205,13 @@ def conv(channels, neurons, **told) -> nn.Module:
     return nn.Conv2d(channels, neurons, 3, padding=1, **told)
 
 
-def smaller(kind: str, model: nn.Module, units, keep, shape=(), images=None, **options) -> nn.Module:
+def smaller(kind: str, model: nn.Module, found, keep, shape=None, images=None, **options) -> nn.Module:
     """What the method `kind` makes of a network whose units keep the neurons `keep`. options: of ShrinkConfig."""
     config = ShrinkConfig(compensation=kind, **options)
-    return METHODS[kind].run(model, units, keep, config, partial(inputs, model, shape, config, images))
+    survey = surveyed(model, shape)
+    kept = dict(zip(spaces_of(survey, found), keep, strict=True))
+    small, _ = METHODS[kind].run(survey, kept, config, Source(survey.network, config, images))
+    return small.model
 
 
 def of_a_layer(kind: str, **options):

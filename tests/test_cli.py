@@ -18,10 +18,8 @@ from neuron_merging import cli as cli_of_package
 from neuron_merging import images, loading, memory
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.export import export
-from neuron_merging.graph.tracing import units
-from neuron_merging.network import decompose, rebuild
 from neuron_merging.shrink import shrink, summarize
-from tests.helpers import example, widths_of
+from tests.helpers import decompose, example, rebuild, units, widths_of
 
 CODE = """
 import torch

@@ -5,11 +5,10 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as masks
 
-from neuron_merging.graph.tracing import units
-from neuron_merging.network import choose, read
 from neuron_merging.shrink import shrink
 
 KINDS = ("prune", "merge", "merge-derived", "restore")
+from tests.helpers import choose, read, units
 
 
 def network(bn: bool) -> nn.Sequential:

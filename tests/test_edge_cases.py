@@ -19,11 +19,9 @@ from neuron_merging.coupled import scaling_matrices
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.interpreter import Walk
 from neuron_merging.graph.streams import Stream
-from neuron_merging.graph.tracing import units
 from neuron_merging.linalg import cholesky, rows
-from neuron_merging.network import choose, decompose, read, rebuild
 from neuron_merging.shrink import prunable, shrink, width
-from tests.helpers import Written, conv, same, smaller, with_statistics
+from tests.helpers import Written, choose, conv, decompose, read, rebuild, same, smaller, units, with_statistics
 
 KINDS = ("prune", "merge", "restore")
 

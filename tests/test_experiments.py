@@ -21,8 +21,7 @@ from experiments.experiment import measure
 from experiments.grid import GRIDS
 from neuron_merging.decompose import COMPENSATIONS, CRITERIA
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.tracing import units
-from neuron_merging.network import decompose, rebuild
+from tests.helpers import decompose, rebuild, units
 
 
 def a_row(**changes) -> rows.Row:

@@ -9,13 +9,15 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LAYERS = (  # of what stands in one layer, nothing imports another
-    "errors decompose memory counting",
+    "errors decompose memory",
     "files config graph",
+    "counting",
     "blocks linalg synthetic",
     "network alike",
     "compensation",
-    "coupled baselines widths ratios checks",
+    "coupled baselines ratios checks",
     "restore",
+    "widths",
     "exported",
     "methods",
     "shrink",

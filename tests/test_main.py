@@ -14,16 +14,14 @@ from experiments import settings, tuning
 from experiments.experiment import Experiment, depth_wide, load
 from experiments.literal import FORMS
 from models import NETWORKS, build
-from neuron_merging.blocks import drop
 from neuron_merging.checkpoint import load_checkpoint, save_checkpoint
 from neuron_merging.decompose import COMPENSATIONS, CRITERIA
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.files import write_atomically
-from neuron_merging.graph.tracing import units
 from neuron_merging.methods import METHODS
 from neuron_merging.shrink import shrink
 from tests.conftest import ROOT
-from tests.helpers import images
+from tests.helpers import images, units
 
 PUBLISHED_LENET = {  # ratio: (prune, merge), l1-norm, Table 1
     0.5: (88.40, 88.69), 0.6: (85.17, 86.92), 0.7: (71.26, 82.75), 0.8: (66.76, 80.02),

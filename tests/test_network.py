@@ -12,10 +12,8 @@ from models import build
 from neuron_merging.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from neuron_merging.decompose import COMPENSATIONS, Decomposition, select
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.tracing import units
-from neuron_merging.network import decompose, rebuild
 from tests.conftest import NARROW
-from tests.helpers import example, plant_multiples, same, widths_of, without_batchnorm
+from tests.helpers import decompose, example, plant_multiples, rebuild, same, units, widths_of, without_batchnorm
 
 
 def halves(model: nn.Module) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from neuron_merging.graph.interpreter import by_sample
+from neuron_merging.running import by_sample
 from neuron_merging.shrink import shrink
 
 

@@ -16,18 +16,21 @@ from neuron_merging.baselines import fold, lbyl, reestimate
 from neuron_merging.decompose import BatchNorm, Neurons
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.interpreter import Walk
-from neuron_merging.graph.tracing import units
 from neuron_merging.linalg import Ridge, matrix, patches
-from neuron_merging.network import choose, decompose, rebuild
+from neuron_merging.restore import Options
 from neuron_merging.restore.adapt import adapt
-from neuron_merging.restore.lockstep import Options, restore
 from neuron_merging.shrink import shrink
 from tests.helpers import (
+    choose,
+    decompose,
     example,
     plant_multiples,
+    rebuild,
+    restore,
     same,
     shape_of,
     smaller,
+    units,
     widths_of,
     with_statistics,
     without_batchnorm,

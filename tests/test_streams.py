@@ -15,9 +15,8 @@ from neuron_merging.counting import count_macs, count_parameters
 from neuron_merging.coupled import scaling_matrices
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.streams import Stream, streams
-from neuron_merging.restore.lockstep import restore
 from neuron_merging.shrink import prunable, select, shrink, summarize
-from tests.helpers import example, same, shape_of, smaller, with_statistics
+from tests.helpers import example, restore, same, shape_of, smaller, with_statistics
 
 
 class Dense(nn.Module):

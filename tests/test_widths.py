@@ -13,25 +13,38 @@ from torch import nn
 from experiments.experiment import Experiment, shrink
 from models import build
 from neuron_merging import synthetic as probe
-from neuron_merging.blocks import Silence
 from neuron_merging.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from neuron_merging.config import ShrinkConfig
 from neuron_merging.counting import count_macs, count_parameters
 from neuron_merging.decompose import CRITERIA
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.interpreter import Walk
-from neuron_merging.graph.tracing import units
+from neuron_merging.graph.silence import Silence
+from neuron_merging.graph.spaces import find_spaces
+from neuron_merging.graph.walk import Walk, precision
 from neuron_merging.methods import METHODS
-from neuron_merging.network import choose, decompose, read, rebuild
-from neuron_merging.restore.lockstep import restore
 from neuron_merging.shrink import shrink as of_network
 from neuron_merging.synthetic import inputs
 from neuron_merging.widths import curves as W
-from neuron_merging.widths.consumer import Consumer
+from neuron_merging.widths import search as S
+from neuron_merging.widths.batches import split
+from neuron_merging.widths.consumer import Consumer, greedy
 from neuron_merging.widths.cost import Cost
-from neuron_merging.widths.output import sensitivities
+from neuron_merging.widths.output import Output, sensitivities
 from neuron_merging.widths.search import allocate
-from tests.helpers import of_a_layer, same, shape_of, smaller, widths_of, with_statistics
+from tests.helpers import (
+    choose,
+    decompose,
+    of_a_layer,
+    read,
+    rebuild,
+    restore,
+    same,
+    shape_of,
+    smaller,
+    units,
+    widths_of,
+    with_statistics,
+)
 
 
 def curve(damage):
@@ -40,13 +53,33 @@ def curve(damage):
     return W.Curve(torch.arange(len(damage) - 1), damage, damage)
 
 
+def surveyed(model, x):
+    """The survey of a network, and the space of each of its units."""
+    survey = find_spaces(model, x[:2])
+    by_layer = {space.unit.layer: space for space in survey.spaces if space.unit is not None}
+    return survey, [by_layer[unit.layer] for unit in units(model)]
+
+
+def cost_of(model, shape, biases=False):
+    return Cost(*surveyed(model, torch.zeros(2, *shape)), biases)
+
+
+@torch.no_grad()
+def curves_of(model, x, criterion="l2-norm", decompose=None, ridge=0.03, sensitivity=True):
+    """Of every unit, on inputs x; a third of them is held out for sensitivities."""
+    survey, spaces = surveyed(model, x)
+    seen, held_out = split(survey.network, [[x]], S.HELD_OUT if sensitivity else 0.0)
+    kind = precision(survey.network.graph, [[x]], len(x) * count_macs(model, tuple(x.shape[1:])))
+    return W.curves(survey, spaces, seen, held_out, W.Measure(criterion, decompose, ridge), kind)
+
+
 # ---------------------------------------------------------------- cost
 
 
 @pytest.mark.parametrize("kind", ["prune", "restore"])
 def test_costs_are_those_of_the_smaller_network(network, kind):
     found, shape, random = units(network), shape_of(network), np.random.default_rng(0)
-    cost = Cost(network, found, shape, biases=kind == "restore")
+    cost = cost_of(network, shape, biases=kind == "restore")
     for _ in range(3):
         widths = [int(random.integers(1, n + 1)) for n in widths_of(network, found)]
         small = smaller(kind, network, found, choose(network, found, widths, "l2-norm"), shape, probe_samples=16)
@@ -54,9 +87,7 @@ def test_costs_are_those_of_the_smaller_network(network, kind):
         one_more = np.array(widths)
         one_more[-1] += 1
         assert cost(one_more) - cost(widths) == pytest.approx(cost.marginal(widths)[:, -1])
-    assert Cost(network, found, shape)(cost.full) == pytest.approx(
-        [count_parameters(network), count_macs(network, shape)]
-    )
+    assert cost_of(network, shape)(cost.full) == pytest.approx([count_parameters(network), count_macs(network, shape)])
 
 
 # ---------------------------------------------------------------- error curves
@@ -95,10 +126,11 @@ def test_one_factor_gives_the_regression_for_every_width(n):
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     error, thinned = looked.regressed(order, [0, 2, 4])
     for form in thinned:
+        W = form.put(weights)
         whole, lost = brute_force(U, weights, slope, columns, looked.penalty, order[: form.k].tolist())
         assert error[form.k] == pytest.approx(lost, rel=1e-6)
-        assert torch.allclose(form.W.double(), whole, atol=1e-4)
-        assert torch.allclose(U.mean(0) @ form.W.double().T + form.c, U.mean(0) @ weights.T, atol=1e-3)
+        assert torch.allclose(W, whole, atol=1e-4)
+        assert torch.allclose(U.mean(0) @ W.T + form.c, U.mean(0) @ weights.T, atol=1e-3)
     assert (np.diff(error) <= 1e-9).all()
     assert error[-1] == 0
 
@@ -108,7 +140,7 @@ def test_the_error_of_a_compensation_is_that_of_the_consumers_output():
     model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 5))
     x, found = torch.randn(300, 10), units(model)
     for kind in ("prune", "merge", "lbyl"):
-        (made,) = W.curves(model, found, x, "l2-norm", of_a_layer(kind, threshold=0.1), 0.03, sensitivity=False)
+        (made,) = curves_of(model, x, decompose=of_a_layer(kind, threshold=0.1), sensitivity=False)
         for k in (1, 4, 6):
             small = smaller(kind, model, found, choose(model, found, [k], "l2-norm"), threshold=0.1)
             with torch.no_grad():
@@ -120,7 +152,7 @@ def test_the_greedy_order_takes_what_explains_most():
     """Step by step as by brute force, and twins are not kept together while something else is missing."""
     looked, U, weights, slope, columns = seen()
     A = (U - U.mean(0)).T @ (U - U.mean(0)) / len(U)
-    order, kept = looked.greedy().tolist(), []
+    order, kept = greedy([looked], torch.zeros(len(looked.columns))).tolist(), []
     for _ in range(len(columns)):
         gains = {}
         for j in set(range(len(columns))) - set(kept):
@@ -131,15 +163,16 @@ def test_the_greedy_order_takes_what_explains_most():
     assert order == kept
     U[:, columns[order[1]]] = U[:, columns[order[0]]]
     weights[:, columns[order[1]]] = weights[:, columns[order[0]]]
-    twins = Consumer(U, weights, slope, columns, 1e-6).greedy().tolist()
+    twins = greedy([Consumer(U, weights, slope, columns, 1e-6)], torch.zeros(len(columns))).tolist()
     assert twins[-1] in order[:2]
 
 
 def test_the_greedy_order_keeps_error_lower_than_the_norm_does():
     looked, *_ = seen(neurons=24, taps=2)
     by_norm = looked.W[:, looked.columns].pow(2).sum((0, 2)).argsort(descending=True)
-    greedy, norm = (looked.regressed(order, [])[0] for order in (looked.greedy(), by_norm))
-    assert greedy[4:20].mean() < norm[4:20].mean()
+    by_gain = greedy([looked], torch.zeros(len(looked.columns)))
+    least, norm = (looked.regressed(order, [])[0] for order in (by_gain, by_norm))
+    assert least[4:20].mean() < norm[4:20].mean()
 
 
 # ---------------------------------------------------------------- sensitivities
@@ -149,11 +182,13 @@ def test_sensitivity_is_the_change_of_the_output_when_one_unit_alone_is_thinned(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
     x, found = torch.randn(300, 10), units(model)
-    held_out, walk = x[:100], Walk(model)
+    held_out = x[:100]
+    survey, spaces = surveyed(model, x)
+    walk, held = (Walk(survey.network.graph, [[part]], torch.float64) for part in (x[100:], held_out))
     with torch.no_grad():
-        looks = W._Measuring(model, walk, found, "l2-norm", of_a_layer("prune"), 0.03)
-        looks.run(x[100:])
-        made = sensitivities(walk, found, looks.thinned, held_out)
+        errors = W.Errors(survey, spaces, walk, W.Measure("l2-norm", of_a_layer("prune"), 0.03))
+        errors.run()
+        made = sensitivities(Output(survey, held), errors.forms)
     for i, k in itertools.product(range(2), (2, 4, 8, 12)):
         widths = [16, 16]
         widths[i] = k
@@ -205,11 +240,18 @@ def assert_joint_damage(model, x, kind, choices):
     """As of the networks themselves; nothing where nothing is dropped, which comes first."""
     told, found = {"threshold": 0.0}, units(model)
     curves = [curve(range(n, -1, -1)) for n in widths_of(model)]  # which keep the first neurons
-    made = W.joint_damage(model, found, curves, choices, x, of_a_layer(kind, **told))
+    made = joint_damage(model, curves, choices, x, of_a_layer(kind, **told))
     assert made[0] < 1e-9 < min(made[1:])
     for widths, damage in zip(choices, made):
         small = smaller(kind, model, found, [torch.arange(k) for k in widths], **told)
         assert damage == pytest.approx(loss_of_output(model, small, x), rel=0.01, abs=1e-9)
+
+
+@torch.no_grad()
+def joint_damage(model, curves, choices, x, decompose):
+    survey, spaces = surveyed(model, x)
+    kind = precision(survey.network.graph, [[x]], len(x) * count_macs(model, tuple(x.shape[1:])))
+    return W.joint_damage(survey, spaces, curves, choices, [[x]], decompose, kind)
 
 
 def test_an_output_that_died_lost_more_than_one_that_grew():
@@ -225,7 +267,7 @@ def test_an_output_that_died_lost_more_than_one_that_grew():
         small = smaller("prune", model, found, [torch.arange(k) for k in widths], **told)
         change[tuple(widths)] = change_of_output(model, small, x)
     assert change[1, 2] == pytest.approx(4 * change[2, 1])
-    damage = W.joint_damage(model, found, [curve([2, 1, 0])] * 2, [grown, died], x, of_a_layer("prune", **told))
+    damage = joint_damage(model, [curve([2, 1, 0])] * 2, [grown, died], x, of_a_layer("prune", **told))
     assert damage == pytest.approx([0, 1], abs=1e-6)
 
 
@@ -240,7 +282,7 @@ def test_chosen_widths_are_no_worse_together_than_the_given_ones():
     for seed in range(6):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4)).eval()
-        cost = Cost(model, units(model), (6,))
+        cost = cost_of(model, (6,))
         small = [w for w in itertools.product(range(1, 6), repeat=2) if (cost(w) <= cost([3, 3])).all()]
         best = min(small, key=lambda widths, model=model: together(model, widths))
         about = {"example_input": (6,), "compensation": "prune", "widths": "auto", "probe_samples": 300}
@@ -256,7 +298,7 @@ def test_what_is_compared_with_the_given_widths(monkeypatch):
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 4)).eval()
     compared = []
 
-    def first_is_worse(model, units, curves, choices, probe, decompose):
+    def first_is_worse(survey, spaces, curves, choices, batches, decompose, precision):
         compared.append(choices[1])
         return [2.0, 1.0]
 
@@ -278,7 +320,7 @@ def test_curves_look_at_nothing_else(network):
     """The network is left as it is; the same probe gives the same curves; D falls to 0 with the width."""
     before = copy.deepcopy(network.state_dict())
     found, x = units(network), probe.make(network, shape_of(network), 48)
-    first, second = (W.curves(network, found, x, "l2-norm", None, 0.03) for _ in range(2))
+    first, second = (curves_of(network, x) for _ in range(2))
     assert same(before, network)
     for unit, a, b, N in zip(found, first, second, widths_of(network, found)):
         assert np.array_equal(a.damage, b.damage)
@@ -292,8 +334,8 @@ def test_curves_look_at_nothing_else(network):
 @pytest.mark.parametrize("kind", [k for k in METHODS if not k.endswith("-bn")])
 def test_every_method_has_curves(kind):
     model = build("ResNet", (8,))
-    found, x = units(model), probe.make(model, (3, 32, 32), 24)
-    made = W.curves(model, found, x, "l2-norm", of_a_layer(kind, seed=3), 0.03)
+    x = probe.make(model, (3, 32, 32), 24)
+    made = curves_of(model, x, decompose=of_a_layer(kind, seed=3))
     assert all(np.isfinite(c.damage).all() and c.damage[0] > 0 for c in made)
 
 
@@ -304,7 +346,7 @@ def test_the_choice_is_the_best_there_is():
     """Against all choices, on convex curves: within what one neuron costs of the optimum, and never above the budget."""
     model = nn.Sequential(*(m for i in range(3) for m in (nn.Linear(6, 6), nn.ReLU())), nn.Linear(6, 3)).eval()
     found = units(model)
-    cost = Cost(model, found, (6,))
+    cost = cost_of(model, (6,))
     random = np.random.default_rng(0)
     for _ in range(5):
         falls = [np.sort(random.exponential(size=6))[::-1] for _ in found]
@@ -326,8 +368,7 @@ def test_the_choice_is_the_best_there_is():
 
 def test_either_budget_alone_and_both():
     model = build("ResNet", (8,))
-    found = units(model)
-    cost = Cost(model, found, (3, 32, 32))
+    cost = cost_of(model, (3, 32, 32))
     curves = [curve(np.linspace(1, 0, n + 1) ** 2) for n in cost.full]
     full = cost(cost.full)
     both = cost(allocate(curves, cost, full * 0.5))
@@ -343,7 +384,7 @@ def test_widths_in_multiples_and_blocks_left_out():
     model = build("ResNet", (14,))
     found = units(model)
     assert all(unit.branch for unit in found)
-    cost = Cost(model, found, (3, 32, 32))
+    cost = cost_of(model, (3, 32, 32))
     flat = [curve([1e-9 * (n - k) for k in range(n + 1)]) for n in cost.full[:1]]
     curves = [*flat, *(curve(np.linspace(1, 0, n + 1)) for n in cost.full[1:])]
     chosen = allocate(curves, cost, cost(cost.full) * 0.6, multiple=8)
@@ -359,17 +400,17 @@ def test_a_block_that_comes_back_brings_its_batchnorm():
     class Block(nn.Module):
         def __init__(self, channels):
             super().__init__()
-            self.a, self.b = nn.Conv2d(channels, 1, 3, padding=1), nn.Conv2d(1, channels, 3, padding=1)
+            self.a, self.b = nn.Conv2d(channels, 2, 3, padding=1), nn.Conv2d(2, channels, 3, padding=1)
             self.bn = nn.BatchNorm2d(channels)
 
         def forward(self, x):
             return x + self.bn(self.b(self.a(x).relu()))
 
     model = nn.Sequential(Block(2), Block(2)).eval()
-    cost = Cost(model, units(model), (2, 6, 6))
-    first, second = (cost(w)[0] for w in ([0, 1], [1, 1]))  # parameters without the first block, and of all
+    cost = cost_of(model, (2, 6, 6))
+    first, second = (cost(w)[0] for w in ([0, 2], [2, 2]))  # parameters without the first block, and of all
     for limit in (first - 1, first, second - 1):
-        curves = [curve([0.1, 0]), curve([5, 0])]  # the second is wanted back
+        curves = [curve([0.1, 0.05, 0]), curve([5, 4, 0])]  # the second is wanted back
         chosen = allocate(curves, cost, (limit, np.inf), droppable=[True, True])
         assert cost(chosen)[0] <= limit
 
@@ -394,7 +435,7 @@ def test_a_block_left_out_is_a_constant(arch, tmp_path):
         assert small(x).shape == (4, 10)
         if kind == "prune":
             assert torch.allclose(small(x), silent(x), atol=1e-5)
-        cost = Cost(model, found, (3, 32, 32), biases=kind == "restore")
+        cost = cost_of(model, (3, 32, 32), biases=kind == "restore")
         assert cost(widths)[1] == count_macs(small, (3, 32, 32))
         assert cost(widths)[0] == count_parameters(small)  # a constant instead of the consumer and its BatchNorm
         save_checkpoint(tmp_path / "small.pth.tar", small, widths=widths)
@@ -449,7 +490,7 @@ def test_what_is_left_over_goes_back_over_flat_pieces():
     """The hull jumps over the budget, and the first neuron that comes back helps nothing by itself."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))
-    cost = Cost(model, units(model), (8,))
+    cost = cost_of(model, (8,))
     damage = curve([9, 5, 5, 5, 4.9, 1, 1, 1, 1, 0.9, 0])
     for kept, best in ((10, 10), (9, 9), (8, 5), (5, 5), (4, 4), (3, 1), (1, 1)):
         assert allocate([damage], cost, cost([kept])) == [best]
@@ -529,8 +570,7 @@ def test_two_branches_added_to_each_other_are_measured_by_their_sum():
 
     torch.manual_seed(0)
     model, x = Two().eval(), torch.randn(64, 6)
-    found = units(model)
-    made = W.curves(model, found, x, "l2-norm", None, 0.03, sensitivity=False)
+    made = curves_of(model, x, sensitivity=False)
     with torch.no_grad():
         total = (model.up(model.a(x).relu()) + model.side(model.b(x).relu())).var(0, correction=0).sum()
     for one in made:

@@ -352,7 +352,7 @@ def mask(axis: Axis, keep: Callable[[Leaf], Tensor]) -> Tensor:
         return keep(axis)
     if isinstance(axis, Sum):
         return torch.cat([mask(part, keep) for part in axis.parts])
-    left = torch.ones(1, dtype=torch.bool)
+    left = torch.ones(1, dtype=torch.bool, device="cpu")
     for factor in axis.factors:
         left = (left[:, None] & mask(factor, keep)).flatten()
     return left
@@ -361,7 +361,7 @@ def mask(axis: Axis, keep: Callable[[Leaf], Tensor]) -> Tensor:
 def positions(axis: Axis, leaf: Leaf) -> Tensor:
     """Where each index of a leaf is on an axis: int64 [size of the leaf, n]."""
     found = occurrences(axis, leaf)
-    return torch.cat(found, 1).sort(1).values if found else torch.empty(leaf.size, 0, dtype=torch.int64)
+    return torch.cat(found, 1).sort(1).values if found else torch.empty(leaf.size, 0, dtype=torch.int64, device="cpu")
 
 
 def occurrences(axis: Axis, leaf: Leaf) -> list[Tensor]:
@@ -372,7 +372,7 @@ def occurrences(axis: Axis, leaf: Leaf) -> list[Tensor]:
 def _occurrences(axis: Axis) -> list[tuple[Leaf, Tensor]]:
     """Every occurrence of a leaf, with the positions [its size, n] on the axis."""
     if isinstance(axis, Leaf):
-        return [(axis, torch.arange(axis.size)[:, None])]
+        return [(axis, torch.arange(axis.size, device="cpu")[:, None])]
     if isinstance(axis, Sum):
         found, offset = [], 0
         for part in axis.parts:
@@ -383,8 +383,8 @@ def _occurrences(axis: Axis) -> list[tuple[Leaf, Tensor]]:
     outer = 1
     for factor in axis.factors:
         inner //= factor.size
-        around = torch.arange(outer)[:, None] * (factor.size * inner)  # [outer, 1]
-        inside = torch.arange(inner)[None]  # [1, inner]
+        around = torch.arange(outer, device="cpu")[:, None] * (factor.size * inner)  # [outer, 1]
+        inside = torch.arange(inner, device="cpu")[None]  # [1, inner]
         others = (around + inside).flatten()
         found += [(leaf, (where[..., None] * inner + others).flatten(1)) for leaf, where in _occurrences(factor)]
         outer *= factor.size

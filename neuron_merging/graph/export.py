@@ -67,15 +67,17 @@ class Network:
         return [user for node in own for user in node.users]
 
 
-def capture(model: nn.Module, example_inputs: Inputs) -> Network:
+def capture(model: nn.Module, example_inputs: Inputs, training: bool = False) -> Network:
     """Export a network for these inputs: a tensor, a sequence of arguments, or a mapping of keyword arguments.
+
+    training: its forward pass in training mode.
 
     Raises NeuronMergingError where the network cannot be copied, run or exported.
     """
     args, kwargs = arguments(example_inputs)
     modes = {name: module.training for name, module in model.named_modules()}
     try:
-        model = copy.deepcopy(model).eval()
+        model = copy.deepcopy(model).train(training)
     except Exception as error:  # __deepcopy__ can be anybody's
         raise NeuronMergingError(f"{type(model).__name__} cannot be copied: {reason(error)}") from error
     attempts = [(_twice(args, kwargs), True), ((args, kwargs), True), ((args, kwargs), False)]

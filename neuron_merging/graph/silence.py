@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ from torch import Tensor, fx, nn
 from neuron_merging.graph.spaces import Space, Survey
 from neuron_merging.graph.units import CONVS as NAMES
 from neuron_merging.graph.units import Unit, addition, norm_behind, operation, plain_layer
-
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from neuron_merging.running import CONVS, NORMS
 
 
 class _Sized(nn.Module):
@@ -114,6 +113,17 @@ def _erased(graph: fx.Graph, nodes: Iterable[fx.Node]) -> set[fx.Node]:
             gone.add(node)
             waiting += sources
     return gone
+
+
+def leave_out(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Replace the branches that a file with these weights has as constants, `<layer>.value`. Changes `model`."""
+    for name, module in list(model.named_modules()):
+        if not name or not isinstance(module, (*CONVS, *NORMS, nn.Linear)):
+            continue
+        if f"{name}.value" in weights:
+            put_module(model, name, Constant(module, weights[f"{name}.value"].clone()))
+        elif module.state_dict() and not any(f"{name}.{own}" in weights for own in module.state_dict()):
+            put_module(model, name, nn.Identity() if isinstance(module, NORMS) else Silence(module))
 
 
 def put_module(model: nn.Module, name: str, new: nn.Module) -> None:

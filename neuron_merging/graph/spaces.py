@@ -10,6 +10,7 @@ from torch import fx, nn
 from neuron_merging.graph.axes import Axis, Leaf, Product, Sum, is_fixed, leaves, resolve, why
 from neuron_merging.graph.export import Inputs, Network, capture
 from neuron_merging.graph.propagate import Analysis, propagate
+from neuron_merging.graph.training import NEVER, add_training, unused_layers
 from neuron_merging.graph.units import Place, Unit, find_unit
 from neuron_merging.graph.ways import Blocked, Ways, by_leaf, find_ways
 
@@ -23,7 +24,8 @@ class Space:
     notes: what else happens to them: "statistics" (a normalisation or reduction is over them), "product" (activations are
     multiplied and summed along them), "mixed" (they come out of such a product), "recurrent". unit: the paper's layer → next,
     where it is one; not_unit: else why it is none. obstacle: why kept ones cannot take over from dropped ones by merging (None:
-    they can). ways: from writers to readers, where it is no unit and has no obstacle.
+    they can). ways: from writers to readers, where it is no unit and has no obstacle. modules: the layers that write it, and those
+    that follow with more than a number for each index, by name.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Space:
     not_unit: str | None
     ways: Ways | None
     obstacle: str | None
+    modules: tuple[str, ...]
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -47,11 +50,6 @@ class Space:
     def layer(self) -> str:
         """The module that it is called after."""
         return self.name
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the modules that write or follow it."""
-        return tuple(dict.fromkeys(place.name.rpartition(".")[0] for place in self.writers + self.followers))
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ def find_spaces(model: nn.Module, example_inputs: Inputs) -> Survey:
     """
     network = capture(model, example_inputs)
     analysis = propagate(network)
+    add_training(analysis, network.args or network.kwargs)
     _choose_among_nested(analysis)
     roles = _roles(analysis)
     found: dict[Leaf, list[tuple[str, Place]]] = {}
@@ -164,7 +163,11 @@ def _space(analysis: Analysis, leaf: Leaf, places: list[tuple[str, Place]], node
             obstacle = str(blocked)
     first = (writers or followers or readers)[0]
     name = first.name.rpartition(".")[0] or first.name
-    return Space(name, leaf.size, leaf, writers, followers, readers, leaf.notes, unit, not_unit, ways, obstacle)
+    own = [place for place in writers + followers if place in writers or analysis.network.tensor(place.name).ndim > 1]
+    modules = tuple(dict.fromkeys(place.name.rpartition(".")[0] or place.name for place in own))
+    return Space(
+        name, leaf.size, leaf, writers, followers, readers, leaf.notes, unit, not_unit, ways, obstacle, modules
+    )
 
 
 def _left_out(analysis: Analysis, spaces: list[Space]) -> dict[str, str]:
@@ -174,4 +177,4 @@ def _left_out(analysis: Analysis, spaces: list[Space]) -> dict[str, str]:
         if role.role == "writer" and role.axis.size > 1 and is_fixed(role.axis):
             for name in role.names - used:
                 left_out.setdefault(name.rpartition(".")[0] or name, why(role.axis))
-    return left_out
+    return left_out | dict.fromkeys(unused_layers(analysis), NEVER)

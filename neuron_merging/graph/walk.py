@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,12 +42,13 @@ class Walk:
         batches: Sequence[Batch],
         precision: torch.dtype = torch.float32,
         measures: bool = True,
+        tensors: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.graph, self.measures, self.precision = graph, measures, precision
         self.batches: list[Batch] = [[self._cast(value) for value in batch] for batch in batches]
         self.nodes = [node for node in graph.graph.nodes if node.op != "output"]
         self.places = {node: i for i, node in enumerate(n for n in self.nodes if n.op == "placeholder")}
-        self.tensors: dict[str, Any] = {}
+        self.tensors: dict[str, Any] = {target: self._cast(value) for target, value in tensors.items()}
         self.values: Values = {}
         self.statistics: Statistics = {}
 
@@ -101,6 +103,8 @@ class Walk:
         if is_batch_norm(node):
             return self.normalise(node, value(node.args[0]))
         args, kwargs = tree_map(self._cast_kind, fx.map_arg((node.args, node.kwargs), value))
+        if operation(node) == "view":  # values can lie in memory in another order here
+            return args[0].reshape(*args[1:])
         call = self.graph.get_submodule(node.target) if node.op == "call_module" else node.target
         return call(*args, **kwargs)
 

@@ -1,64 +1,108 @@
-"""Inputs of a network as torch.export sees it, real or made up, as batches that its graph takes."""
+"""Inputs that restoration runs a network on, real or made up, as batches that its graph takes (ours)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves
 
+from neuron_merging import synthetic
+from neuron_merging.config import ShrinkConfig
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.export import Inputs, Network, arguments
+from neuron_merging.graph.walk import Batch
+from neuron_merging.running import dtype
 
-SAMPLES = 64  # that are made up, where nobody says how many
+FEW = 64  # inputs: with fewer real ones, others are made up; and so many are for several inputs
 PARTS = 6  # batches in which a graph gets its samples, if it takes any size
-EVERY = 3  # of that many batches one is held out
-
-Batch = list[Any]  # the network's inputs, one for each placeholder of its graph
-Values = dict[fx.Node, list[Any]]  # by node, what it gives for each batch
+LEAST = 3  # batches: one of them is held out
 
 
-def batches(
-    network: Network, images: Inputs | None, random: torch.Generator, samples: int | None = None
-) -> list[Batch]:
-    """The images in random order, or `samples` inputs of white noise with the means and deviations of the example.
+@dataclass(frozen=True)
+class Source:
+    """Inputs to run a network on, which are made or ordered when they are asked for. images: real ones, if there are some."""
 
-    Noise is no data: what a network was trained for, it does not show. Raises NeuronMergingError where images are not like the
-    example, or too few, and where inputs are whole numbers, which cannot be made up.
-    """
-    example, structure = tree_flatten((network.args, network.kwargs))
-    batched = _batched(network, example)
-    if not any(batched):
-        raise NeuronMergingError("restoration needs inputs that have a batch dimension, the first")
-    size = len(example[batched.index(True)])
-    if images is None:
-        count = max(SAMPLES if samples is None else samples, EVERY * size)
-        leaves = [_noise(value, count, random) if many else value for value, many in zip(example, batched)]
-    else:
-        args, kwargs = arguments(images)
-        if kwargs.keys() == network.kwargs.keys():
-            kwargs = {name: kwargs[name] for name in network.kwargs}
-        leaves, own = tree_flatten((args, kwargs))
-        if own != structure:
-            raise NeuronMergingError(
-                "images: give them as example_input is, a tensor, a tuple or a mapping of the same names"
-            )
-        leaves = [_like(*pair, many) for *pair, many in zip(leaves, example, batched)]
-    counts = {len(value) for value, many in zip(leaves, batched) if many}
+    network: Network
+    config: ShrinkConfig
+    images: Inputs | None = None
+
+    @property
+    def real(self) -> bool:
+        """Whether all inputs are real: a network's running statistics are then right for them."""
+        sizes = [len(value) for value in tree_leaves(self.images) if isinstance(value, Tensor)]
+        return bool(sizes) and max(sizes) >= FEW
+
+    def __call__(self, share: float = 1.0) -> list[Batch]:
+        """The real inputs in random order, behind made-up ones where they are few; or made-up ones only.
+
+        share: how many times as many made-up inputs as the config says.
+        Raises NeuronMergingError where images are not like the example, or too few, and where inputs are whole numbers, which
+        cannot be made up.
+        """
+        network, config = self.network, self.config
+        random = torch.Generator().manual_seed(config.seed)
+        example, structure = tree_flatten((network.args, network.kwargs))
+        many = _batched(network, example)
+        if not any(many):
+            raise NeuronMergingError("restoration needs inputs that have a batch dimension, the first")
+        size = len(example[many.index(True)])
+        if self.images is not None:
+            leaves = _given(network, self.images, example, structure, many)
+            count = _count(leaves, many)
+            order = torch.randperm(count, generator=random)
+            leaves = [value[order.to(value.device)] if yes else value for value, yes in zip(leaves, many)]
+            if len(example) == 1 and example[0].is_floating_point() and network.dynamic and count < FEW:
+                leaves = [torch.cat([_made_up(network, example[0], config), *leaves])]
+        elif len(example) == 1:
+            leaves = [_made_up(network, example[0], config, share)]
+        else:
+            count = max(round(share * (config.probe_samples or FEW)), LEAST * size)
+            leaves = [_noise(value, count, random) if yes else value for value, yes in zip(example, many)]
+        count = _count(leaves, many)
+        if network.dynamic:
+            size = max(2, -(-count // PARTS))  # torch.export takes a batch of one for something else
+        if count < LEAST * size:
+            raise NeuronMergingError(f"{count} images are too few for restoration: give {LEAST * size} or more")
+        return [
+            [value[start : start + size] if yes else value for value, yes in zip(leaves, many)]
+            for start in range(0, count - size + 1, size)
+        ]
+
+
+def _count(leaves: list[Any], many: list[bool]) -> int:
+    """The number of samples. Raises NeuronMergingError where the inputs have different ones."""
+    counts = {len(value) for value, yes in zip(leaves, many) if yes}
     if len(counts) > 1:
         raise NeuronMergingError(f"images: the inputs have different numbers of samples, {sorted(counts)}")
-    (count,) = counts
-    if network.dynamic:
-        size = max(2, -(-count // PARTS))  # torch.export takes a batch of one for something else
-    if count < EVERY * size:
-        raise NeuronMergingError(f"{count} images are too few for restoration: give {EVERY * size} or more")
-    order = torch.randperm(count, generator=random)
-    return [
-        [value[order[start : start + size].to(value.device)] if many else value for value, many in zip(leaves, batched)]
-        for start in range(0, count - size + 1, size)
-    ]
+    return counts.pop()
+
+
+def _made_up(network: Network, example: Tensor, config: ShrinkConfig, share: float = 1.0) -> Tensor:
+    """Inputs [B, …] of a network that has one."""
+    if not example.is_floating_point():
+        raise NeuronMergingError(
+            f"the inputs of {type(network.model).__name__} are whole numbers, which cannot be made up: give images"
+        )
+    shape = tuple(example.shape[1:])
+    samples = round(share * (config.probe_samples or synthetic.default_samples(network.model, shape)))
+    x = synthetic.make(network.model, shape, samples, kind=config.probe, seed=config.seed)
+    return x.to(dtype(network.model))
+
+
+def _given(network: Network, images: Inputs, example: list[Any], structure: Any, many: list[bool]) -> list[Any]:
+    """The images as a list of inputs like the example's."""
+    args, kwargs = arguments(images)
+    if kwargs.keys() == network.kwargs.keys():
+        kwargs = {name: kwargs[name] for name in network.kwargs}
+    leaves, own = tree_flatten((args, kwargs))
+    if own != structure:
+        raise NeuronMergingError(
+            "images: give them as example_input is, a tensor, a tuple or a mapping of the same names"
+        )
+    return [_like(*pair, yes) for *pair, yes in zip(leaves, example, many)]
 
 
 def _batched(network: Network, example: list[Any]) -> list[bool]:
@@ -93,38 +137,3 @@ def _like(images: Any, example: Any, many: bool) -> Any:
     if example.is_floating_point() != images.is_floating_point():
         raise NeuronMergingError(f"images: of type {images.dtype}, but the example is {example.dtype}")
     return images.to(example)
-
-
-def compute(graph: fx.GraphModule, node: fx.Node, values: Values, inputs: list[Batch]) -> list[Any]:
-    """What a node gives for each batch, given the values that it needs."""
-    if node.op == "placeholder":
-        place = [n for n in graph.graph.nodes if n.op == "placeholder"].index(node)
-        given = [batch[place] for batch in inputs]
-        return [value.clone() if isinstance(value, Tensor) else value for value in given]  # may be overwritten
-    if node.op == "get_attr":
-        return [attribute(graph, node.target)] * len(inputs)
-    call: Callable[..., Any] = graph.get_submodule(node.target) if node.op == "call_module" else node.target
-    results = []
-    for k in range(len(inputs)):
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source, k=k: values[source][k])
-        results.append(call(*args, **kwargs))
-    return results
-
-
-def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """By node, what no later one needs."""
-    uses: dict[fx.Node, list[fx.Node]] = {}
-    seen: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        ends = [source for source in (node, *node.all_input_nodes) if source not in seen]
-        seen.update(ends)
-        uses[node] = ends
-    return uses
-
-
-def attribute(model: nn.Module, target: str) -> Any:
-    """What a get_attr node gives."""
-    value: Any = model
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value

@@ -120,7 +120,16 @@ def find_reader(survey: Survey, node: fx.Node) -> Reader | None:
     first_names = [None if n is None else survey.network.names[n.target][0] for n in (found, shift)]
     conv = _geometry(given, survey.network.tensor(found.target)) if name in CONVS else None
     return Reader(
-        node, source, first_names[0], found, first_names[1], shift, flipped, conv, given.get("groups", 1), *_behind(node)
+        node,
+        source,
+        first_names[0],
+        found,
+        first_names[1],
+        shift,
+        flipped,
+        conv,
+        given.get("groups", 1),
+        *_behind(node),
     )
 
 

@@ -43,7 +43,7 @@ class Normal:
         self.dual = self.n < U.shape[2]
         if self.dual:  # (A + λD)⁻¹ Uᵀ = D⁻¹ Uᵀ (U D⁻¹ Uᵀ / n + λ)⁻¹, with n unknowns instead of F
             rows = U.double()
-            self.D = torch.stack([penalty(energy, 1.0) for energy in rows.pow(2).mean(1)])  # [G, F]
+            self.D = penalty(rows.pow(2).mean(1), 1.0)  # [G, F]
             self.A = (rows / self.D[:, None]) @ rows.transpose(1, 2) / self.n
         else:
             self.A = products(U) / self.n if covariance is None else covariance
@@ -55,7 +55,7 @@ class Normal:
         if self.dual:
             diagonal += ridge
         else:
-            diagonal += torch.stack([penalty(energy, ridge) for energy in diagonal])
+            diagonal += penalty(diagonal, ridge)
         return cholesky(A)
 
     def solve(self, R: Tensor, factor: Tensor) -> Tensor:

@@ -1,39 +1,53 @@
-"""The consumer of a unit when fewer neurons are kept (ours): the error of its output, and its weights in that case."""
+"""A layer that reads a space of which fewer indices are kept (ours): the error of its output, and its weights in that case."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from neuron_merging.decompose import Decomposition, ranked
-from neuron_merging.graph.tracing import CONVS
+from neuron_merging.decompose import Decomposition
 from neuron_merging.linalg import centre, cholesky, covariance, penalty
 
 STEPS = 16  # an error curve without a closed form is computed at this many widths
 
 
-# ---------------------------------------------------------------- error curves and sensitivities
-
-
 @dataclass(frozen=True)
 class Thinned:
-    """A unit thinned to k neurons: its consumer, in the whole network, then has the weights W [M, F] and the constant c [M]."""
+    """A layer that k indices of a space are left for: its weights W [M, P·taps] at the columns `kept`, and a constant c [M].
+
+    own: all its columns that belong to the space; those that are not kept are 0. Other columns stay as they are.
+    """
 
     k: int
+    own: Tensor
+    kept: Tensor
     W: Tensor
     c: Tensor
 
+    def put(self, weights: Tensor) -> Tensor:
+        """The weights [M, F] with these in their place."""
+        made = weights.index_fill(1, self.own.to(weights.device), 0)
+        made[:, self.kept] = self.W.to(made)
+        return made
+
 
 class Consumer:
-    """A consumer with the weights W [M, F] that sees U [n, F]: computes how well it can do with fewer neurons.
+    """A layer with the weights W [M, F] that sees U [n, F]: computes how well it can do with fewer indices of a space.
 
-    slope [M]: the factor by which the BatchNorm behind scales each output. columns [N, taps]: for each neuron, its columns of U
-    and W. A = Cov(u, u) in float64; if there are fewer samples than features, U is kept instead of A.
+    slope [M]: the factor by which the BatchNorm behind scales each output. columns [N, taps]: for each index of the space, its
+    columns of U and W; of other columns, nothing is kept here. A = Cov(u, u) in float64; if there are fewer samples than
+    features, U is kept instead of A.
     """
 
     def __init__(self, U: Tensor, W: Tensor, slope: Tensor, columns: Tensor, ridge: float) -> None:
+        self.own = columns.flatten()
+        if len(self.own) < U.shape[1]:
+            U, W = U[:, self.own], W[:, self.own]
+            columns = torch.arange(len(self.own), device=U.device).view(columns.shape)
+        else:
+            self.own = torch.arange(U.shape[1], device=U.device)
         n, features = U.shape
         self.W, self.slope, self.columns = W, slope, columns
         self.mean = centre(U).double()
@@ -45,6 +59,12 @@ class Consumer:
             self.A = covariance(U)
             energy = self.A.diagonal()
         self.penalty = penalty(energy, ridge)
+
+    def curve(
+        self, order: Tensor, measured: Sequence[int], parts: dict[int, Decomposition | None] | None
+    ) -> tuple[np.ndarray, list[Thinned]]:
+        """E(k) for all k and the layer's forms at `measured`; parts: as `decomposed` takes them, None for a regression."""
+        return self.regressed(order, measured) if parts is None else self.decomposed(parts, measured)
 
     def regressed(self, order: Tensor, measured: Sequence[int]) -> tuple[np.ndarray, list[Thinned]]:
         """E(k) for all k if the consumer is fitted to the kept neurons by ridge regression; and its forms at `measured`.
@@ -85,30 +105,30 @@ class Consumer:
             error[k] = float((missing * left * self.slope.pow(2)).sum())
             if k in measured:
                 thinned.append(self._thinned(k, S, self.W[:, S] + (scaled.T @ left).T))
-        return _between(error, N), thinned
+        return between(error, N), thinned
 
     def _thinned(self, k: int, S: Tensor, W: Tensor) -> Thinned:
-        """The consumer with the weights W at the columns S and zeros elsewhere; its mean output stays the same."""
-        whole = torch.zeros_like(self.W)
-        whole[:, S] = W
-        return Thinned(k, whole.float(), ((self.W - whole) @ self.mean).float())
+        """The layer with the weights W at the columns S; its mean output stays the same."""
+        c = self.W @ self.mean - W @ self.mean[S]
+        return Thinned(k, self.own, self.own[S], W.float(), c.float())
 
     def decomposed(
         self, parts: dict[int, Decomposition | None], measured: Sequence[int]
     ) -> tuple[np.ndarray, list[Thinned]]:
-        """E(k) if a compensation of one layer has given `parts`, by k; and the consumer's forms at `measured`.
+        """E(k) if a compensation of one layer has given `parts`, by k; and the layer's forms at `measured`.
 
-        A part is None if no neuron is kept.
+        A part is None if nothing is kept.
         """
-        N, by_neuron = len(self.columns), self.W[:, self.columns]
+        N, by_index = len(self.columns), self.W[:, self.columns]
         error, thinned = {}, []
         for k, part in parts.items():
-            W, c = absorbed(by_neuron, self.columns, part)
-            change = W - self.W
+            S, W, c = absorbed(by_index, self.columns, part)
+            change = -self.W
+            change[:, S] += W
             error[k] = float((self.slope.pow(2) * (self._energy(change) + (change @ self.mean + c).pow(2))).sum())
             if k in measured:
-                thinned.append(Thinned(k, W.float(), c.float()))
-        return _between(error, N), thinned
+                thinned.append(Thinned(k, self.own, self.own[S], W.float(), c.float()))
+        return between(error, N), thinned
 
     def _energy(self, change: Tensor) -> Tensor:
         """The variance of (ΔW) u, [M]."""
@@ -116,41 +136,65 @@ class Consumer:
             return (self.U @ change.T).pow(2).sum(0)
         return ((change @ self.A) * change).sum(1)
 
-    def greedy(self) -> Tensor:
-        """The neurons in a greedy order: next is the one that explains most of what is left of the consumer's output.
 
-        Computed by a pivoted Cholesky factorisation with one block for each neuron.
-        If there are fewer samples than features, they are ordered by what each explains alone.
-        """
-        (N, taps), left = self.columns.shape, self.slope[:, None] * self.W
-        if self.few:
-            G = ((left @ self.U.T) @ self.U)[:, self.columns]  # [M, N, taps]
-            by_neuron = self.U[:, self.columns]
-            blocks = torch.einsum("bni,bnj->nij", by_neuron, by_neuron)
+class Pivots:
+    """A pivoted Cholesky factorisation with one block for each index: what each would explain of the layer's output next.
+
+    If there are fewer samples than features, it is what each explains alone.
+    """
+
+    def __init__(self, consumer: Consumer) -> None:
+        self.consumer, self.columns, self.step = consumer, consumer.columns, 0
+        N, taps = self.columns.shape
+        left = consumer.slope[:, None] * consumer.W
+        if consumer.few:
+            self.G = ((left @ consumer.U.T) @ consumer.U)[:, self.columns]  # [M, N, taps]
+            by_index = consumer.U[:, self.columns]
+            self.blocks = torch.einsum("bni,bnj->nij", by_index, by_index)
         else:
-            G = (left @ self.A)[:, self.columns]
-            blocks = self.A[self.columns[:, :, None], self.columns[:, None, :]]  # [N, taps, taps]
-        blocks = blocks + torch.diag_embed(self.penalty[self.columns])
-        if self.few:
-            return ranked(_explained(G, blocks))
-        G, order = G.clone(), []
-        L = self.W.new_zeros(N * taps, N, taps)  # filled row by row; each row has all columns
-        free = torch.ones(N, dtype=torch.bool, device=self.W.device)
-        for step in range(N):
-            j = int(_explained(G, blocks).where(free, -1).argmax())
-            earlier = slice(0, step * taps)
-            R = self.A[self.columns[j]][:, self.columns].clone()  # [taps, N, taps]
-            R[:, j].diagonal().add_(self.penalty[self.columns[j]])
-            R -= torch.einsum("ri,rnk->ink", L[earlier, j], L[earlier])
-            factor = cholesky(R[:, j])
-            row = torch.linalg.solve_triangular(factor, R.reshape(taps, -1), upper=False).view(taps, N, taps)
-            along = torch.linalg.solve_triangular(factor, G[:, j].T, upper=False)  # [taps, M]
-            L[step * taps : (step + 1) * taps] = row
-            G -= torch.einsum("im,ink->mnk", along, row)
-            blocks = blocks - torch.einsum("ink,inl->nkl", row, row)
-            order.append(j)
-            free[j] = False
-        return torch.tensor(order, device=self.W.device)
+            self.G = (left @ consumer.A)[:, self.columns]
+            self.blocks = consumer.A[self.columns[:, :, None], self.columns[:, None, :]]  # [N, taps, taps]
+            self.L = self.G.new_zeros(N * taps, N, taps)  # filled row by row; each row has all columns
+        self.blocks = self.blocks + torch.diag_embed(consumer.penalty[self.columns])
+        self.alone = _explained(self.G, self.blocks) if consumer.few else None
+
+    def explained(self) -> Tensor:
+        """By how much each index would lower the error, [N]."""
+        return _explained(self.G, self.blocks) if self.alone is None else self.alone
+
+    def take(self, j: int) -> None:
+        """Index j is kept: what is left to explain is less."""
+        if self.alone is not None:
+            return
+        taps = self.columns.shape[1]
+        earlier = slice(0, self.step * taps)
+        R = self.consumer.A[self.columns[j]][:, self.columns].clone()  # [taps, N, taps]
+        R[:, j].diagonal().add_(self.consumer.penalty[self.columns[j]])
+        R -= torch.einsum("ri,rnk->ink", self.L[earlier, j], self.L[earlier])
+        factor = cholesky(R[:, j])
+        row = torch.linalg.solve_triangular(factor, R.reshape(taps, -1), upper=False).view(R.shape)
+        along = torch.linalg.solve_triangular(factor, self.G[:, j].T, upper=False)  # [taps, M]
+        self.L[self.step * taps : (self.step + 1) * taps] = row
+        self.G -= torch.einsum("im,ink->mnk", along, row)
+        self.blocks = self.blocks - torch.einsum("ink,inl->nkl", row, row)
+        self.step += 1
+
+
+def greedy(consumers: Sequence[Consumer], more: Tensor) -> Tensor:
+    """The indices in a greedy order: next is the one that explains most of what is left of the outputs of all consumers.
+
+    more [N]: what each explains elsewhere, whatever else is kept.
+    """
+    pivots = [Pivots(consumer) for consumer in consumers]
+    order: list[int] = []
+    free = torch.ones_like(more, dtype=torch.bool)
+    for _ in range(len(more)):
+        gains = sum((p.explained() for p in pivots), more)
+        order.append(int(gains.where(free, -1).argmax()))
+        free[order[-1]] = False
+        for p in pivots:
+            p.take(order[-1])
+    return torch.tensor(order, device=more.device)
 
 
 def computed_widths(N: int, measured: Sequence[int]) -> list[int]:
@@ -158,29 +202,23 @@ def computed_widths(N: int, measured: Sequence[int]) -> list[int]:
     return sorted({round(N * step / STEPS) for step in range(STEPS)} | set(measured))
 
 
-def _between(error: dict[int, float], N: int) -> np.ndarray:
+def between(error: dict[int, float], N: int) -> np.ndarray:
     """E at k = 0…N, interpolated linearly between the computed widths; 0 at N: [N + 1]."""
     return np.interp(np.arange(N + 1), [*error, N], [*error.values(), 0.0])
 
 
-def columns_by_neuron(layer: nn.Module, N: int) -> Tensor:
-    """For each of the N neurons in front of `layer`, its columns in the layer's patches and in its `matrix`: [N, taps]."""
-    columns = torch.arange(layer.weight[0].numel(), device=layer.weight.device)
-    return columns.view(-1, N).T if isinstance(layer, CONVS) else columns.view(N, -1)
+def absorbed(by_index: Tensor, columns: Tensor, part: Decomposition | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer that has absorbed a decomposition (None: nothing is kept): kept columns, weights [M, P·taps], constant [M].
 
-
-def absorbed(by_neuron: Tensor, columns: Tensor, part: Decomposition | None) -> tuple[Tensor, Tensor]:
-    """The consumer's weights [M, F] and constant [M] after it has absorbed a decomposition (None: no neuron is kept).
-
-    by_neuron: its original weights, [M, N, taps]. columns [N, taps]: the places of those weights among the F.
+    by_index: its original weights, [M, N, taps]. columns [N, taps]: where those are.
     """
-    M = len(by_neuron)
-    W, c = by_neuron.new_zeros(M, columns.numel()), by_neuron.new_zeros(M)
-    if part is not None:
-        W[:, columns[part.keep].flatten()] = torch.einsum("mnk,pn->mpk", by_neuron, part.Z).reshape(M, -1)
-        if part.shift is not None:
-            c = by_neuron.sum(2) @ part.shift
-    return W, c
+    M, c = len(by_index), by_index.new_zeros(len(by_index))
+    if part is None:
+        return columns[:0].flatten(), by_index.new_zeros(M, 0), c
+    W = torch.einsum("mnk,pn->mpk", by_index, part.Z).reshape(M, -1)
+    if part.shift is not None:
+        c = by_index.sum(2) @ part.shift
+    return columns[part.keep].flatten(), W, c
 
 
 def _explained(G: Tensor, blocks: Tensor) -> Tensor:

@@ -1,58 +1,163 @@
-"""Parameters and MACs of a network for every choice of kept widths."""
+"""Parameters and MACs of a network for every choice of kept widths of its spaces."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import numpy as np
-from torch import nn
+from torch import fx
 
-from neuron_merging.counting import count_macs, count_parameters
-from neuron_merging.graph.interpreter import count_positions
-from neuron_merging.graph.tracing import Unit
+from neuron_merging.graph.axes import Axis, Leaf, Sum, resolve
+from neuron_merging.graph.behind import norm_behind, sum_behind
+from neuron_merging.graph.export import size
+from neuron_merging.graph.macs import Dim, Sizes, count_macs, terms, uncounted
+from neuron_merging.graph.spaces import Space, Survey
+from neuron_merging.restore.readers import Reader, find_reader, plain_module
+
+Polynomial = Counter[tuple[int, ...]]  # coefficients by the numbers of the widths that are multiplied, ascending
 
 
 class Cost:
-    """Parameters and MACs as wᵀ Q w, where w is the widths and a 1: every layer costs in-width × out-width.
+    """Parameters and MACs as polynomials of the widths: every tensor and operation costs a product of sizes of axes.
 
-    If a block is left out (width 0), a constant replaces its consumer and the BatchNorm behind it.
-    biases: whether the compensation may add a bias to layers without BatchNorm; then every such layer is counted with one.
+    Where the space of a residual branch is left out (width 0), a constant replaces its reader and the BatchNorm behind that.
+    biases: whether the compensation may add a bias to layers without BatchNorm; then every such layer that can get smaller is
+    counted with one. MACs are for one sample where the network takes any number of them.
+    full: the original widths. whole: parameters and MACs of the network as it is, without such biases. branches: by space,
+    whether it is that of a residual branch. uncounted: operations with weights whose MACs are not known.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[Unit], shape: tuple[int, ...], biases: bool = False) -> None:
-        self.full = np.array([len(model.get_submodule(unit.layer).weight) for unit in units])
-        producer, consumer = ({getattr(u, side): i for i, u in enumerate(units)} for side in ("layer", "next"))
-        norm = {u.next: u.next_bn for u in units} | {u.layer: u.bn for u in units}
-        self.Q, added = np.zeros((2, len(units) + 1, len(units) + 1)), 0
-        for name, positions in count_positions(model, shape).items():
-            layer = model.get_submodule(name)
-            i, j = producer.get(name, -1), consumer.get(name, -1)
-            weights = layer.weight.numel() / (1 if i < 0 else self.full[i]) / (1 if j < 0 else self.full[j])
-            self.Q[:, i, j] += weights, weights * positions
-            missing = biases and layer.bias is None and name in norm and norm[name] is None
-            self.Q[0, i, -1] += (layer.bias is not None or missing) * (len(layer.weight) if i < 0 else 1)
-            if i >= 0 and units[i].bn:
-                self.Q[0, i, -1] += len(list(model.get_submodule(units[i].bn).parameters()))
-            added += missing * len(layer.weight)
-        self.block = np.zeros(len(units))  # parameters that leaving the block out adds: a constant, less the BatchNorm
-        for i, unit in enumerate(units):
-            layer, bn = model.get_submodule(unit.next), unit.next_bn and model.get_submodule(unit.next_bn)
-            biased = layer.bias is not None or (biases and not bn)
-            self.block[i] = (1 - biased) * len(layer.weight) - (count_parameters(bn) if bn else 0)
-        self.Q[:, -1, -1] += (count_parameters(model) + added, count_macs(model, shape)) - self(self.full)
+    def __init__(self, survey: Survey, spaces: Sequence[Space], biases: bool = False) -> None:
+        self.full = np.array([space.size for space in spaces])
+        self.uncounted = uncounted(survey.network)
+        self.places = {space.leaf: i for i, space in enumerate(spaces)}
+        readers = _readers(survey)
+        bare = _bare(survey, spaces, readers) if biases else []
+        ends = [_end(space, readers) for space in spaces]
+        self.branches = [end is not None for end in ends]
+        costs = self._parameters(survey, bare), self._macs(survey)
+        self.whole = np.array([sum(p.numel() for p in survey.network.model.parameters()), count_macs(survey.network)])
+        self._set_coefficients(costs, [self._left_out(survey, end, bare) if end else Counter() for end in ends])
+
+    # ------------------------------------------------------------ the polynomials
+
+    def _count(self, axis: Axis) -> Polynomial:
+        """How many indices of an axis are left."""
+        axis = resolve(axis)
+        if isinstance(axis, Leaf):
+            place = self.places.get(axis)
+            return Counter({(): axis.size}) if place is None else Counter({(place,): 1})
+        if isinstance(axis, Sum):
+            return reduce(operator.add, map(self._count, axis.parts))
+        return _multiply(map(self._count, axis.factors))
+
+    def _parameters(self, survey: Survey, bare: Iterable[Reader]) -> Polynomial:
+        cost: Polynomial = Counter()
+        for name, _ in survey.network.model.named_parameters():
+            axes = survey.analysis.parameters.get(survey.network.names[name][0])
+            if axes is None:  # nothing reads it
+                cost[()] += survey.network.tensor(name).numel()
+            else:
+                cost.update(_multiply(map(self._count, axes)))
+        for reader in bare:
+            cost.update(self._outputs(survey, reader))
+        return cost
+
+    def _outputs(self, survey: Survey, reader: Reader) -> Polynomial:
+        return self._count(survey.analysis.parameters[reader.weight][1 - reader.inputs])
+
+    def _macs(self, survey: Survey) -> Polynomial:
+        sizes, cost = Sizes(survey.network), Counter()
+
+        def left(dim: Dim) -> Polynomial:
+            value = survey.analysis.values.get(dim[0])
+            if not isinstance(value, list):
+                return Counter({(): sizes(dim)})
+            whole = size(dim[0].meta["val"].shape[dim[1]])
+            count = self._count(value[dim[1]])
+            one = sizes(dim)
+            return count if one == whole else Counter({k: c * one / whole for k, c in count.items()})
+
+        for node in survey.network.graph.graph.nodes:
+            for term in terms(node) or ():
+                cost.update(_multiply(map(left, term)))
+        return cost
+
+    def _left_out(self, survey: Survey, end: Reader, bare: Iterable[Reader]) -> Polynomial:
+        """The parameters that leaving a branch out adds: a constant at its `end`, less the bias and the BatchNorm there."""
+        norm = norm_behind(end.node)
+        affine = 0 if norm is None else sum(isinstance(arg, fx.Node) for arg in norm.args[1:3])
+        biased = end.bias is not None or end in bare
+        return Counter({k: c * (1 - biased - affine) for k, c in self._outputs(survey, end).items()})
+
+    def _set_coefficients(self, costs: Sequence[Polynomial], left_out: Sequence[Polynomial]) -> None:
+        """As arrays: by term its coefficients [2, T] and factors [T, D], S standing for the factor 1."""
+        monomials = sorted(set().union(*costs))
+        S, D = len(self.full), max(1, max(map(len, monomials)))
+        self.coefficients = np.array([[cost[m] for m in monomials] for cost in costs], dtype=float)
+        self.factors = np.array([[*m, *[S] * (D - len(m))] for m in monomials])
+        # by occurrence of a width in a term: which term, which width, and how often it is a factor there
+        pairs = [(t, i, m.count(i)) for t, m in enumerate(monomials) for i in dict.fromkeys(m)]
+        self.term, self.width, self.power = np.array(pairs, dtype=int).reshape(-1, 3).T
+        self.left_out = [(i, list(m), c) for i, polynomial in enumerate(left_out) for m, c in polynomial.items()]
+
+    # ------------------------------------------------------------ their values
 
     def __call__(self, widths: Sequence[int]) -> np.ndarray:
         """(parameters, MACs)."""
         w = np.append(widths, 1)
-        return self.Q @ w @ w + (self.block @ (w[:-1] == 0), 0)
+        more = sum(c * w[m].prod() for i, m, c in self.left_out if w[i] == 0)
+        return self.coefficients @ w[self.factors].prod(1) + (more, 0)
+
+    def along(self, widths: Sequence[int]) -> np.ndarray:
+        """The cost as a polynomial of each width, the others being these: coefficients [2, S, D + 1] of its powers."""
+        w = np.append(widths, 1).astype(float)
+        others = np.where(self.factors[self.term] == self.width[:, None], 1, w[self.factors[self.term]]).prod(1)
+        made = np.zeros((2, len(self.full), self.factors.shape[1] + 1))
+        np.add.at(made, (slice(None), self.width, self.power), self.coefficients[:, self.term] * others)
+        return made
 
     def marginal(self, widths: Sequence[int]) -> np.ndarray:
-        """The cost of one more neuron in each unit, [2, units]."""
-        return ((self.Q + self.Q.transpose(0, 2, 1)) @ np.append(widths, 1))[:, :-1]
+        """The cost of one more index of each space, [2, S]."""
+        along, here = self.along(widths), np.asarray(widths)
+        return sum(along[:, :, p] * ((here + 1.0) ** p - here**p) for p in range(1, along.shape[2]))
 
-    def wider(self, i: int, k: int, above: np.ndarray, marginal: np.ndarray) -> np.ndarray:
-        """The extra cost [2, n] of making unit i, which has the width k, as wide as each of `above` [n].
+    def restored(self, i: int, widths: Sequence[int]) -> float:
+        """The parameters that are saved, besides its weights, when space i, which had been left out, comes back."""
+        w = np.append(widths, 1)
+        return sum(c * w[m].prod() for j, m, c in self.left_out if i == j)
 
-        marginal: `self.marginal` of all widths. A block that was left out (k = 0) also gets its BatchNorm back.
-        """
-        more = np.outer(marginal[:, i], above - k)
-        more[0] -= self.block[i] * (k == 0)
-        return more
+
+def _multiply(factors: Iterable[Polynomial]) -> Polynomial:
+    product: Polynomial = Counter({(): 1})
+    for factor in factors:
+        previous, product = product, Counter()
+        for a, x in previous.items():
+            for b, y in factor.items():
+                product[tuple(sorted(a + b)) if a and b else a or b] += x * y
+    return product
+
+
+def _readers(survey: Survey) -> dict[str, Reader]:
+    """The plain layers of a network by the name of their weight."""
+    found = (find_reader(survey, node) for node in survey.network.graph.graph.nodes)
+    return {reader.weight: reader for reader in found if reader is not None}
+
+
+def _end(space: Space, readers: dict[str, Reader]) -> Reader | None:
+    """What reads a space, if that is a unit's and its reader adds to something."""
+    reader = readers.get(space.readers[0].name) if space.unit and len(space.readers) == 1 else None
+    return reader if reader is not None and sum_behind(reader.node) is not None else None
+
+
+def _bare(survey: Survey, spaces: Sequence[Space], readers: dict[str, Reader]) -> list[Reader]:
+    """Layers that restoration may give a bias: smaller ones that have none, and no BatchNorm."""
+    smaller = {place.name for space in spaces for place in space.places}
+    return [
+        reader for name, reader in readers.items()
+        if name in smaller and reader.bias is None and reader.norm is None
+        and plain_module(survey.network.model, reader) is not None
+    ]  # fmt: skip

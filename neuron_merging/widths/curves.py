@@ -1,77 +1,83 @@
-"""What thinning one unit does to the network, without data (ours).
+"""What thinning one space does to the network, without data (ours).
 
-On inputs made up from the network itself (synthetic.py), for every unit alone and every number k of kept neurons:
+On inputs made up from the network itself (synthetic.py), or real ones, for every space alone and every
+number k of kept indices:
 
-    E(k)  error of the consumer's output after compensation, measured behind the consumer's BatchNorm
+    E(k)  error of the outputs of all layers that read it after compensation, measured behind their BatchNorms
     ρ(k)  sensitivity: mean squared change of the network's output, on held-out samples, divided by E(k)
     D(k) = ρ(k) E(k), the damage
 
-D assumes that layers are independent; `joint_damage` compares choices of widths with all units thinned at once.
+D assumes that spaces are independent; `joint_damage` compares choices of widths with all spaces thinned at once.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 from tqdm import tqdm
 
-from neuron_merging.decompose import Decomposition, Neurons
-from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.interpreter import Walk, steps, walk_through
-from neuron_merging.graph.tracing import Unit
-from neuron_merging.linalg import channel, matrix, rows
-from neuron_merging.network import order as kept_order
-from neuron_merging.network import read
-from neuron_merging.widths.consumer import Consumer, Thinned, absorbed, columns_by_neuron, computed_widths
-from neuron_merging.widths.output import Output, in_walk_precision, sensitivities
+from neuron_merging.compensation import Contents, constants
+from neuron_merging.decompose import Decomposition
+from neuron_merging.graph.spaces import Space, Survey
+from neuron_merging.graph.walk import Batch, Walk
+from neuron_merging.widths.consumer import computed_widths, greedy
+from neuron_merging.widths.indices import Decompose, compensation
+from neuron_merging.widths.masked import Energy
+from neuron_merging.widths.output import Form, Output, sensitivities
+from neuron_merging.widths.readings import Layer, find_readings, look
 
-MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept neurons at which sensitivity is measured
-
-
-HELD_OUT = 1 / 3  # share of the probe that only the sensitivities are measured on
-
-
-Decompose = Callable[[Neurons, Tensor], Decomposition]
+MEASURED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of kept indices at which sensitivity is measured
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What thinning one unit does. order: its neurons [N], those kept longest first. error, damage: E, D at k = 0…N."""
+    """What thinning one space does. order: its indices [N], those kept longest first. error, damage: E, D at k = 0…N.
+
+    estimated: whether something else than plain layers reads it, so that a part of E is an estimate (masked.py).
+    """
 
     order: Tensor
     error: np.ndarray
     damage: np.ndarray
+    estimated: bool = False
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How curves are measured. criterion: gives the order in which indices are kept; "auto" is the greedy order of the
+    regression. decompose: the compensation of one layer, or None for restoration's regression with this `ridge`.
+    """
+
+    criterion: str
+    decompose: Decompose | None
+    ridge: float
 
 
 def curves(
-    model: nn.Module,
-    units: Sequence[Unit],
-    probe: Tensor,
-    criterion: str,
-    decompose: Decompose | None,
-    ridge: float,
-    *,
-    sensitivity: bool = True,
+    survey: Survey,
+    spaces: Sequence[Space],
+    batches: Sequence[Batch],
+    held_out: Sequence[Batch],
+    measure: Measure,
+    precision: torch.dtype = torch.float32,
 ) -> list[Curve]:
-    """A curve for every unit.
+    """A curve for every space.
 
-    probe: [B, …]; a third of it is held out for the sensitivities. criterion: gives the order in which neurons are kept; "auto"
-    is the greedy order of the regression. decompose: the compensation of one layer, or None for restoration's regression with
-    this `ridge`. sensitivity=False: a cheap mode; D is E divided by the variance of the stream that the consumer adds to.
+    batches: what errors are measured on. held_out: others, for the sensitivities. Without any, D is E divided by the variance
+    of what the reader gives, or of the stream that it adds to: a cheap mode.
     """
-    held_out = round(len(probe) * HELD_OUT) if sensitivity else 0
-    if len(probe) - held_out < 2 or (sensitivity and not held_out):
-        raise NeuronMergingError(f"the choice of widths has to look at 3 inputs at least, not at {len(probe)}")
-    with in_walk_precision(model, probe) as (work, probe):
-        walk = walk_through(work, probe)
-        errors = _Measuring(work, walk, units, criterion, decompose, ridge)
-        errors.run(probe[held_out:])
-        changes = sensitivities(walk, units, errors.thinned, probe[:held_out]) if sensitivity else None
-    if changes is None:
-        return [replace(c, damage=_falling(c.error / max(v, 1e-12))) for c, v in zip(errors.curves, errors.variance)]
+    walk = Walk(survey.network.graph, batches, precision)
+    errors = Errors(survey, spaces, walk, measure)
+    errors.run()
+    if not held_out:
+        return [replace(c, damage=_falling(damage)) for c, damage in zip(errors.curves, errors.shares)]
+    held = Walk(survey.network.graph, held_out, precision, measures=False)
+    held.statistics = walk.statistics
+    changes = sensitivities(Output(survey, held), errors.forms)
     return [_with_damage(curve, change) for curve, change in zip(errors.curves, changes)]
 
 
@@ -89,101 +95,133 @@ def _with_damage(curve: Curve, changes: dict[int, float]) -> Curve:
     return replace(curve, damage=_falling(curve.error * np.exp(np.interp(np.arange(len(curve.error)), ks, log_rho))))
 
 
-class _Measuring:
-    """Runs the network on the probe and measures an error curve at every consumer."""
+class Errors:
+    """Runs the network on batches and measures the error of every layer that reads a space."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        walk: Walk,
-        units: Sequence[Unit],
-        criterion: str,
-        decompose: Decompose | None,
-        ridge: float,
-    ) -> None:
-        self.model, self.walk, self.units = model, walk, units
-        self.criterion, self.decompose, self.ridge = criterion, decompose, ridge
-        self.curves: list[Curve | None] = [None] * len(units)
-        self.thinned: list[list[Thinned]] = [[] for _ in units]
-        self.variance = np.ones(len(units))
+    def __init__(self, survey: Survey, spaces: Sequence[Space], walk: Walk, measure: Measure) -> None:
+        self.survey, self.spaces, self.walk, self.measure = survey, spaces, walk, measure
+        self.device = next(survey.network.model.parameters()).device
+        known = constants(survey)
+        self.contents = [Contents(survey, space, known) for space in spaces]
+        self.readings = [find_readings(survey, space) for space in spaces]
+        self.curves: list[Curve | None] = [None] * len(spaces)
+        self.forms: list[dict[int, list[Form]]] = [{} for _ in spaces]
+        self.shares: list[np.ndarray] = [np.zeros(space.size + 1) for space in spaces]  # errors over variances, summed
 
-    def run(self, probe: Tensor) -> None:
-        """One pass over the probe."""
-        consumer = {unit.next: i for i, unit in enumerate(self.units)}
-        sums: dict[Any, list[int]] = {}
-        nodes = list(self.walk.graph.nodes)
-        values: dict[Any, Any] = {}
-        for node in tqdm(steps(nodes, values), "errors", len(nodes), leave=False, disable=None):
-            values[node] = self.walk.run(node, values, probe)
-            if node.op == "call_module" and node.target in consumer:
-                i = consumer[node.target]
-                stream = self.walk.addition(node, self.units[i].next_bn)
-                if stream is not None:
-                    sums.setdefault(stream[1], []).append(i)
-                self._look(i, values[node.all_input_nodes[0]], values[node])
-            for i in sums.get(node, ()):
-                self.variance[i] = float(variances(values[node], self.walk.modules[self.units[i].next]).sum())
+    def run(self) -> None:
+        """One pass over the batches."""
+        starts, ends = self._when()
+        sums: dict[fx.Node, list[Layer]] = {}
+        nodes = self.walk.nodes
+        for node in tqdm(self.walk.run(nodes), "errors", len(nodes), leave=False, disable=None):
+            readings = starts.get(node, ())
+            for energy in (reading for reading in readings if isinstance(reading, Energy)):
+                energy.look(self.walk, node)
+            layers = [reading for reading in readings if isinstance(reading, Layer)]
+            if layers:
+                look(layers, self.walk, self.measure.ridge)
+            for layer in (layer for layer in layers if layer.sum is not None):
+                sums.setdefault(layer.sum, []).append(layer)
+            for layer in sums.get(node, ()):
+                layer.variance = layer.variances(self.walk.values[node])
+            for i in ends.get(node, ()):
+                self._finish(i)
 
-    def _look(self, i: int, x: Tensor, y: Tensor) -> None:
-        """Compute the order, error curve and thinned consumers of unit i, whose consumer reads x and gives y."""
-        unit, layer = self.units[i], self.walk.modules[self.units[i].next]
-        neurons = read(self.model, unit)
-        N = len(neurons.W)
-        slope = torch.ones(len(layer.weight), dtype=torch.float64, device=x.device)
-        if unit.next_bn is not None:
-            self.walk.measure(unit.next_bn, y)
-            slope = self.walk.slope(unit.next_bn).double()
-        self.variance[i] = float(slope.pow(2) @ variances(y, layer))
-        U, _ = rows(layer, x, y)
-        consumer = Consumer(U, matrix(layer).double(), slope, columns_by_neuron(layer, N), self.ridge)
-        order = consumer.greedy() if self.criterion == "auto" else kept_order(neurons, self.criterion)
+    def _when(self) -> tuple[dict[fx.Node, list[Layer | Energy]], dict[fx.Node, list[int]]]:
+        """By node the readings that look there, and the spaces of which all have looked then."""
+        place = {node: at for at, node in enumerate(self.walk.nodes)}
+        starts: dict[fx.Node, list[Layer | Energy]] = {}
+        ends: dict[fx.Node, list[int]] = {}
+        for i, readings in enumerate(self.readings):
+            nodes = [(node, reading) for reading in readings for node in reading.nodes]
+            for node, reading in nodes:
+                starts.setdefault(node, []).append(reading)
+            later = [reading.sum for reading in readings if isinstance(reading, Layer) and reading.sum is not None]
+            ends.setdefault(max([*(node for node, _ in nodes), *later], key=place.__getitem__), []).append(i)
+        return starts, ends
+
+    def _finish(self, i: int) -> None:
+        """Compute the order, error curve and thinned forms of space i, whose readers have all been looked at."""
+        space, readings = self.spaces[i], self.readings[i]
+        N = space.size
         measured = sorted({round(share * N) for share in MEASURED})
-        if self.decompose is None:
-            error, thinned = consumer.regressed(order, measured)
+        if self.measure.criterion == "auto":
+            consumers = [consumer for r in readings if isinstance(r, Layer) for consumer in r.consumers]
+            alone = sum(
+                (r.energies for r in readings if isinstance(r, Energy)),
+                torch.zeros(N, dtype=torch.float64, device="cpu"),
+            )
+            order = greedy(consumers, alone.to(self.device))
         else:
-            parts = {
-                k: None if k == 0 else self.decompose(neurons, order[:k].sort().values)
-                for k in computed_widths(N, measured)
-            }
-            error, thinned = consumer.decomposed(parts, measured)
-        self.curves[i] = Curve(order.cpu(), error, error)
-        self.thinned[i] = thinned
+            order = self.contents[i].order(self.measure.criterion).to(self.device)
+        parts = self._parts(self.contents[i], order, measured)
+        total = np.zeros(N + 1)
+        for reading in readings:
+            error = self._measured(i, reading, order, measured, parts)
+            total += error
+            self.shares[i] += error / max(reading.variance, 1e-12)
+        estimated = any(isinstance(reading, Energy) for reading in readings)
+        self.curves[i] = Curve(order.cpu(), total, total, estimated)
+        self.readings[i] = ()
 
+    def _parts(
+        self, contents: Contents, order: Tensor, measured: Sequence[int]
+    ) -> dict[int, Decomposition | None] | None:
+        decompose = self.measure.decompose
+        if decompose is None:
+            return None
+        stand_in = compensation(contents, decompose)
+        computed = computed_widths(contents.space.size, measured)
+        return {k: None if k == 0 else stand_in(order[:k].sort().values) for k in computed}
 
-def variances(y: Tensor, layer: nn.Module) -> Tensor:
-    """The variance [M] of every neuron of `layer` in y, which is the output of `layer` or of the addition behind it."""
-    return y.movedim(channel(layer, y), -1).flatten(0, -2).double().var(0, correction=0)
+    def _measured(
+        self,
+        i: int,
+        reading: Layer | Energy,
+        order: Tensor,
+        measured: Sequence[int],
+        parts: dict[int, Decomposition | None] | None,
+    ) -> np.ndarray:
+        """The error of one reading; its forms are put with those of the others of space i."""
+        if isinstance(reading, Energy):
+            error, forms = reading.curve(order, measured)
+        else:
+            curves = [consumer.curve(order, measured, parts) for consumer in reading.consumers]
+            error = sum(error for error, _ in curves)
+            forms = [(reading.reader, thinned) for thinned in zip(*(forms for _, forms in curves))]
+        for k, form in zip(measured, forms):
+            self.forms[i].setdefault(k, []).append(form)
+        return error
 
 
 def joint_damage(
-    model: nn.Module,
-    units: Sequence[Unit],
+    survey: Survey,
+    spaces: Sequence[Space],
     curves: Sequence[Curve],
     choices: Sequence[Sequence[int]],
-    probe: Tensor,
+    batches: Sequence[Batch],
     decompose: Decompose,
+    precision: torch.dtype = torch.float32,
 ) -> list[float]:
-    """For each choice of kept widths, how much of the network's output is lost if all units are thinned at once: 0 … 2.
+    """For each choice of kept widths, how much of the network's output is lost if all spaces are thinned at once: 0 … 2.
 
     The loss is 1 − the cosine between the outputs of both networks over all samples, centred per sample, so the size of outputs
     does not count. If much is dropped, the squared change would mislead: it can be larger for outputs that point the right way
     than for outputs that are all zero.
-    curves: their order says which neurons stay. probe: [B, …]. decompose: a compensation that acts on one layer at a time.
+    curves: their order says which indices stay. decompose: a compensation that acts on one layer at a time.
     """
-    with in_walk_precision(model, probe) as (work, probe):
-        output = Output(walk_through(work, probe), probe)
-        return [output.lost(_all_thinned(work, units, curves, widths, decompose)) for widths in choices]
-
-
-def _all_thinned(
-    model: nn.Module, units: Sequence[Unit], curves: Sequence[Curve], widths: Sequence[int], decompose: Decompose
-) -> dict[str, Thinned]:
-    """The form of every consumer, by name, for these widths."""
-    forms = {}
-    for unit, curve, k in zip(units, curves, widths):
-        neurons, layer = read(model, unit), model.get_submodule(unit.next)
-        kept = curve.order[:k].sort().values.to(neurons.W.device)
-        part = decompose(neurons, kept) if k else None
-        columns = columns_by_neuron(layer, len(curve.order))
-        forms[unit.next] = Thinned(k, *absorbed(matrix(layer).double()[:, columns], columns, part))
-    return forms
+    output = Output(survey, Walk(survey.network.graph, batches, precision))
+    device = next(survey.network.model.parameters()).device
+    found = [(find_readings(survey, space), compensation(Contents(survey, space, {}), decompose)) for space in spaces]
+    lost = []
+    for widths in choices:
+        forms: list[Form] = []
+        for (readings, stand_in), curve, k in zip(found, curves, widths):
+            order = curve.order.to(device)
+            part = stand_in(order[:k].sort().values) if k else None
+            for reading in readings:
+                forms.append(
+                    reading.form(order, k) if isinstance(reading, Energy) else reading.form(output.walk, k, part)
+                )
+        lost.append(output.lost(forms))
+    return lost

@@ -1,84 +1,168 @@
-"""What the network's output loses when units are thinned, one by one or all at once (ours)."""
+"""What the network's output loses when spaces are thinned, one by one or all at once (ours)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor, fx
 from torch.nn.functional import cosine_similarity
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from neuron_merging.errors import reported_as
-from neuron_merging.graph.interpreter import Walk, by_sample, computing_in, precision, steps
-from neuron_merging.graph.tracing import Unit
-from neuron_merging.linalg import as_weight, channel
+from neuron_merging.errors import NeuronMergingError
+from neuron_merging.graph.spaces import Survey
+from neuron_merging.graph.walk import Values, Walk, is_batch_norm, last_uses
+from neuron_merging.restore.readers import Reader
 from neuron_merging.widths.consumer import Thinned
+from neuron_merging.widths.masked import Zeroed
+
+Form = tuple[Reader, tuple[Thinned, ...]] | Zeroed  # a layer's groups, or parameters, once a space is thinned
 
 
-@contextmanager
-def in_walk_precision(model: nn.Module, probe: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-    """A copy of the network and the probe, both in the precision in which the graph is run."""
-    what = f"no widths can be chosen for {type(model).__name__} on inputs of shape {list(probe.shape)}"
-    with reported_as(what), torch.no_grad():
-        probe = probe.to(precision(model, probe))
-        yield computing_in(model, probe.dtype), probe
+class Changes:
+    """Parameters that are other ones while spaces are thinned, by their first name, and what is added to outputs."""
+
+    def __init__(self, survey: Survey, walk: Walk, forms: Iterable[Form]) -> None:
+        self.names = survey.network.names
+        nodes = {self.names[n.target][0]: n for n in walk.nodes if n.op == "get_attr" and n.target in self.names}
+        self.tensors: dict[str, Tensor] = {}
+        self.shifts: dict[fx.Node, Tensor] = {}
+
+        def tensor(name: str) -> Tensor:
+            return self.tensors[name] if name in self.tensors else walk.tensor(nodes[name])
+
+        for form in forms:
+            if isinstance(form, Zeroed):
+                for place in form.places:
+                    self.tensors[place.name] = form.put(tensor(place.name), place)
+                continue
+            reader, groups = form
+            weight = tensor(reader.weight)
+            W = torch.stack([group.put(W) for group, W in zip(groups, reader.matrix(weight, reader.groups))])
+            self.tensors[reader.weight] = reader.as_weight(W, weight)
+            c = torch.cat([group.c for group in groups]).to(weight)
+            c = c if reader.conv is None else c.view(-1, *[1] * (weight.ndim - 2))
+            self.shifts[reader.node] = self.shifts.get(reader.node, 0) + c
+
+    def of(self, node: fx.Node) -> Tensor | None:
+        """The other parameter at a get_attr node, if there is one."""
+        known = node.op == "get_attr" and node.target in self.names
+        return self.tensors.get(self.names[node.target][0]) if known else None
 
 
 class Output:
-    """The network's output on some samples, and how it changes if consumers have their thinned forms."""
+    """The network's output on the walk's batches, and how it changes while spaces are thinned.
 
-    def __init__(self, walk: Walk, probe: Tensor) -> None:
-        self.walk, self.probe, self.nodes = walk, probe, list(walk.graph.nodes)
-        self.original = self._output(0, {}, {})
+    constants: the nodes that do not depend on the network's inputs, as their values have to be kept.
+    """
 
-    def change(self, forms: dict[str, Thinned], first: int, values: dict[Any, Any]) -> float:
-        """The mean squared change of the network's output, centred per sample, if consumers have these forms (by name).
+    def __init__(self, survey: Survey, walk: Walk) -> None:
+        self.survey, self.walk = survey, walk
+        varying: set[fx.Node] = set()
+        for node in walk.nodes:
+            if node.op == "placeholder" or not varying.isdisjoint(node.all_input_nodes):
+                varying.add(node)
+        self.constants = [node for node in walk.nodes if node not in varying]
+        self.varying = [node for node in walk.nodes if node in varying]
+        for _ in walk.run(self.constants, keep=self.constants):
+            pass
+        self.fixed = {node: walk.values[node] for node in self.constants}
+        self.original = self._run(Changes(survey, walk, ()), self.varying, {})
 
-        first: the place of the first of these consumers in the graph. values: of the nodes before it.
-        """
-        return float((self._output(first, values, forms) - self.original).pow(2).sum(1).mean())
+    def first(self, changes: Changes) -> fx.Node | None:
+        """The first node that depends on the inputs and on what has changed."""
+        touched = self._touched(changes)
+        return next((node for node in self.varying if not touched.isdisjoint(node.all_input_nodes)), None)
 
-    def lost(self, forms: dict[str, Thinned]) -> float:
-        """1 − the cosine between the network's outputs with and without these forms of consumers, centred per sample."""
-        thinned = self._output(0, {}, forms)
+    def change(self, changes: Changes, nodes: Sequence[fx.Node], values: Values) -> float:
+        """The mean squared change of the network's output, centred per sample. values: of what comes before `nodes`."""
+        return float((self._run(changes, nodes, values) - self.original).pow(2).sum(1).mean())
+
+    def lost(self, forms: Iterable[Form]) -> float:
+        """1 − the cosine between the network's outputs with and without these forms, centred per sample."""
+        changes = Changes(self.survey, self.walk, forms)
+        thinned = self._run(changes, self.varying, {})
         return 1 - float(cosine_similarity(thinned.flatten(), self.original.flatten(), dim=0))
 
-    def _output(self, first: int, values: dict[Any, Any], forms: dict[str, Thinned]) -> Tensor:
-        values = dict(values)
-        for node in steps(self.nodes[first:], values):
-            form = forms.get(node.target) if node.op == "call_module" else None
-            values[node] = (
-                self.walk.run(node, values, self.probe) if form is None else self._thinned(node, form, values)
-            )
-        return _centred(values[self.nodes[-1]], len(self.probe))
+    def _touched(self, changes: Changes) -> set[fx.Node]:
+        touched: set[fx.Node] = set()
+        for node in self.constants:
+            if changes.of(node) is not None or not touched.isdisjoint(node.all_input_nodes):
+                touched.add(node)
+        return touched
 
-    def _thinned(self, node: Any, form: Thinned, values: dict[Any, Any]) -> Tensor:
-        layer, (source,) = self.walk.modules[node.target], node.all_input_nodes
-        weight = as_weight(form.W.to(layer.weight), layer)
-        y = functional_call(layer, {"weight": weight}, (values[source],))
-        return y + form.c.to(y).view(-1, *[1] * (y.ndim - 1 - channel(layer, y)))
+    def _run(self, changes: Changes, nodes: Sequence[fx.Node], values: Values) -> Tensor:
+        values = values | self.fixed
+        touched = self._touched(changes)
+        for node in self.constants:
+            if node in touched:
+                other = changes.of(node)
+                values[node] = self._apply(node, values) if other is None else [other] * len(self.walk.batches)
+        last = last_uses(nodes, {*self.walk.results, *self.constants})
+        for node in nodes:
+            values[node] = self._apply(node, values)
+            if node in changes.shifts:
+                values[node] = [value + changes.shifts[node] for value in values[node]]
+            for source in last[node]:
+                values.pop(source, None)
+        results = [values[node] for node in self.walk.results]
+        parts = [by_sample(part, samples(batch)) for *part, batch in zip(*results, self.walk.batches)]
+        flat = torch.cat(parts).double()
+        return flat - flat.mean(1, keepdim=True) if flat.shape[1] > 1 else flat
+
+    def _apply(self, node: fx.Node, values: Values) -> list[Any]:
+        if node.op == "placeholder":
+            return self.walk.compute(node)
+        if is_batch_norm(node) and self.walk.measures and node not in self.walk.statistics:
+            self.walk.measure(node, values[node.args[0]])
+        return [
+            self.walk.apply(node, {source: values[source][k] for source in node.all_input_nodes})
+            for k in range(len(self.walk.batches))
+        ]
 
 
-def sensitivities(
-    walk: Walk, units: Sequence[Unit], thinned: Sequence[Sequence[Thinned]], probe: Tensor
-) -> list[dict[int, float]]:
-    """For each unit, by k: the mean squared change of the network's output if this unit alone is thinned to k neurons."""
-    consumer = {unit.next: i for i, unit in enumerate(units)}
-    output = Output(walk, probe)
-    changes: list[dict[int, float]] = [{} for _ in units]
-    values: dict[Any, Any] = {}
-    walked = tqdm(steps(output.nodes, values), "sensitivities", len(output.nodes), leave=False, disable=None)
+def sensitivities(output: Output, forms: Sequence[dict[int, list[Form]]]) -> list[dict[int, float]]:
+    """For each space, by k: the mean squared change of the network's output if this space alone is thinned to k.
+
+    forms: for each space, by k, those of all that read it.
+    """
+    found: list[dict[int, float]] = [{} for _ in forms]
+    starts: dict[fx.Node, list[int]] = {}
+    for i, by_width in enumerate(forms):
+        start = output.first(Changes(output.survey, output.walk, next(iter(by_width.values()), ())))
+        starts.setdefault(start, []).append(i)
+    nodes, walk = output.varying, output.walk
+    walked = tqdm(walk.run(nodes, keep=output.constants), "sensitivities", len(nodes), leave=False, disable=None)
     for place, node in enumerate(walked):
-        if node.op == "call_module" and node.target in consumer:
-            i = consumer[node.target]
-            changes[i] = {form.k: output.change({node.target: form}, place, values) for form in thinned[i]}
-        values[node] = walk.run(node, values, probe)
-    return changes
+        for i in starts.get(node, ()):
+            for k, some in forms[i].items():
+                changes = Changes(output.survey, walk, some)
+                found[i][k] = output.change(changes, nodes[place:], walk.values)
+    return found
 
 
-def _centred(output: Any, samples: int) -> Tensor:
-    """All outputs of the network by sample, [B, numbers]. If a sample has several, their mean is subtracted."""
-    flat = by_sample(output, samples).double()
-    return flat - flat.mean(1, keepdim=True) if flat.shape[1] > 1 else flat
+def samples(batch: Sequence[Any]) -> int:
+    """The number of samples in a batch: the length of its first tensor."""
+    return next((len(value) for value in batch if isinstance(value, Tensor) and value.ndim), 1)
+
+
+def by_sample(output: Any, samples: int) -> Tensor:
+    """What a network gives for each of some samples: [samples, numbers]; without such a tensor all numbers as one row.
+
+    The samples are along the first axis, or, with places beside them, a part of it, or along another axis (time first, the
+    state of an RNN). Losses and constants, which have none, are left out. Raises NeuronMergingError where there are no numbers.
+    """
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not leaves:
+        raise NeuronMergingError("the network gives no floating-point numbers")
+    rows = [row for leaf in leaves if (row := _rows(leaf, samples)) is not None]
+    return torch.cat(rows, 1) if rows else torch.cat([leaf.reshape(1, -1) for leaf in leaves], 1)
+
+
+def _rows(tensor: Tensor, samples: int) -> Tensor | None:
+    """[samples, numbers], or None where no axis of the tensor is that of the samples."""
+    if samples in tensor.shape:
+        return tensor.movedim(tensor.shape.index(samples), 0).reshape(samples, -1)
+    return tensor.reshape(samples, -1) if tensor.ndim and tensor.shape[0] % samples == 0 and len(tensor) else None

@@ -1,39 +1,46 @@
-"""The choice of kept widths for a budget (ours): neurons are dropped where damage rises least for the cost that they save.
+"""The choice of kept widths for a budget (ours): indices are dropped where damage rises least for the cost that they save.
 
 `WidthSearch` measures error curves and sensitivities (curves.py) once for all budgets. Then each choice takes a moment.
 """
 
+from __future__ import annotations
+
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from neuron_merging.counting import count_macs, count_parameters
-from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.tracing import Unit
+from neuron_merging.errors import NeuronMergingError, reported_as
+from neuron_merging.graph.spaces import Space, Survey
+from neuron_merging.graph.walk import Batch, precision
+from neuron_merging.widths.batches import count, split
 from neuron_merging.widths.cost import Cost
-from neuron_merging.widths.curves import Curve, Decompose, curves, joint_damage
+from neuron_merging.widths.curves import Curve, Measure, curves, joint_damage
+from neuron_merging.widths.indices import Decompose
 
 BALANCES = np.linspace(0, 1, 11)  # weights of parameters against MACs that are tried if both are limited
+HELD_OUT = 1 / 3  # share of the samples that only the sensitivities are measured on
 
 
 class WidthSearch:
-    """Measures a network's units once, then gives kept widths for any number of budgets.
+    """Measures a network's spaces once, then gives kept widths for any number of budgets.
 
-    model: is unchanged. units: without streams. shape: of one input. inputs: a function that returns the inputs [B, …] to
-    measure on. criterion: gives the order in which neurons are kept. layerwise: the compensation of one layer, or None for
-    restoration's regression with `ridge`. sensitivity=False: the quick choice. biases: whether the compensation may add biases.
-    Attributes: curves, one for each unit; seconds that measuring took.
+    survey: of the network, which is unchanged. batches: the inputs to measure on. criterion: gives the order in which indices
+    are kept; "auto" is the greedy order of a regression. layerwise: the compensation of one layer, or None for restoration's
+    regression with `ridge`. sensitivity=False: the quick choice. biases: whether the compensation may add biases.
+    Attributes: cost; curves, one for each space; seconds that measuring took.
+    Raises NeuronMergingError where there are too few samples, or the network does not run on them.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
-        model: nn.Module,
-        units: Sequence[Unit],
-        shape: tuple[int, ...],
-        inputs: Callable[[], Tensor],
+        survey: Survey,
+        spaces: Sequence[Space],
+        batches: Sequence[Batch],
         *,
         criterion: str,
         layerwise: Decompose | None,
@@ -42,13 +49,19 @@ class WidthSearch:
         biases: bool,
     ) -> None:
         start = time.perf_counter()
-        self.model, self.units, self.inputs, self.layerwise = model, units, inputs, layerwise
+        self.survey, self.spaces, self.batches, self.layerwise = survey, spaces, batches, layerwise
         self.sensitivity = sensitivity
-        self.cost = Cost(model, units, shape, biases)
-        self.whole = count_parameters(model), count_macs(model, shape)
-        self.curves = curves(model, units, inputs(), criterion, layerwise, ridge, sensitivity=sensitivity)
+        self.cost = Cost(survey, spaces, biases)
+        self.whole = self.cost.whole
+        seen, held_out = split(survey.network, batches, HELD_OUT if sensitivity else 0.0)
+        with reported_as(f"no widths can be chosen for {type(survey.network.model).__name__} on these inputs"):
+            macs = self.whole[1] * count(survey.network, batches)
+            self.precision = precision(survey.network.graph, batches, macs)
+            measure = Measure(criterion, layerwise, ridge)
+            self.curves = curves(survey, spaces, seen, held_out, measure, self.precision)
         self.seconds = time.perf_counter() - start
 
+    @torch.no_grad()
     def widths(
         self,
         uniform: Sequence[int],
@@ -66,16 +79,18 @@ class WidthSearch:
         limit = self.cost(uniform)
         if budget is not None:
             limit = [size * budget.get(name, inf) for name, size in zip(("params", "macs"), self.whole)]
-        droppable = [drop_blocks and unit.branch for unit in self.units]
+        droppable = [drop_blocks and branch for branch in self.cost.branches]
         chosen = allocate(self.curves, self.cost, limit, multiple=multiple, droppable=droppable)
         rounded = [k if k == N else k - k % multiple for k, N in zip(uniform, self.cost.full)]
         if not compare or budget is not None or not self.sensitivity or min(rounded) == 0 or chosen == rounded:
             return chosen
-        damage = joint_damage(self.model, self.units, self.curves, [chosen, rounded], self.inputs(), self.layerwise)
+        damage = joint_damage(
+            self.survey, self.spaces, self.curves, [chosen, rounded], self.batches, self.layerwise, self.precision
+        )
         return rounded if damage[1] < damage[0] else chosen
 
     def keep(self, widths: Sequence[int]) -> list[Tensor]:
-        """For every unit the P neurons that come first in its order, ascending: [P]."""
+        """For every space the P indices that come first in its order, ascending: [P]."""
         return [curve.order[:width].sort().values for curve, width in zip(self.curves, widths)]
 
 
@@ -87,10 +102,10 @@ def allocate(
     multiple: int = 1,
     droppable: Sequence[bool] = (),
 ) -> list[int]:
-    """The kept width of every unit: the widths with the least Σ D that were found within `budget` (parameters, MACs).
+    """The kept width of every space: the widths with the least Σ D that were found within `budget` (parameters, MACs).
 
-    budget: inf for no limit. multiple: every width is a multiple of it, or the full width. droppable: for each unit, whether it
-    may lose all its neurons. Raises NeuronMergingError if no widths are small enough.
+    budget: inf for no limit. multiple: every width is a multiple of it, or the full width. droppable: for each space, whether
+    it may lose all its indices. Raises NeuronMergingError if no widths are small enough.
     """
     droppable = droppable or [False] * len(curves)
     allowed = [_allowed(len(curve.order), multiple, drop) for curve, drop in zip(curves, droppable)]
@@ -105,7 +120,7 @@ def allocate(
 
 
 def _allowed(N: int, multiple: int, drop: bool) -> np.ndarray:
-    """The widths that a unit of N neurons may have, ascending."""
+    """The widths that a space of N indices may have, ascending."""
     return np.array([*([0] if drop else []), *range(multiple, N, multiple), N])
 
 
@@ -120,19 +135,20 @@ def _descend(
     """The widths that a greedy search finds for one weighting (`price`) of parameters and MACs.
 
     From full widths it steps down the hulls, each time where D rises least for the price saved, until the budget is met. Then
-    it widens units again, each time where D falls most for the price, as far as the budget allows.
+    it widens spaces again, each time where D falls most for the price, as far as the budget allows.
     """
-    place = [0] * len(curves)
+    place = np.zeros(len(curves), dtype=int)
+    steps = [(np.array(hull), curve.damage[hull]) for hull, curve in zip(hulls, curves)]
     widths = cost.full.copy()
     while (cost(widths) > budget).any():
-        value = price @ cost.marginal(widths)
-        rise = np.full(len(curves), np.inf)
-        for i, (hull, at, curve) in enumerate(zip(hulls, place, curves)):
-            if at + 1 < len(hull) and value[i] > 0:
-                here, there = hull[at], hull[at + 1]
-                rise[i] = (curve.damage[there] - curve.damage[here]) / ((here - there) * value[i])
-        i = int(rise.argmin())
-        if not np.isfinite(rise[i]):
+        last = np.array([at + 1 == len(hull) for at, hull in zip(place, hulls)])
+        there = np.array([ks[min(at + 1, len(ks) - 1)] for at, (ks, _) in zip(place, steps)])
+        rise = np.array([d[min(at + 1, len(d) - 1)] - d[at] for at, (_, d) in zip(place, steps)])
+        saved = price @ -_difference(cost.along(widths), widths, there)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate = np.where(last | (saved <= 0), np.inf, rise / saved)
+        i = int(rate.argmin())
+        if not np.isfinite(rate[i]):
             least = [ks[0] for ks in allowed]
             raise NeuronMergingError(
                 "no widths are within the budget: the least have {:,.0f} parameters and {:,.0f} MACs".format(
@@ -143,20 +159,28 @@ def _descend(
         widths[i] = hulls[i][place[i]]
     # Spend the rest of the budget where it helps most; a step may skip widths that do not help by themselves.
     while True:
-        spent, marginal = cost(widths), cost.marginal(widths)
-        value = price @ marginal
+        spent, along = cost(widths), cost.along(widths)
         best, most = None, 0.0
         for i, (ks, curve) in enumerate(zip(allowed, curves)):
             above = ks[ks > widths[i]]
-            fits = (spent[:, None] + cost.wider(i, widths[i], above, marginal) <= budget[:, None]).all(0)
-            above = above[fits]
-            if len(above) and value[i] > 0:
-                gain = (curve.damage[widths[i]] - curve.damage[above]) / ((above - widths[i]) * value[i])
+            more = _difference(along[:, i, None], np.full(len(above), widths[i]), above)
+            extra = more.copy()
+            if widths[i] == 0:  # a block that comes back brings its BatchNorm
+                extra[0] -= cost.restored(i, widths)
+            fits = (spent[:, None] + extra <= budget[:, None]).all(0) & (price @ more > 0)
+            if fits.any():
+                gain = (curve.damage[widths[i]] - curve.damage[above[fits]]) / (price @ more[:, fits])
                 if gain.max() > most:
-                    best, most = (i, above[gain.argmax()]), gain.max()
+                    best, most = (i, above[fits][gain.argmax()]), gain.max()
         if best is None:
             return widths
         widths[best[0]] = best[1]
+
+
+def _difference(along: np.ndarray, here: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """How much more a cost is there than here, [2, n], for polynomials [2, n, D + 1] of widths [n]."""
+    powers = np.arange(1, along.shape[2])
+    return (along[:, :, 1:] * (there[:, None] ** powers - here[:, None] ** powers)).sum(2)
 
 
 def _hull(ks: np.ndarray, damage: np.ndarray) -> list[int]:
