@@ -119,12 +119,12 @@ def tried(network: str) -> Row:
     row: Row = {"network": network, "ratio": RATIO, "parameters": count_parameters(model)}
     start = time.perf_counter()
     try:
-        pruned = exported.shrink(model, inputs, ShrinkConfig(ratio=RATIO, compensation="prune"))
+        pruned = exported.shrink(model, inputs, ShrinkConfig(ratio=RATIO, compensation="prune", coupled=True))
     except NeuronMergingError as error:
         return row | {"why_not": str(error)}
     seconds = round(time.perf_counter() - start, 1)
     captured = capture(model, inputs)
-    whole = exported.shrink(model, inputs, ShrinkConfig(ratio=0.0, compensation="prune"))
+    whole = exported.shrink(model, inputs, ShrinkConfig(ratio=0.0, compensation="prune", coupled=True))
     error = largest_error(run(whole.model, captured), run(captured.model, captured))
     reasons = [why for why in pruned.left_out.values() if why != "it is an output of the network"]
     return row | {
