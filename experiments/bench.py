@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from data import DATASETS, Images
 from experiments import command, literal, settings
 from experiments.bench_train import usual
 from experiments.evaluate import accuracy
-from experiments.experiment import kept_widths
+from experiments.experiment import no_inputs, planned
 from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
 from experiments.tables import FIGURES, markdown
@@ -36,13 +37,18 @@ from models import build
 from neuron_merging import memory, synthetic
 from neuron_merging.benchmark import compare
 from neuron_merging.commandline import Parser, versions
+from neuron_merging.compensation import Contents
+from neuron_merging.config import ShrinkConfig
 from neuron_merging.counting import count_macs
 from neuron_merging.decompose import BatchNorm, dropped
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.files import write_text
-from neuron_merging.graph.tracing import Unit, units
-from neuron_merging.network import choose, compensate, decompose, read, rebuild
-from neuron_merging.restore.lockstep import restore
+from neuron_merging.graph.spaces import find_spaces
+from neuron_merging.graph.surgery import cut
+from neuron_merging.graph.weights import Absorbed
+from neuron_merging.methods import METHODS
+from neuron_merging.plan import Plan
+from neuron_merging.restore.batches import Source
 
 CPU = torch.device("cpu")
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -96,45 +102,52 @@ def _with_statistics(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def merging(model: nn.Module, kind: str, repeats: int = 15) -> Measured:
+def merging(model: nn.Module, shape: tuple[int, ...], kind: str, repeats: int = 15) -> Measured:
     """Seconds of decompose + rebuild, of the same by the literal loop, and of the matrix product: l1-norm, half of every unit.
 
     memory: the most that decompose + rebuild took in addition, divided by the bytes of the model's weights.
     """
-    all_units = units(model)
-    widths = [len(model.get_submodule(unit.layer).weight) // 2 for unit in all_units]
+    survey = find_spaces(model, torch.zeros(2, *shape))
+    units = [space for space in survey.spaces if space.unit is not None]
+
+    def decomposed() -> tuple[list[torch.Tensor], list[list[Absorbed]]]:
+        contents = [Contents(survey, space, {}) for space in units]
+        keep = [part.choose(part.space.size // 2, "l1-norm") for part in contents]
+        return keep, [part.absorbed(kept, kind, t=0.0, lam=0.85) for part, kept in zip(contents, keep)]
 
     def work() -> nn.Module:
-        return rebuild(model, all_units, decompose(model, all_units, widths, "l1-norm", kind, t=0.0, lam=0.85))
+        keep, absorbed = decomposed()
+        return cut(survey, dict(zip(units, keep)), list(chain.from_iterable(absorbed))).model
 
     ours = seconds(work, repeats)
     forgets, before = memory.reset(CPU), memory.peak(CPU)
     small = work()
     held = memory.peak(CPU) - before
-    parts = decompose(model, all_units, widths, "l1-norm", kind, t=0.0, lam=0.85)
-    weights = [read(model, unit).W for unit in all_units]
-    pairs = [(W[part.keep], W[dropped(W, part.keep)]) for W, part in zip(weights, parts)]
+    keep, absorbed = decomposed()
+    weights = [Contents(survey, space, {}).neurons.W for space in units]
+    pairs = [(W[kept], W[dropped(W, kept)]) for W, kept in zip(weights, keep)]
     product = seconds(lambda: [kept @ others.T for kept, others in pairs])
     start = time.perf_counter()
-    by_loop = [loop(model, unit, width, kind) for unit, width in zip(all_units, widths)]
+    by_loop = [loop(Contents(survey, space, {}), kind) for space in units]
     seconds_loop = time.perf_counter() - start
-    for unit, part, (keep, Z, W_next) in zip(all_units, parts, by_loop):  # both have to give the same
-        assert part.keep.tolist() == keep and abs(Z - part.Z.numpy()).max() < 1e-9, unit
-        after = small.get_submodule(unit.next).weight.detach().numpy()
-        mine = next((p.keep for u, p in zip(all_units, parts) if u.layer == unit.next), slice(None))
-        assert abs(after - W_next[mine]).max() < 1e-5, unit
+    for space, kept, taken, (literally, Z, W_next) in zip(units, keep, absorbed, by_loop):  # both have to give the same
+        assert kept.tolist() == literally, space.layer
+        assert all(abs(Z - part.Z.numpy()).max() < 1e-9 for part in taken), space.layer
+        after = small.get_submodule(space.unit.next).weight.detach().numpy()
+        mine = next((k for other, k in zip(units, keep) if other.layer == space.unit.next), slice(None))
+        assert abs(after - W_next[mine]).max() < 1e-5, space.layer
     size = sum(p.nbytes for p in model.parameters())
-    return {"kind": kind, "units": len(all_units), "ours": ours, "loop": seconds_loop, "product": product,
+    return {"kind": kind, "units": len(units), "ours": ours, "loop": seconds_loop, "product": product,
             "memory": 1e6 * held / size if forgets else None}  # fmt: skip
 
 
-def loop(model: nn.Module, unit: Unit, P: int, kind: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """keep, Z and W_next ×₂ Z of a unit, computed neuron by neuron in NumPy (experiments/literal.py)."""
-    neurons = read(model, unit)
+def loop(contents: Contents, kind: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """keep, Z and W_next ×₂ Z of half of a unit, computed neuron by neuron in NumPy (experiments/literal.py)."""
+    space, neurons = contents.space, contents.neurons
     W = neurons.W.numpy()
-    keep = literal.select(W, P, "l1-norm")
+    keep = literal.select(W, space.size // 2, "l1-norm")
     Z = literal.scaling_matrix(W, arrays(neurons.bn), keep, kind, 0.0, 0.85)
-    W_next = model.get_submodule(unit.next).weight.detach().double().numpy()
+    W_next = contents.survey.network.tensor(space.readers[0].name).detach().double().numpy()
     return keep, Z, literal.absorb_by_neuron(W_next, Z)
 
 
@@ -147,7 +160,7 @@ def growth(width: int) -> Measured:
     """`merging` of one layer with `width` neurons, as many inputs, and a BatchNorm."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 10, 1)]
-    return {"width": width} | merging(_with_statistics(nn.Sequential(*layers)), "merge", repeats=3)
+    return {"width": width} | merging(_with_statistics(nn.Sequential(*layers)), (width, 1, 1), "merge", repeats=3)
 
 
 def slope(measured: Sequence[Measured], key: str) -> float:
@@ -159,27 +172,29 @@ def slope(measured: Sequence[Measured], key: str) -> float:
 # ---------------------------------------------------------------- restoration
 
 
-def kept(model: nn.Module, all_units: Sequence[Unit], grid: Grid) -> list[torch.Tensor]:
+def halved(model: nn.Module, grid: Grid) -> Plan:
     """The neurons that l2-norm keeps: half of every unit, or the paper's widths if it fixes them."""
-    return choose(model, all_units, kept_widths(model, all_units, grid.experiment("restore")), "l2-norm")
+    return planned(model, grid.experiment("restore", criterion="l2-norm"))
 
 
 def restoration(grid: Grid) -> Measured:
     """Seconds of making the probe and of restoration; restoration's matrix products and convolutions, and its peak memory."""
     model = random_network(grid)
-    all_units = units(model)
-    keep = kept(model, all_units, grid)
-    shape = settings.NETWORKS[grid.arch].shape
-    synthetic.make(model, shape, 8)  # warms up
+    made, config = halved(model, grid), ShrinkConfig(compensation="restore")
+    synthetic.make(model, settings.NETWORKS[grid.arch].shape, 8)  # warms up
     forgets = memory.reset(CPU)
     start = time.perf_counter()
-    x = synthetic.make(model, shape)
+    probe = Source(made.survey.network, config)()
     probe_done = time.perf_counter()
-    restore(model, all_units, keep, x)
+
+    def restore() -> None:
+        METHODS["restore"].run(made.survey, made.keep, config, lambda share: probe)
+
+    restore()
     taken = time.perf_counter() - probe_done
     held = memory.peak(CPU) if forgets else None
     with FlopCounterMode(display=False) as counter:
-        restore(model, all_units, keep, x)
+        restore()
     return {"probe": probe_done - start, "restore": taken, "operations": counter.get_total_flops(), "peak_mb": held}
 
 
@@ -189,9 +204,9 @@ def restoration(grid: Grid) -> Measured:
 def bought(grid: Grid) -> dict[str, Measured]:
     """benchmark.compare of a network and its smaller form. The method makes no difference here, so it is pruned."""
     model = random_network(grid)
-    all_units = units(model)
-    small = rebuild(model, all_units, compensate(model, all_units, kept(model, all_units, grid), "prune"))
-    return compare({"original": model, "smaller": small}, settings.NETWORKS[grid.arch].shape)
+    made = halved(model, grid)
+    small, _ = METHODS["prune"].run(made.survey, made.keep, ShrinkConfig(compensation="prune"), no_inputs)
+    return compare({"original": model, "smaller": small.model}, settings.NETWORKS[grid.arch].shape)
 
 
 def evaluation(grid: Grid, count: int, batch_size: int = 128) -> Measured:
@@ -350,7 +365,7 @@ def measured(grids: dict[str, Grid], widths: Sequence[int] = WIDTHS) -> Measured
     report |= {"versions": versions(), "gemm_peak": peak()}
     named = {grid.title.split()[0]: grid for grid in grids.values()}
     report["merging"] = [
-        {"network": name} | merging(random_network(grid), kind)
+        {"network": name} | merging(random_network(grid), settings.NETWORKS[grid.arch].shape, kind)
         for name, grid in named.items()
         for kind in literal.FORMS
     ]

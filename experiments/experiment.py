@@ -16,7 +16,7 @@ from data import DATASETS, Images
 from experiments import settings
 from experiments.evaluate import accuracy
 from models import build
-from neuron_merging import synthetic
+from neuron_merging import plan, synthetic
 from neuron_merging.checkpoint import Checkpoint, load_checkpoint, load_weights
 from neuron_merging.commandline import placed, versions
 from neuron_merging.config import CHOSEN_WIDTHS, ShrinkConfig, changed, option, row_key, shares_text
@@ -25,7 +25,6 @@ from neuron_merging.decompose import CRITERIA
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import Space
 from neuron_merging.methods import METHODS, NEED_IMAGES
-from neuron_merging.plan import prunable
 from neuron_merging.shrink import examined
 from neuron_merging.shrink import shrink as shrink_network
 from neuron_merging.widths.search import WidthSearch
@@ -240,7 +239,19 @@ def shrink(
 def spaces_of(model: nn.Module, experiment: Experiment) -> list[Space]:
     """What of an experiment's network can be dropped."""
     survey, _, _ = examined(model, settings.NETWORKS[experiment.arch].shape)
-    return prunable(survey, experiment.coupled)[0]
+    return plan.prunable(survey, experiment.coupled)[0]
+
+
+def planned(model: nn.Module, experiment: Experiment) -> plan.Plan:
+    """The neurons that each unit keeps, where neither they nor the widths are chosen with the help of inputs."""
+    survey, model, _ = examined(model, settings.NETWORKS[experiment.arch].shape)
+    widths = kept_widths(plan.prunable(survey, experiment.coupled)[0], experiment)
+    return plan.make(survey, model, replace(experiment.plain(), ratio=widths), no_inputs)
+
+
+def no_inputs(share: float) -> list[list[Any]]:
+    """What methods get that run the network on no inputs."""
+    return []
 
 
 def kept_widths(units: Sequence[Space], experiment: Experiment) -> list[int]:

@@ -7,24 +7,27 @@ dropping nothing changes nothing, and whether the result is of the network's own
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from experiments import command, rows
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown
-from neuron_merging import exported
 from neuron_merging.commandline import Parser
 from neuron_merging.config import ShrinkConfig
 from neuron_merging.counting import count_parameters
 from neuron_merging.errors import NeuronMergingError, missing
 from neuron_merging.files import write_text
-from neuron_merging.graph.export import capture
+from neuron_merging.graph.spaces import Space, Survey, find_spaces
 from neuron_merging.graph.surgery import largest_error, run
+from neuron_merging.methods import METHODS
+from neuron_merging.restore.batches import Source
+from neuron_merging.shrink import shrink
 
 PATH, TABLE = RESULTS / "zoo" / "families.jsonl", RESULTS / "families.md"
 RATIO = 0.3
@@ -117,20 +120,32 @@ def tried(network: str) -> Row:
     model.eval()
     randomise(model)
     row: Row = {"network": network, "ratio": RATIO, "parameters": count_parameters(model)}
+    config = ShrinkConfig(ratio=RATIO, compensation="prune", coupled=True)
     start = time.perf_counter()
     try:
-        pruned = exported.shrink(model, inputs, ShrinkConfig(ratio=RATIO, compensation="prune", coupled=True))
+        small, report = shrink(model, example_input=inputs, config=config)
     except NeuronMergingError as error:
         return row | {"why_not": str(error)}
     seconds = round(time.perf_counter() - start, 1)
-    captured = capture(model, inputs)
-    whole = exported.shrink(model, inputs, ShrinkConfig(ratio=0.0, compensation="prune", coupled=True))
-    error = largest_error(run(whole.model, captured), run(captured.model, captured))
-    reasons = [why for why in pruned.left_out.values() if why != "it is an output of the network"]
+    survey = find_spaces(model, inputs)
+    reasons = [why for why in report.left_out.values() if why != "it is an output of the network"]
     return row | {
-        "left": count_parameters(pruned.model), "spaces": len(pruned.spaces), "own_class": pruned.note is None,
-        "error_at_0": float(f"{error:.1e}"), "seconds": seconds, "whole": sorted(set(reasons)),
+        "left": report.params[1], "spaces": len(report.units), "own_class": not isinstance(small, fx.GraphModule),
+        "error_at_0": error_of(survey, whole(survey), "prune", config), "seconds": seconds,
+        "whole": sorted(set(reasons)),
     }  # fmt: skip
+
+
+def whole(survey: Survey) -> dict[Space, Tensor]:
+    """All indices of all spaces."""
+    return {space: torch.arange(space.size) for space in survey.spaces}
+
+
+def error_of(survey: Survey, keep: Mapping[Space, Tensor], kind: str, config: ShrinkConfig) -> float:
+    """The largest change of an output, as a share of the largest one, when a method keeps these indices [P] of spaces."""
+    small, _ = METHODS[kind].run(survey, keep, config, Source(survey.network, config))
+    error = largest_error(run(small.model, survey.network), run(survey.network.model, survey.network))
+    return float(f"{error:.1e}")
 
 
 def table(measured: Sequence[Row]) -> str:
@@ -168,12 +183,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = next((name for name in names if name.partition(":")[0] not in LIBRARIES), None)
     if unknown is not None:
         raise NeuronMergingError(f"{unknown}: give LIBRARY:NAME, with a library of {', '.join(LIBRARIES)}")
-    done = rows.keys(rows.load(PATH), PATH, lambda row: row["network"])
-    for name in tqdm([name for name in names if name not in done], "families", leave=False, disable=None):
-        rows.append(tried(name), PATH, key=lambda row: row["network"])
+    measure(names, tried, PATH)
     write_text(TABLE, table(rows.load(PATH)))
     print(f"wrote {TABLE}")
     return 0
+
+
+def measure(names: Sequence[str], tried: Callable[[str], Row], path: Path) -> None:
+    """Try the networks that the rows in `path` do not have yet, and add theirs; one that was not tried is tried again."""
+    known = (row for row in rows.load(path) if "not_tried" not in row)
+    done = rows.keys(known, path, lambda row: row["network"])
+    for name in tqdm([name for name in names if name not in done], path.parent.name, leave=False, disable=None):
+        rows.append(tried(name), path, key=lambda row: (row["network"], row.get("not_tried")))
 
 
 if __name__ == "__main__":

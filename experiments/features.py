@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from data import Images, load
 from experiments import command, rows
-from experiments.experiment import kept_widths
 from experiments.experiment import load as load_network
+from experiments.experiment import no_inputs, planned
 from experiments.grid import FORMS, GRIDS, Grid
 from experiments.rows import RESULTS
 from experiments.settings import data_folder
 from neuron_merging.checkpoint import sha256
 from neuron_merging.commandline import Parser
-from neuron_merging.decompose import Decomposition
 from neuron_merging.files import write_text
-from neuron_merging.graph.tracing import Unit, units
-from neuron_merging.network import decompose, rebuild
+from neuron_merging.graph.spaces import Space
+from neuron_merging.methods import METHODS
 
 FEATURES = RESULTS / "features.jsonl"
 CRITERION, RATIO, BATCH = "l2-norm", 0.5, 256
@@ -42,16 +41,17 @@ def outputs(model: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, Tens
     return seen
 
 
-def relative_errors(
-    model: nn.Module, small: nn.Module, all_units: Sequence[Unit], parts: Sequence[Decomposition], x: Tensor
-) -> list[float]:
-    """‖a − â‖ / ‖a‖ of every unit's consumer, over the batch and over those of the consumer's neurons that are kept."""
-    keep = {unit.layer: part.keep for unit, part in zip(all_units, parts)}
-    names = [unit.next for unit in all_units]
+def relative_errors(model: nn.Module, small: nn.Module, keep: Mapping[Space, Tensor], x: Tensor) -> list[float]:
+    """‖a − â‖ / ‖a‖ of every unit's consumer, over the batch and over those of the consumer's neurons that are kept.
+
+    keep: by unit, the neurons that it keeps.
+    """
+    of_layer = {space.layer: kept for space, kept in keep.items()}
+    names = [space.unit.next for space in keep]
     whole, shrunk = outputs(model, names, x), outputs(small, names, x)
     errors = []
     for name in names:
-        a = whole[name][:, keep[name]] if name in keep else whole[name]
+        a = whole[name][:, of_layer[name]] if name in of_layer else whole[name]
         errors.append(float((a - shrunk[name]).norm() / a.norm()))
     return errors
 
@@ -61,24 +61,21 @@ def measure(grid: Grid, images: Images) -> dict[str, Any]:
     experiment = grid.experiment("prune", criterion=CRITERION, ratio=RATIO)
     model, checkpoint = load_network(experiment)
     model.eval()
-    all_units = units(model)
-    widths = kept_widths(model, all_units, experiment)
+    made, config = planned(model, experiment), experiment.plain()
     x = images.normalised(images.pixels[:BATCH])
     errors = {}
     for kind in FORMS:
-        parts = decompose(model, all_units, widths, CRITERION, kind, t=experiment.threshold, lam=experiment.lamda)
-        errors[kind] = [
-            round(e, 6) for e in relative_errors(model, rebuild(model, all_units, parts), all_units, parts, x)
-        ]
+        small, _ = METHODS[kind].run(made.survey, made.keep, config, no_inputs)
+        errors[kind] = [round(e, 6) for e in relative_errors(model, small.model, made.keep, x)]
     return {
         "arch": grid.arch,
         "dataset": grid.dataset,
         "criterion": CRITERION,
         "ratio": experiment.effective_ratio,
-        "widths": widths,
+        "widths": made.widths,
         "images": len(x),
         "checkpoint_sha256": checkpoint.sha256,
-        "consumers": [unit.next for unit in all_units],
+        "consumers": [space.unit.next for space in made.spaces],
         "errors": errors,
     }
 

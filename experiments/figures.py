@@ -10,11 +10,10 @@ import matplotlib.pyplot as plt
 
 from experiments import chosen
 from experiments.beyond import IMAGES, SEEDS, complete, criterion_of
+from experiments.experiment import spaces_of
 from experiments.grid import CRITERIA, FORMS, Grid
 from experiments.rows import Row, percent, published, published_key, ratio
-from models import build
 from neuron_merging.files import write_atomically
-from neuron_merging.graph.tracing import units
 
 plt.switch_backend("Agg")  # files only: no display is needed
 plt.rcParams["svg.hashsalt"] = "neuron-merging"  # the same rows make the same file
@@ -144,9 +143,9 @@ def chosen_widths(grid: Grid, measured: Sequence[Row], paths: Sequence[Path]) ->
     for row in sorted(measured, key=lambda r: r["ratio"] or 0):
         if (row["type"], chosen.rule(grid, row), row.get("seed")) == ("restore", "auto", SEEDS[0]):
             drawn[ratio(row)] = row["widths"]
-    network = build(grid.arch, grid.depth_wide)
-    names = [unit.layer for unit in units(network)]
-    full = [len(network.get_submodule(name).weight) for name in names]
+    experiment = grid.experiment("restore")
+    spaces = spaces_of(experiment.network(), experiment)
+    names, full = [space.layer for space in spaces], [space.size for space in spaces]
     figure, axis = plt.subplots(figsize=(10, 4), layout="constrained")
     colors = plt.get_cmap("viridis")
     for i, (name, widths) in enumerate(drawn.items()):

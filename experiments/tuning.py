@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from data import Images, load
 from experiments import command, rows, settings
 from experiments.beyond import cell
 from experiments.evaluate import accuracy
-from experiments.experiment import Experiment, calibration, kept_widths, shrink
+from experiments.experiment import Experiment, calibration, planned, shrink
 from experiments.experiment import load as load_network
 from experiments.grid import GRIDS, PRETRAINED, check_same
 from experiments.manifest import workbench
@@ -29,9 +30,9 @@ from neuron_merging import synthetic
 from neuron_merging.checkpoint import sha256
 from neuron_merging.commandline import Parser
 from neuron_merging.files import write_text
-from neuron_merging.graph.tracing import units
-from neuron_merging.network import choose
-from neuron_merging.restore.lockstep import Options, restore
+from neuron_merging.restore import Options, restore
+from neuron_merging.restore.batches import parts
+from neuron_merging.widths.cost import Cost
 
 FOLDER = RESULTS / "tuning"
 DOCS = RESULTS.parent / "docs" / "restore.md"
@@ -82,22 +83,27 @@ class Variant:
         defaults = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != "seed"}
         probe = defaults | self.probe
         return {
-            "options": asdict(Options(**self.options)),
+            "options": {name: _as_json(value) for name, value in asdict(Options(**self.options)).items()},
             "probe": probe | {"kind": synthetic.rule(probe["kind"])},
             "experiment": {ROW_NAMES.get(name, name): value for name, value in self.experiment.items()},
         }
 
 
+def _as_json(value: Any) -> Any:
+    """A value that is the same after it was written and read: JSON has neither tuples nor ∞."""
+    return list(map(_as_json, value)) if isinstance(value, tuple) else "inf" if value == inf else value
+
+
 AS_IT_IS = "restore, as it is"
 ABLATIONS = {
     AS_IT_IS: Variant(),
-    "channels mixed, no patches": Variant({"patches": False}),
+    "no inputs held out, one λ": Variant({"held": 0.0, "grid": (1.0,)}),
+    "no other basis": Variant({"mixing": False}),
     "running statistics in BatchNorm": Variant({"probe_statistics": False}),
-    "open loop": Variant({"closed_loop": False}),
     "no repair of the stream": Variant({"repair": False}),
     "pruned layers not refitted": Variant({"refit": False}),
     "pruned layers not adapted": Variant({"adaptations": 0}),
-    "no ReLU-aware target": Variant({"relu_steps": 0}),
+    "no activation-aware target": Variant({"aware_steps": 0}),
     "no class step": Variant(probe={"step": 0.0}),
 }
 SWEEP = {
@@ -112,8 +118,8 @@ SWEEP = {
     "pink noise": Variant(probe={"kind": "pink"}),
     "one step of adaptation": Variant({"adaptations": 1}),
     "four steps of adaptation": Variant({"adaptations": 4}),
-    "ReLU-aware target once": Variant({"relu_steps": 1}),
-    "ReLU-aware target four times": Variant({"relu_steps": 4}),
+    "activation-aware target once": Variant({"aware_steps": 1}),
+    "activation-aware target four times": Variant({"aware_steps": 4}),
     "32 positions a feature": Variant({"positions": 32}),
     "all positions": Variant({"positions": 10**9}),
     "twice the samples": Variant(probe={"samples": 2}),  # as a multiple of the default
@@ -148,13 +154,14 @@ def measure(
     model, checkpoint = load_network(experiment)
     model.eval()
     if variant.options or variant.probe:  # these have no flags, so `restore` is called itself
-        all_units = units(model)
-        keep = choose(model, all_units, kept_widths(model, all_units, experiment), bench.criterion)
-        probe = dict(variant.probe)
+        made, probe = planned(model, experiment), dict(variant.probe)
         if "samples" in probe:
             probe["samples"] *= synthetic.default_samples(model, images.dataset.shape)
         x = synthetic.make(model, images.dataset.shape, seed=seed, **probe)
-        small = restore(model, all_units, keep, x, Options(**variant.options))
+        macs = Cost(made.survey, []).whole[1] * len(x)
+        small = restore(
+            made.survey, made.keep, [[part] for part in parts(x)], Options(**variant.options), macs
+        ).small.model
     else:
         small = shrink(model, experiment, calibration(experiment), searches).model
     correct, total = accuracy(small, images)

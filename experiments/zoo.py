@@ -1,4 +1,4 @@
-"""Makes every classification network of torchvision smaller that torch.fx can trace: results/zoo.md.
+"""Makes every classification network of torchvision smaller: results/zoo.md.
 
 Weights are random and BatchNorm statistics made up, so nothing here says how accurate a network would be. It checks:
 
@@ -7,23 +7,23 @@ Weights are random and BatchNorm statistics made up, so nothing here says how ac
 - that dropping nothing changes nothing,
 - that planted twins, which are channels made equal wherever they are written, are merged without loss.
 
-Weights that start at nearly 0, such as the scale of ConvNeXt's branches (1e-6) or ViT's head (0), get random values too: else
-they would hide all that happens before them.
+Weights that start as constants, such as the scale of ConvNeXt's branches (1e-6) or ViT's head (0), get random values too: else
+they would hide all that happens before them. Networks of other libraries are in families.py.
 """
 
 import copy
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_builder, list_models
-from tqdm import tqdm
 
 from experiments import command, rows
+from experiments.families import error_of, measure, randomise, whole
 from experiments.rows import RESULTS, Row
 from experiments.tables import markdown
 from neuron_merging.commandline import Parser
@@ -31,11 +31,8 @@ from neuron_merging.config import ShrinkConfig
 from neuron_merging.counting import count_parameters
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.files import write_text
-from neuron_merging.graph.streams import Stream
-from neuron_merging.graph.tracing import NORMS, Unit
-from neuron_merging.methods import METHODS
-from neuron_merging.shrink import prunable, shrink, width
-from neuron_merging.synthetic import inputs
+from neuron_merging.graph.spaces import Space, find_spaces
+from neuron_merging.shrink import shrink
 
 FOLDER = RESULTS / "zoo"
 TABLE = RESULTS / "zoo.md"
@@ -72,49 +69,30 @@ def networks() -> list[str]:
 
 
 def made(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A network with random weights and made-up statistics, none of them nearly 0, and the shape of an input."""
+    """A network with random weights and made-up statistics, and the shape of an input."""
     torch.manual_seed(0)
     model = get_model_builder(name)(weights=None)
-    for module in model.modules():
-        if isinstance(module, NORMS) and module.running_mean is not None:
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and parameter.abs().max() < 1e-3:  # neither norms nor biases
-            nn.init.normal_(parameter)
+    randomise(model)
     side = next((side for start, side in SIDES.items() if name.startswith(start)), 64)
     return model.eval(), (3, side, side)
 
 
-def places(unit: Unit | Stream) -> Iterator[tuple[str, int]]:
-    """The modules with an entry for every neuron of a unit or channel of a stream, each with the offset of the first one."""
-    if isinstance(unit, Unit):
-        yield from ((name, 0) for name in (unit.layer, unit.bn) if name)
-    else:
-        yield from ((name, 0) for name in unit.writers)
-        yield from ((place.module, place.offset) for place in unit.followers)
-
-
 @torch.no_grad()
-def plant(model: nn.Module, units: Sequence[Unit | Stream], share: float = 0.5) -> list[Tensor]:
-    """Make channels copies (twins) of others wherever they are written or followed. Changes `model`.
+def plant(model: nn.Module, spaces: Sequence[Space], share: float = 0.5) -> list[Tensor]:
+    """Make indices of spaces copies (twins) of others wherever they are written or followed. Changes `model`.
 
-    Returns for each unit the indices [P] of the channels that are no copies.
+    Returns for each space the indices [P] that are no copies.
     """
     random, keep = torch.Generator().manual_seed(5), []
-    for unit in units:
-        N = width(model, unit)
-        order = torch.randperm(N, generator=random)
-        P = max(1, round(N * share))
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for space in spaces:
+        order = torch.randperm(space.size, generator=random)
+        P = max(1, round(space.size * share))
         leaders, twins = order[:P], order[P:]
         of_twins = leaders[torch.arange(len(twins)) % P]
-        for name, offset in places(unit):
-            module = model.get_submodule(name)
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and tensor.ndim:
-                    tensor[offset + twins] = tensor[offset + of_twins]
+        for place in space.writers + space.followers:
+            rows_of, at = held[place.name].movedim(place.axis, 0), place.positions(space.leaf)
+            rows_of[at[twins]] = rows_of[at[of_twins]]
         keep.append(leaders.sort().values)
     return keep
 
@@ -126,46 +104,42 @@ def tried(name: str, largest: float = LARGEST) -> Row:
     row: dict[str, Any] = {"network": name, "parameters": count_parameters(model), "input": list(shape)}
     if row["parameters"] > largest:
         return row | {"not_tried": f"more than {largest / 1e6:.0f} M parameters (`--largest`)"}
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
     try:
-        units, left_out = prunable(model, coupled=True)
+        survey = find_spaces(model, x)
     except NeuronMergingError as error:
         return row | {"why_not": str(error)}
-    kinds = [sum(isinstance(unit, kind) for unit in units) for kind in (Unit, Stream)]
-    row |= {"units": kinds[0], "streams": kinds[1], "left_out": left_out}
-    if not units:
+    units = sum(space.unit is not None for space in survey.spaces)
+    row |= {"units": units, "streams": len(survey.spaces) - units, "left_out": survey.left_out}
+    if not survey.spaces:
         return row | {"why_not": "nothing can be pruned"}
-    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
     before, wanted = copy.deepcopy(model.state_dict()), model(x)
-    options = {"example_input": shape, "coupled": True, "probe_samples": SAMPLES}
+    config = ShrinkConfig(coupled=True, probe_samples=SAMPLES, threshold=TWINS)
     for kind in KINDS:
         start = time.perf_counter()
         try:
-            small, report = shrink(model, RATIO, compensation=kind, **options)
+            small, report = shrink(
+                model, RATIO, compensation=kind, example_input=shape, coupled=True, probe_samples=SAMPLES
+            )
         except NeuronMergingError as error:
             row[kind] = {"why_not": str(error)}
             continue
         seconds, y = round(time.perf_counter() - start, 1), small(x)
-        whole, _ = shrink(model, 0.0, compensation=kind, **options)
         fine = y.shape == wanted.shape and bool(y.isfinite().all()) and report.params[1] < report.params[0]
         untouched = all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
         row[kind] = {
             "ok": fine and untouched, "parameters": report.params[1], "seconds": seconds,
-            "error_at_0": _off(whole(x), wanted),
+            "error_at_0": error_of(survey, whole(survey), kind, config),
         }  # fmt: skip
-        del small, whole
-    keep = plant(model, units)
-    config = ShrinkConfig(threshold=TWINS, probe_samples=SAMPLES)
-    wanted = model(x)
+        del small
+    passing = [i for i, space in enumerate(survey.spaces) if space.obstacle is None]
+    leaders = plant(model, [survey.spaces[i] for i in passing])
+    survey = find_spaces(model, x)
+    keep = {survey.spaces[i]: kept for i, kept in zip(passing, leaders)}
     for kind in KINDS[1:]:
         if "ok" in row[kind]:
-            folded = METHODS[kind].run(model, units, keep, config, partial(inputs, model, shape, config))
-            row[kind]["error_of_twins"] = _off(folded(x), wanted)
+            row[kind]["error_of_twins"] = error_of(survey, keep, kind, config)
     return row
-
-
-def _off(y: Tensor, wanted: Tensor) -> float:
-    """The largest error, relative to the largest output."""
-    return float(f"{float((y - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)):.1e}")
 
 
 def table(measured: Sequence[Row]) -> str:
@@ -224,12 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown is not None:
         raise NeuronMergingError(f"torchvision has no classification network {unknown}")
     path = FOLDER / "rows.jsonl"
-    tried_already = (row for row in rows.load(path) if "not_tried" not in row)
-    done = rows.keys(tried_already, path, lambda row: row["network"])
-    for name in tqdm([n for n in args.names or known if n not in done], "zoo", leave=False, disable=None):
-        rows.append(tried(name, args.largest), path, key=lambda row: (row["network"], row.get("not_tried")))
-    text = table(rows.load(path))
-    write_text(TABLE, text)
+    measure(args.names or known, partial(tried, largest=args.largest), path)
+    write_text(TABLE, table(rows.load(path)))
     print(f"wrote {TABLE}")
     return 0
 

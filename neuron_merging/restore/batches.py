@@ -62,14 +62,12 @@ class Source:
             count = max(round(share * (config.probe_samples or FEW)), LEAST * size)
             leaves = [_noise(value, count, random) if yes else value for value, yes in zip(example, many)]
         count = _count(leaves, many)
-        if network.dynamic:
-            size = max(2, -(-count // PARTS))  # torch.export takes a batch of one for something else
+        size = 2 if network.dynamic else size  # torch.export takes a batch of one for something else
         if count < LEAST * size:
             raise NeuronMergingError(f"{count} images are too few for restoration: give {LEAST * size} or more")
-        return [
-            [value[start : start + size] if yes else value for value, yes in zip(leaves, many)]
-            for start in range(0, count - size + 1, size)
-        ]
+        every = torch.arange(count)
+        places = parts(every) if network.dynamic else every[: count - count % size].split(size)
+        return [[value[part.to(value.device)] if yes else value for value, yes in zip(leaves, many)] for part in places]
 
 
 def _count(leaves: list[Any], many: list[bool]) -> int:
@@ -78,6 +76,11 @@ def _count(leaves: list[Any], many: list[bool]) -> int:
     if len(counts) > 1:
         raise NeuronMergingError(f"images: the inputs have different numbers of samples, {sorted(counts)}")
     return counts.pop()
+
+
+def parts(samples: Tensor) -> list[Tensor]:
+    """Batches of samples [B, …], about equally large, for a graph that takes any size but one."""
+    return list(samples.tensor_split(min(PARTS, len(samples) // 2)))
 
 
 def _made_up(network: Network, example: Tensor, config: ShrinkConfig, share: float = 1.0) -> Tensor:
