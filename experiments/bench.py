@@ -48,7 +48,7 @@ from neuron_merging.graph.surgery import cut
 from neuron_merging.graph.weights import Absorbed
 from neuron_merging.methods import METHODS
 from neuron_merging.plan import Plan
-from neuron_merging.restore.batches import batches
+from neuron_merging.restore.batches import Source
 
 CPU = torch.device("cpu")
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -184,7 +184,7 @@ def restoration(grid: Grid) -> Measured:
     synthetic.make(model, settings.NETWORKS[grid.arch].shape, 8)  # warms up
     forgets = memory.reset(CPU)
     start = time.perf_counter()
-    probe = batches(made.survey.network, config)
+    probe = Source(made.survey.network, config)()
     probe_done = time.perf_counter()
 
     def restore() -> None:

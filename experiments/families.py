@@ -26,7 +26,7 @@ from neuron_merging.files import write_text
 from neuron_merging.graph.spaces import Space, Survey, find_spaces
 from neuron_merging.graph.surgery import largest_error, run
 from neuron_merging.methods import METHODS
-from neuron_merging.restore.batches import batches
+from neuron_merging.restore.batches import Source
 from neuron_merging.shrink import shrink
 
 PATH, TABLE = RESULTS / "zoo" / "families.jsonl", RESULTS / "families.md"
@@ -143,7 +143,7 @@ def whole(survey: Survey) -> dict[Space, Tensor]:
 
 def error_of(survey: Survey, keep: Mapping[Space, Tensor], kind: str, config: ShrinkConfig) -> float:
     """The largest change of an output, as a share of the largest one, when a method keeps these indices [P] of spaces."""
-    small, _ = METHODS[kind].run(survey, keep, config, lambda share: batches(survey.network, config, None, share))
+    small, _ = METHODS[kind].run(survey, keep, config, Source(survey.network, config))
     error = largest_error(run(small.model, survey.network), run(survey.network.model, survey.network))
     return float(f"{error:.1e}")
 

@@ -17,17 +17,15 @@ from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.rules import operation
 from neuron_merging.graph.spaces import Space, Survey
 from neuron_merging.graph.surgery import Smaller, cut
-from neuron_merging.graph.walk import Batch
 from neuron_merging.restore import Options, restore
+from neuron_merging.restore.batches import Source
 from neuron_merging.restore.readers import OPERANDS
 from neuron_merging.widths.batches import count
 from neuron_merging.widths.cost import Cost
 from neuron_merging.widths.search import HELD_OUT, WidthSearch
 
 Keep = Mapping[Space, Tensor]
-Inputs = Callable[[float], list[Batch]]
-"""A function that returns the inputs that a method runs the network on, real or made up, this many times as many as usual."""
-Run = Callable[[Survey, Keep, ShrinkConfig, Inputs], tuple[Smaller, list[str]]]
+Run = Callable[[Survey, Keep, ShrinkConfig, Source], tuple[Smaller, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Method:
         if plain in COMPENSATIONS:
             refused([space for space, P in zip(spaces, widths) if space.size > P], plain)
 
-    def search(self, survey: Survey, spaces: Sequence[Space], config: ShrinkConfig, inputs: Inputs) -> WidthSearch:
+    def search(self, survey: Survey, spaces: Sequence[Space], config: ShrinkConfig, inputs: Source) -> WidthSearch:
         """Measure what thinning each space does. As a third of the inputs is held out for sensitivities, there are more."""
         sensitivity = config.widths == "auto"
         return WidthSearch(
@@ -83,7 +81,7 @@ class Method:
 
 
 def _compensated(
-    name: str, survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Inputs
+    name: str, survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source
 ) -> tuple[Smaller, list[str]]:
     """Apply a compensation of decompose.py; spaces that it cannot merge are only pruned."""
     only_pruned = refused([space for space, kept in keep.items() if len(kept) < space.size], name)
@@ -101,10 +99,11 @@ def _layer_compensated(name: str, neurons: Neurons, keep: Tensor, config: Shrink
     return with_constants(COMPENSATIONS[name](neurons, keep, t=config.threshold, lam=config.lamda), neurons)
 
 
-def _restored(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Inputs) -> tuple[Smaller, list[str]]:
+def _restored(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source) -> tuple[Smaller, list[str]]:
     batches = inputs(1.0)
     macs = Cost(survey, []).whole[1] * count(survey.network, batches)
-    restored = restore(survey, keep, batches, Options(ridge=config.ridge), macs)
+    options = Options(ridge=config.ridge, probe_statistics=not inputs.real)
+    restored = restore(survey, keep, batches, options, macs)
     unfitted = _unfitted(survey, keep, restored.fits)
     note = f"not restored, being no plain layers of their own weights: {', '.join(unfitted)}"
     return restored.small, [note] if unfitted else []
@@ -121,7 +120,7 @@ def _unfitted(survey: Survey, keep: Keep, fitted: Collection[str]) -> list[str]:
     return sorted(readers - set(fitted))
 
 
-def _lbyl(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Inputs) -> tuple[Smaller, list[str]]:
+def _lbyl(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source) -> tuple[Smaller, list[str]]:
     absorbed = []
     for space, kept in keep.items():
         contents = Contents(survey, space, {})
@@ -130,13 +129,13 @@ def _lbyl(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Inputs) -> t
     return cut(survey, keep, absorbed), []
 
 
-def _folded(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Inputs) -> tuple[Smaller, list[str]]:
+def _folded(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source) -> tuple[Smaller, list[str]]:
     widths = {space: len(kept) for space, kept in keep.items()}
     return fold(survey, widths, config.seed), []  # as many clusters, not the same neurons
 
 
 def _reestimated(
-    name: str, survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Inputs
+    name: str, survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source
 ) -> tuple[Smaller, list[str]]:
     """Apply a compensation of decompose.py, then measure the BatchNorm statistics again on real inputs."""
     small, notes = _compensated(name, survey, keep, config, inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -11,9 +10,9 @@ from neuron_merging.compensation import Contents, constants
 from neuron_merging.config import CHOSEN_WIDTHS, ShrinkConfig
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import Space, Survey
-from neuron_merging.graph.walk import Batch
 from neuron_merging.methods import METHODS
 from neuron_merging.ratios import uniform_widths, without
+from neuron_merging.restore.batches import Source
 from neuron_merging.widths.search import WidthSearch
 
 
@@ -64,12 +63,12 @@ def make(
     survey: Survey,
     model: nn.Module,
     config: ShrinkConfig,
-    inputs: Callable[[float], list[Batch]],
+    inputs: Source,
     search: WidthSearch | None = None,
 ) -> Plan:
     """Decide what a network loses.
 
-    inputs: gives inputs to measure on, `share` times as many as usual. search: of an earlier call; its measurements are used.
+    inputs: to measure on. search: of an earlier call; its measurements are used.
     Raises NeuronMergingError where nothing can be dropped, and for ratios that make no sense.
     """
     spaces, left_out = spaces_of(survey, model, config)

@@ -31,10 +31,9 @@ from neuron_merging.counting import count_parameters
 from neuron_merging.decompose import CRITERIA
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import Survey, find_spaces
-from neuron_merging.graph.walk import Batch
 from neuron_merging.methods import METHODS, NEED_IMAGES
 from neuron_merging.report import Report, name_of, sizes
-from neuron_merging.restore.batches import batches
+from neuron_merging.restore.batches import Source
 from neuron_merging.running import dtype
 from neuron_merging.widths.cost import Cost
 from neuron_merging.widths.search import WidthSearch
@@ -79,10 +78,7 @@ def shrink(
     start = time.perf_counter()
     survey = find_spaces(model, example)
     chosen = search is None and config.chooses
-
-    def inputs(share: float) -> list[Batch]:
-        return batches(survey.network, config, images, share)
-
+    inputs = Source(survey.network, config, images)
     made = plan.make(survey, model, config, inputs, search)
     small, notes = METHODS[config.compensation].run(survey, made.keep, config, inputs)
     if device.type == "cuda":
@@ -193,7 +189,7 @@ def summarize(
     if spaces and (config.widths in CHOSEN_WIDTHS or ratio is not None):
         if config.criterion == "auto" and config.widths not in CHOSEN_WIDTHS:
             config = replace(config, criterion="l2-norm")  # which neurons stay does not matter here
-        made = plan.make(survey, model, config, lambda share: batches(survey.network, config, images, share))
+        made = plan.make(survey, model, config, Source(survey.network, config, images))
         counts = [f"{kept} of {full}" for kept, full in zip(made.widths, made.full)]
         cost = Cost(survey, spaces, METHODS[config.compensation].adds_bias)
         before, after = cost.whole, cost(made.widths)

@@ -29,7 +29,8 @@ from neuron_merging.running import (
 )
 
 MADE = {"dtype": torch.float32, "device": "cpu"}  # of all new tensors, whatever the defaults of the process are
-CHUNK = 64  # samples that are normalised together in the class step
+CHUNK = 64  # samples that are normalised together in the class step, fewer of large ones
+LEAST = 8  # but so many at least
 PART = 16  # samples that are Fourier-transformed or painted together
 PINK, WHITE = 1.2, 0.15  # standard deviations of images and of white noise
 STEP = 0.4  # length of the class step in standard deviations of the inputs
@@ -270,7 +271,8 @@ def _class_direction(model: nn.Module, x: Tensor, random: torch.Generator) -> Te
         if isinstance(module, NORMS):
             measure_statistics(module, momentum=0.0)
     gradients = []
-    for part in x.tensor_split(math.ceil(len(x) / CHUNK)):  # no chunk of one
+    chunk = max(LEAST, min(CHUNK, NUMBERS // 16 // max(1, x[0, 0].numel())))
+    for part in x.tensor_split(math.ceil(len(x) / chunk)):  # no chunk of one
         part = part.clone().requires_grad_()
         with reported_as(what), torch.enable_grad():
             output = model(part.clone())  # the network may overwrite its input

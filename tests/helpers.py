@@ -18,7 +18,7 @@ from neuron_merging.graph.surgery import cut
 from neuron_merging.methods import METHODS
 from neuron_merging.restore import Options
 from neuron_merging.restore import restore as restored
-from neuron_merging.restore.batches import batches
+from neuron_merging.restore.batches import Source
 from neuron_merging.running import NORMS, dtype
 
 
@@ -210,7 +210,7 @@ def smaller(kind: str, model: nn.Module, found, keep, shape=None, images=None, *
     config = ShrinkConfig(compensation=kind, **options)
     survey = surveyed(model, shape)
     kept = dict(zip(spaces_of(survey, found), keep, strict=True))
-    small, _ = METHODS[kind].run(survey, kept, config, lambda share: batches(survey.network, config, images, share))
+    small, _ = METHODS[kind].run(survey, kept, config, Source(survey.network, config, images))
     return small.model
 
 

@@ -61,8 +61,8 @@ def adapt(fitting: Fitting, consumer: Reader, path: Sequence[fx.Node], target: l
     seen = pair.student.values[pair.copies[layer.source]]
     inside = {first, *inner}
     free = all(s in inside or s.op == "get_attr" for node in inner for s in node.all_input_nodes)
-    one = pair.student.values[pair.copies[first]][0]
-    samples = -(-options.positions * weight[0].numel() // (one.numel() // len(one) // len(weight)))  # enough for a fit
+    places = pair.apply(layer, seen[0][:1]).numel() // len(weight)  # of a sample
+    samples = -(-options.positions * weight[0].numel() // places)  # enough for a fit
     x, T = (_first(parts, samples) if free else parts[0] for parts in (seen, target))
 
     def through(u: Tensor, k: int) -> Tensor:

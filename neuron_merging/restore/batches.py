@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from neuron_merging import synthetic
 from neuron_merging.config import ShrinkConfig
@@ -15,40 +16,66 @@ from neuron_merging.graph.export import Inputs, Network, arguments
 from neuron_merging.graph.walk import Batch
 from neuron_merging.running import dtype
 
-SAMPLES = 64  # that are made up for several inputs, where nobody says how many
+FEW = 64  # inputs: with fewer real ones, others are made up; and so many are for several inputs
 PARTS = 6  # batches in which a graph gets its samples, if it takes any size
 LEAST = 3  # batches: one of them is held out
 
 
-def batches(network: Network, config: ShrinkConfig, images: Inputs | None = None, share: float = 1.0) -> list[Batch]:
-    """The images in random order; or `share` times as many made-up inputs as the config says.
+@dataclass(frozen=True)
+class Source:
+    """Inputs to run a network on, which are made or ordered when they are asked for. images: real ones, if there are some."""
 
-    Raises NeuronMergingError where images are not like the example, or too few, and where inputs are whole numbers, which
-    cannot be made up.
-    """
-    random = torch.Generator().manual_seed(config.seed)
-    example, structure = tree_flatten((network.args, network.kwargs))
-    many = _batched(network, example)
-    if not any(many):
-        raise NeuronMergingError("restoration needs inputs that have a batch dimension, the first")
-    size = len(example[many.index(True)])
-    if images is not None:
-        leaves = _given(network, images, example, structure, many)
-    elif len(example) == 1:
-        leaves = [_made_up(network, example[0], config, share)]
-    else:
-        count = max(round(share * (config.probe_samples or SAMPLES)), LEAST * size)
-        leaves = [_noise(value, count, random) if yes else value for value, yes in zip(example, many)]
+    network: Network
+    config: ShrinkConfig
+    images: Inputs | None = None
+
+    @property
+    def real(self) -> bool:
+        """Whether all inputs are real: a network's running statistics are then right for them."""
+        sizes = [len(value) for value in tree_leaves(self.images) if isinstance(value, Tensor)]
+        return bool(sizes) and max(sizes) >= FEW
+
+    def __call__(self, share: float = 1.0) -> list[Batch]:
+        """The real inputs in random order, behind made-up ones where they are few; or made-up ones only.
+
+        share: how many times as many made-up inputs as the config says.
+        Raises NeuronMergingError where images are not like the example, or too few, and where inputs are whole numbers, which
+        cannot be made up.
+        """
+        network, config = self.network, self.config
+        random = torch.Generator().manual_seed(config.seed)
+        example, structure = tree_flatten((network.args, network.kwargs))
+        many = _batched(network, example)
+        if not any(many):
+            raise NeuronMergingError("restoration needs inputs that have a batch dimension, the first")
+        size = len(example[many.index(True)])
+        if self.images is not None:
+            leaves = _given(network, self.images, example, structure, many)
+            count = _count(leaves, many)
+            order = torch.randperm(count, generator=random)
+            leaves = [value[order.to(value.device)] if yes else value for value, yes in zip(leaves, many)]
+            if len(example) == 1 and example[0].is_floating_point() and network.dynamic and count < FEW:
+                leaves = [torch.cat([_made_up(network, example[0], config), *leaves])]
+        elif len(example) == 1:
+            leaves = [_made_up(network, example[0], config, share)]
+        else:
+            count = max(round(share * (config.probe_samples or FEW)), LEAST * size)
+            leaves = [_noise(value, count, random) if yes else value for value, yes in zip(example, many)]
+        count = _count(leaves, many)
+        size = 2 if network.dynamic else size  # torch.export takes a batch of one for something else
+        if count < LEAST * size:
+            raise NeuronMergingError(f"{count} images are too few for restoration: give {LEAST * size} or more")
+        every = torch.arange(count)
+        places = parts(every) if network.dynamic else every[: count - count % size].split(size)
+        return [[value[part.to(value.device)] if yes else value for value, yes in zip(leaves, many)] for part in places]
+
+
+def _count(leaves: list[Any], many: list[bool]) -> int:
+    """The number of samples. Raises NeuronMergingError where the inputs have different ones."""
     counts = {len(value) for value, yes in zip(leaves, many) if yes}
     if len(counts) > 1:
         raise NeuronMergingError(f"images: the inputs have different numbers of samples, {sorted(counts)}")
-    (count,) = counts
-    size = 2 if network.dynamic else size  # torch.export takes a batch of one for something else
-    if count < LEAST * size:
-        raise NeuronMergingError(f"{count} images are too few for restoration: give {LEAST * size} or more")
-    order = torch.arange(count) if images is None else torch.randperm(count, generator=random)
-    places = parts(order) if network.dynamic else order[: count - count % size].split(size)
-    return [[value[part.to(value.device)] if yes else value for value, yes in zip(leaves, many)] for part in places]
+    return counts.pop()
 
 
 def parts(samples: Tensor) -> list[Tensor]:
@@ -56,7 +83,7 @@ def parts(samples: Tensor) -> list[Tensor]:
     return list(samples.tensor_split(min(PARTS, len(samples) // 2)))
 
 
-def _made_up(network: Network, example: Tensor, config: ShrinkConfig, share: float) -> Tensor:
+def _made_up(network: Network, example: Tensor, config: ShrinkConfig, share: float = 1.0) -> Tensor:
     """Inputs [B, …] of a network that has one."""
     if not example.is_floating_point():
         raise NeuronMergingError(

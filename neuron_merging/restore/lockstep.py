@@ -31,7 +31,7 @@ from neuron_merging.graph.walk import Batch
 from neuron_merging.restore.adapt import adapt, paths
 from neuron_merging.restore.fitting import Fitting, Options
 from neuron_merging.restore.mixing import mixed
-from neuron_merging.restore.order import last_uses, ordered
+from neuron_merging.restore.order import last_uses, ordered, outside
 from neuron_merging.restore.pair import Pair
 from neuron_merging.restore.regression import Fit
 
@@ -79,8 +79,7 @@ def _run(pair: Pair, fitting: Fitting, smaller: Sequence[Space]) -> None:
     ways = paths(pair, smaller) if options.adaptations and options.refit else {}
     order = ordered(teacher.nodes, fitting.summands)
     needed = {
-        node: [*filter(None, [fitting.summands.get(node)]), *(s for n in ways.get(node, ()) for s in n.all_input_nodes)]
-        for node in pair.readers
+        node: [*filter(None, [fitting.summands.get(node)]), *outside(ways.get(node, ()))] for node in pair.readers
     }
     last = last_uses(order, needed, teacher.results)
     layers = sum(node in pair.readers for node in order)

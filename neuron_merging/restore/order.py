@@ -58,6 +58,11 @@ def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return list(path)
 
 
+def outside(path: Sequence[fx.Node]) -> list[fx.Node]:
+    """What the nodes on a path read that is not on it."""
+    return [source for source in dict.fromkeys(s for node in path for s in node.all_input_nodes) if source not in path]
+
+
 def is_learned(layer: fx.Node) -> bool:
     """Whether any parameter comes before a layer, beside its own: else it sees the network's inputs themselves."""
     return any(source.op == "get_attr" for source in ancestors(layer) - {*layer.all_input_nodes})

@@ -59,7 +59,8 @@ class Energy:
     def _add(self, walk: Walk, node: fx.Node, place: Place) -> None:
         axes = self.survey.analysis.values
         leaf = self.space.leaf
-        sources = [*[source for source in node.all_input_nodes if source.op != "get_attr"], node]
+        learned = self.survey.analysis.sources
+        sources = [*[source for source in node.all_input_nodes if not learned.get(source)], node]
         seen = next(((s, d) for s in sources for d in _dims(axes.get(s), leaf)), None)
         energy = torch.ones_like(self.energies) if seen is None else _energy(walk.values[seen[0]], *seen, axes, leaf)
         if place in self.space.readers or seen is None or seen[0] is not node:
