@@ -109,11 +109,13 @@ def rebuild(model: nn.Module, found, parts, shape=None) -> nn.Module:
     return cut(survey, {space: part.keep for space, part in pairs}, absorbed).model
 
 
-def restore(model: nn.Module, found, keep, probe: torch.Tensor, options: Options = Options()) -> nn.Module:
+def restore(model: nn.Module, found, keep, probe: torch.Tensor, options: Options | None = None) -> nn.Module:
     """A restored network, fitted on the probe, in six batches where that is possible."""
     survey = find_spaces(model, probe[:2].to(dtype(model)))
     parts = [[part] for part in probe.tensor_split(min(6, len(probe) // 2))]
-    return restored(survey, dict(zip(spaces_of(survey, found), keep, strict=True)), parts, options).small.model
+    return restored(
+        survey, dict(zip(spaces_of(survey, found), keep, strict=True)), parts, options or Options()
+    ).small.model
 
 
 def widths_of(model: nn.Module, found=None) -> list[int]:

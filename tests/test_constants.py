@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.utils import prune as masks
 
 from neuron_merging.shrink import shrink
+from tests.helpers import choose, read, units
 
 KINDS = ("prune", "merge", "merge-derived", "restore")
-from tests.helpers import choose, read, units
 
 
 def network(bn: bool) -> nn.Sequential:

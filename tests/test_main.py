@@ -21,7 +21,7 @@ from neuron_merging.files import write_atomically
 from neuron_merging.methods import METHODS
 from neuron_merging.shrink import shrink
 from tests.conftest import ROOT
-from tests.helpers import images, units
+from tests.helpers import images, smaller, units
 
 PUBLISHED_LENET = {  # ratio: (prune, merge), l1-norm, Table 1
     0.5: (88.40, 88.69), 0.6: (85.17, 86.92), 0.7: (71.26, 82.75), 0.8: (66.76, 80.02),
@@ -494,8 +494,8 @@ def test_a_file_of_what_no_network_has_is_one_line(cli, tmp_path):
 def test_a_network_that_has_lost_all_its_blocks_has_nothing_to_prune(cli, tmp_path):
     torch.manual_seed(0)
     model = build("ResNet", (8,))
-    for unit in units(model):
-        drop(model, unit)
+    found = units(model)
+    model = smaller("prune", model, found, [torch.tensor([], dtype=torch.int64)] * len(found))
     save_checkpoint(tmp_path / "none.pth.tar", model, widths=[0, 0, 0])
     common = ("--arch", "ResNet", "--depth-wide", 8, "--pretrained", tmp_path / "none.pth.tar")
     said = cli(*common, "--model-type", "prune", "--evaluate")

@@ -203,7 +203,7 @@ def test_networks_that_torch_fx_cannot_trace_choose_widths():
     torch.manual_seed(0)
     make, inputs = NETWORKS["Pair"]
     model = make().eval()
-    about = {"example_input": inputs, "compensation": "prune", "probe_samples": 24}
+    about = {"example_input": inputs, "compensation": "prune", "probe_samples": 24, "coupled": True}
     for options in ({"ratio": 0.4, "widths": "auto"}, {"budget": {"macs": 0.5}, "widths": "quick", "criterion": "auto"},
                     {"ratio": 0.4, "criterion": "auto"}):  # fmt: skip
         small, report = shrink(model, **about | options)
