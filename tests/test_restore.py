@@ -1,6 +1,7 @@
 """Restoration: what it must not lose, what it must not touch, the activations and graphs it takes, its probe, its rivals."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,20 +12,23 @@ from torch import nn
 
 from data import calibration
 from models import build
+from neuron_merging import baselines
 from neuron_merging import synthetic as probe
-from neuron_merging.baselines import fold, lbyl, reestimate
+from neuron_merging.baselines import lbyl, reestimate
 from neuron_merging.decompose import BatchNorm, Neurons
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.interpreter import Walk
-from neuron_merging.linalg import Ridge, matrix, patches
+from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.restore import Options
-from neuron_merging.restore.adapt import adapt
+from neuron_merging.restore.adapt import direction
+from neuron_merging.restore.readers import find_reader
+from neuron_merging.restore.regression import Normal, fit
 from neuron_merging.shrink import shrink
 from tests.helpers import (
     choose,
     decompose,
     example,
     plant_multiples,
+    read,
     rebuild,
     restore,
     same,
@@ -36,11 +40,11 @@ from tests.helpers import (
     without_batchnorm,
 )
 
-DEFAULT = Options()
+OLD = Options(grid=(1.0,), held=0.0, mixing=False)  # one λ, whether it helps or not
 RIVALS = ("lbyl", "fold", "prune-bn", "merge-bn")
 
 
-def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=DEFAULT):
+def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=Options()):
     found = units(model)
     widths = widths or [n // 2 for n in widths_of(model, found)]
     X = probe.make(model, shape, samples, seed=seed)
@@ -191,9 +195,6 @@ class Late(nn.Module):
 def test_a_stream_is_known_before_the_branch_that_repairs_it():
     model, x = Late(), torch.randn(32, 3, 8, 8)
     found = units(model)
-    walk = Walk(copy.deepcopy(model))
-    ((stream, _),) = (walk.addition(n, found[0].next_bn) for n in walk.graph.nodes if n.target == "conv2")
-    assert stream.target == "down"
     small = restore(model, found, [torch.arange(16)], x)
     assert torch.allclose(
         small(x), model(x), atol=1e-5
@@ -294,7 +295,7 @@ def test_a_step_of_adaptation_is_the_one_of_its_formula():
     torch.manual_seed(0)
     layer, consumer = nn.Linear(4, 3).double(), nn.Linear(3, 2).double()
     x, target, s = (torch.randn(*shape, dtype=torch.float64) for shape in ((40, 4), (40, 2), (2,)))
-    W, c, u = layer.weight.clone(), layer.bias.clone(), layer(x)
+    u = layer(x)
     J = s[:, None] * consumer.weight * (1 - u.tanh() ** 2)[:, None]  # [n, M, P]
     R = s * (target - consumer(u.tanh()))
     R -= R.mean(0)
@@ -308,9 +309,14 @@ def test_a_step_of_adaptation_is_the_one_of_its_formula():
     Jd = torch.einsum("nmp,np->nm", J, x @ d["weight"].T + d["bias"])
     Jd -= Jd.mean(0)
     eta = (R * Jd).sum() / (Jd * Jd).sum()
-    assert adapt(layer, consumer, torch.tanh, x, target, s, regress)
-    assert torch.allclose(layer.weight, W + eta * d["weight"]) and torch.allclose(layer.bias, c + eta * d["bias"])
-    assert eta > 0 and not adapt(layer, consumer, torch.tanh, x, consumer(layer(x).tanh()), s, regress)
+    move = direction(functional(layer), consumer, torch.tanh, x, target, 1, s, regress)
+    torch.testing.assert_close(move, {name: eta * value for name, value in d.items()})
+    assert eta > 0 and direction(functional(layer), consumer, torch.tanh, x, consumer(layer(x).tanh()), 1, s, regress) is None
+
+
+def functional(layer):
+    """A linear layer as a function of what it sees and, if they are others than its own, its parameters."""
+    return lambda x, weight=layer.weight, bias=layer.bias: F.linear(x, weight, bias)
 
 
 class Context(nn.Module):
@@ -382,38 +388,48 @@ def test_ridge_is_scikit_learns(n, mean):
     penalty = ridge * energy + 0.1 * ridge * energy.mean() + 1e-10
     scaled = (U.double() / penalty.sqrt()).numpy()  # a penalty per feature is a scaling of the features
     oracle = ScikitRidge(alpha=n, fit_intercept=True).fit(scaled, R_.double().numpy())
-    ours = Ridge(U, ridge)(R_)
+    U -= U.mean(0)
+    normal = Normal(U[None])
+    ours = normal.solve(R_[None], normal.factor(ridge))[0]
     assert np.allclose(ours.numpy(), oracle.coef_ / penalty.sqrt().numpy(), atol=1e-5 if mean == 2 else 1e-4)
 
 
-@pytest.mark.parametrize(
-    "conv",
-    [
-        nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, (3, 5), stride=2, padding=(0, 2)), nn.Conv2d(3, 4, 3, dilation=2),
-        nn.Conv2d(3, 4, 3, padding="same"), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
-        nn.Conv1d(3, 4, 5, padding=2, stride=3), nn.Conv3d(3, 4, 3, padding=1),
-    ],
-    ids=str,
-)  # fmt: skip
+LAYERS = [
+    nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, (3, 5), stride=2, padding=(0, 2)), nn.Conv2d(4, 6, 3, dilation=2),
+    nn.Conv2d(4, 6, 3, padding="same"), nn.Conv2d(4, 6, 4, padding="same"), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 8, 3, padding=1, groups=4), nn.Conv1d(4, 6, 5, padding=2, stride=3),
+    nn.Conv3d(4, 6, 3, padding=1), nn.Linear(7, 6), nn.Linear(7, 6, bias=False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
 @torch.no_grad()
-def test_patches_are_what_a_convolution_sees(conv):
-    sides = len(conv.kernel_size)
-    x = torch.randn(2, 3, *[9, 8, 7][:sides])
-    y = conv(x)
-    rows = torch.arange(y.numel() // y.shape[1])
-    computed = patches(x, conv, rows) @ matrix(conv).T + conv.bias
-    assert torch.allclose(computed, y.movedim(1, -1).flatten(0, -2), atol=1e-5)
-    assert torch.equal(patches(x, conv, rows[3::5]), patches(x, conv, rows)[3::5])
+def test_rows_are_what_a_layer_sees_and_gives(layer):
+    """Times its weights as a matrix, what a layer sees is what it gives; groups are layers of their own."""
+    sides = 2 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+    x = torch.randn(2, 4, *[9, 8, 7][:sides]) if sides != 2 or not isinstance(layer, nn.Linear) else torch.randn(2, 5, 7)
+    survey = find_spaces(nn.Sequential(layer), x)
+    (reader,) = filter(None, (find_reader(survey, node) for node in survey.network.graph.graph.nodes))
+    groups, y = getattr(layer, "groups", 1), layer(x)
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        x = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode)
+    places = torch.arange(y.numel() // len(layer.weight))
+    W = reader.matrix(layer.weight, groups)
+    bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    computed = reader.seen(x, places, groups) @ W.transpose(1, 2) + bias.view(groups, 1, -1)
+    torch.testing.assert_close(computed, reader.given(y, places, groups), atol=1e-5, rtol=1e-4)
+    assert torch.equal(reader.as_weight(W, layer.weight), layer.weight)
+    assert torch.equal(reader.seen(x, places[3::5], groups), reader.seen(x, places, groups)[:, 3::5])
 
 
 @pytest.mark.parametrize(
     "switch",
-    ["patches", "probe_statistics", "closed_loop", "repair", "refit", "relu_steps", "adaptations"],
+    ["probe_statistics", "repair", "refit", "aware_steps", "adaptations"],
 )
 def test_every_part_can_be_left_out(switch):
     torch.manual_seed(0)
     model = with_statistics(build("ResNet", (8,)), torch.randn(64, 3, 32, 32), affine=False)
-    whole, without = (restored(model, (3, 32, 32), options=o) for o in (Options(), Options(**{switch: False})))
+    whole, without = (restored(model, (3, 32, 32), options=o) for o in (OLD, replace(OLD, **{switch: False})))
     x = torch.randn(4, 3, 32, 32)
     assert distance(whole, without, x) > 1e-4
     assert distance(model, without, x) < 1
@@ -524,20 +540,14 @@ def test_rivals_give_the_same_topology(network, kind):
 
 
 @torch.no_grad()
-def test_lbyl_is_exact_for_combinations_of_kept_filters_without_an_activation():
+def test_lbyl_is_exact_for_combinations_of_kept_filters_without_an_activation(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     model[0].weight[3:] = torch.randn(2, 3) @ model[0].weight[:3]
     model[0].bias[3:] = torch.linalg.lstsq(model[0].weight[:3].T, model[0].weight[3:].T)[0].T @ model[0].bias[:3]
     found = units(model)
-    from neuron_merging import baselines as rivals
-    from neuron_merging.network import read
-
-    rivals_ridge, rivals.LBYL_RIDGE = rivals.LBYL_RIDGE, 0.0
-    try:
-        part = lbyl(read(model, found[0]), torch.arange(3))
-    finally:
-        rivals.LBYL_RIDGE = rivals_ridge
+    monkeypatch.setattr(baselines, "LBYL_RIDGE", 0.0)
+    part = lbyl(read(model, found[0]), torch.arange(3))
     x = torch.randn(8, 6)
     assert torch.allclose(rebuild(model, found, [part])(x), model(x), atol=1e-4)
 
@@ -556,6 +566,10 @@ def test_no_batch_is_of_one_image():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4)).eval()
     assert torch.isfinite(probe.make(model, (3, 8, 8), probe.CHUNK + 1)).all()
     assert reestimate(model, torch.randn(9, 3, 8, 8), batch_size=4)[3].num_batches_tracked == 3
+
+
+def fold(model, found, widths, shape=None):
+    return smaller("fold", model, found, [torch.arange(P) for P in widths], shape)
 
 
 @torch.no_grad()
