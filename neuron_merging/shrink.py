@@ -182,7 +182,7 @@ def summarize(
     config = _configured(config, ratio, options | {"compensation": compensation if named else "prune"})
     check_names(config)
     survey, model, shape = examined(model, example_input, images)
-    spaces, left_out = plan.without(*plan.prunable(survey, config.coupled), config.ignore)
+    spaces, left_out = plan.without(*plan.prunable(survey, plan.couples(config)), config.ignore)
     if named:
         METHODS[compensation].check(spaces, [1] * len(spaces), compensation)
     counts, lines = [str(space.size) for space in spaces], []
