@@ -43,15 +43,17 @@ def batches(network: Network, config: ShrinkConfig, images: Inputs | None = None
     if len(counts) > 1:
         raise NeuronMergingError(f"images: the inputs have different numbers of samples, {sorted(counts)}")
     (count,) = counts
-    if network.dynamic:
-        size = max(2, -(-count // PARTS))  # torch.export takes a batch of one for something else
+    size = 2 if network.dynamic else size  # torch.export takes a batch of one for something else
     if count < LEAST * size:
         raise NeuronMergingError(f"{count} images are too few for restoration: give {LEAST * size} or more")
-    order = torch.arange(count) if images is None else torch.randperm(count, generator=random)
-    return [
-        [value[order[start : start + size].to(value.device)] if yes else value for value, yes in zip(leaves, many)]
-        for start in range(0, count - size + 1, size)
-    ]
+    order = torch.arange(count, device="cpu")
+    if images is not None:
+        order = torch.randperm(count, generator=random, device="cpu")
+    if network.dynamic:
+        parts = order.tensor_split(min(PARTS, count // size))
+    else:
+        parts = order[: count - count % size].split(size)
+    return [[value[part.to(value.device)] if yes else value for value, yes in zip(leaves, many)] for part in parts]
 
 
 def _made_up(network: Network, example: Tensor, config: ShrinkConfig, share: float) -> Tensor:
@@ -97,7 +99,7 @@ def _noise(example: Tensor, count: int, random: torch.Generator) -> Tensor:
     spread, mean = example.std(correction=0), example.mean()
     if spread == 0 and mean == 0:
         spread = torch.ones_like(spread)
-    noise = torch.randn(count, *example.shape[1:], generator=random).to(example)
+    noise = torch.randn(count, *example.shape[1:], generator=random, dtype=torch.float32, device="cpu").to(example)
     return mean + spread * noise
 
 
