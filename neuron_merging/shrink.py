@@ -144,7 +144,7 @@ def _prepared(
     elif images is not None:
         example = images[:2]
     else:
-        example = torch.zeros(2, *guessed)
+        example = torch.zeros(2, *guessed, dtype=torch.float32, device="cpu")
     return original, model, shape, example.to(device, dtype(model) if example.is_floating_point() else example.dtype)
 
 
@@ -245,6 +245,8 @@ def _check_inputs(config: ShrinkConfig, shape: tuple[int, ...] | None, images: A
         raise NeuronMergingError(f"images are for restore, {' and '.join(NEED_IMAGES)}: {name} needs no data")
     if images is None and method.needs_images:
         raise NeuronMergingError(f"{name} measures BatchNorm on real images: give images")
+    if images is not None and not several and not len(images):
+        raise NeuronMergingError("images: there are none")
     if images is not None and not several and (images.ndim != len(shape) + 1 or images.shape[1] != shape[0]):
         raise NeuronMergingError(
             f"images of shape {list(images.shape)} are not [B, {str([*shape])[1:]} as example_input has it"

@@ -108,7 +108,7 @@ def mixed(
             weight = tensor(reader.weight_node).movedim(1, 0).clone()
             weight[where] = torch.einsum("jn,n...->j...", inverse.T, weight[where])
             put(reader.weight_node, weight.movedim(0, 1))
-        keep = {**keep, part.space: torch.arange(len(keep[part.space]))}
+        keep = {**keep, part.space: torch.arange(len(keep[part.space]), device=M.device)}
     for name, value in tensors.items():
         for alias in survey.network.names[name]:
             path, _, attribute = alias.rpartition(".")
@@ -155,7 +155,7 @@ def _basis(
             G, total = G + importance / size, total + seen / seen.diagonal().sum()
     if not isinstance(G, Tensor):
         return None, None
-    G = G + LITTLE * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype)
+    G = G + LITTLE * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
     K = torch.linalg.cholesky(G).T
     values, V = torch.linalg.eigh(K @ total @ K.T)
     values, V = values.flip(0).clamp(min=0), V.flip(1)

@@ -42,7 +42,7 @@ class Pair:
         self.masks: dict[Leaf, Tensor] = {}
         for space, kept in keep.items():
             if len(kept):
-                self.masks[space.leaf] = torch.zeros(space.size, dtype=torch.bool)
+                self.masks[space.leaf] = torch.zeros(space.size, dtype=torch.bool, device="cpu")
                 self.masks[space.leaf][kept.cpu()] = True
         self.silent = {space.readers[0].name: space.unit.next for space, kept in keep.items() if not len(kept)}
         self.readers = {r.node: r for n in survey.network.graph.graph.nodes if (r := find_reader(survey, n))}
