@@ -1,8 +1,8 @@
 """Made-up inputs, called the probe (ours): restoration and the choice of widths run the network on them instead of on data.
 
 Images have edges and colours like photographs (dead leaves), and sounds have a pitch (tones). Other inputs are noise. Then each
-input is moved one step along the gradient of a random class (the class step), so that the inputs differ in what the network tells
-apart.
+input is moved one step along the gradient of a random class (the class step), so that the inputs differ in what the network
+tells apart.
 """
 
 import contextlib
@@ -52,9 +52,10 @@ def make(
 ) -> Tensor:
     """A probe [samples, *shape] for `model`, in float32 on its device. On a CPU the same seed gives the same probe.
 
-    kind: "leaves", "pink", "tones", "white" or "auto", which is `usual`. samples: None for `default_samples`. step: length of the
-    class step in standard deviations of the samples, 0 for none; None: 0.4, but none for tones, and for images of a network
-    without BatchNorm. Such a network says nothing of its inputs' scale: then every image has a contrast and brightness of its own.
+    kind: "leaves", "pink", "tones", "white" or "auto", which is `usual`. samples: None for `default_samples`.
+    step: length of the class step in standard deviations of the samples, 0 for none; None: 0.4, but none for tones, and for
+    images of a network without BatchNorm. Such a network says nothing of its inputs' scale: then every image has a contrast and
+    a brightness of its own.
     Raises NeuronMergingError for an unknown kind, or a shape that the network does not take.
     """
     check(kind)
@@ -77,7 +78,7 @@ def make(
 
 
 def usual(model: nn.Module, shape: tuple[int, ...]) -> str:
-    """The kind of inputs that "auto" is: leaves or tones where the first layer is a convolution over images or time, else white."""
+    """The kind that "auto" is: leaves or tones where the first layer is a convolution over images or time, else white."""
     sides = shape[1:]
     if not _convolves(model, shape):
         return "white"
@@ -202,8 +203,8 @@ def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tens
 def tones(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     """Sounds [samples, …, T] of mean 0 and standard deviation 1: a tone with harmonics, and white noise of any strength.
 
-    The pitch is anywhere from 2 periods in an input to 8 places in a period, on a logarithmic scale. Harmonics fall by 3 to 12 dB
-    an octave. Channels have correlations of 0.9.
+    The pitch is anywhere from 2 periods in an input to 8 places in a period, on a logarithmic scale. Harmonics fall by 3 to
+    12 dB an octave. Channels have correlations of 0.9.
     """
     *channels, length = shape
     width = math.prod(channels)

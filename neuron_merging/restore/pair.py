@@ -62,9 +62,8 @@ class Pair:
             self.student.values[new] = self.teacher.values[node]
             return
         for size in self.scaled:
-            if size in new.all_input_nodes or any(size in other.all_input_nodes for other in self.scaled):
-                if all(source in self.student.values for source in size.all_input_nodes):
-                    self.student.values[size] = self.student.compute(size)
+            if size not in self.student.values and all(s in self.student.values for s in size.all_input_nodes):
+                self.student.values[size] = self.student.compute(size)
         self._give_statistics(node)
         y = self.student.compute(new)
         if node in self.biases:
