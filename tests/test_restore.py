@@ -48,7 +48,7 @@ OLD = Options(grid=(1.0,), held=0.0, mixing=False)  # one λ, whether it helps o
 RIVALS = ("lbyl", "fold", "prune-bn", "merge-bn")
 
 
-def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=Options()):
+def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=NEW):
     found = units(model)
     widths = widths or [n // 2 for n in widths_of(model, found)]
     X = probe.make(model, shape, samples, seed=seed)
@@ -356,10 +356,15 @@ def test_what_is_added_at_every_place_is_repaired_on_the_average(images):
     assert off[0] < 0.999 * off[1] and torch.allclose(restore(model, found, full, x)(x), model(x), atol=1e-4)
 
 
-def test_too_few_images_are_named():
-    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
-    with pytest.raises(NeuronMergingError, match="1 images are too few for restoration: give 6 or more"):
-        shrink(model.eval(), 0.5, images=torch.randn(1, 6))
+def test_few_images_stand_beside_inputs_that_are_made_up():
+    network = find_spaces(Chain(nn.ReLU()), torch.zeros(2, 3, 16, 16)).network
+    few, many = (torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)) for n in (5, 64))
+    config = ShrinkConfig(probe_samples=30)
+    sources = [Source(network, config, images) for images in (None, few, many)]
+    assert [sum(len(batch[0]) for batch in source()) for source in sources] == [30, 35, 64]
+    assert [source.real for source in sources] == [False, False, True]
+    last = torch.cat([batch[0] for batch in sources[1]()])[-5:]
+    assert all(any(torch.equal(a, b) for b in few) for a in last)  # the last are those that are held out
 
 
 def test_inputs_that_do_not_fit_are_named():
