@@ -11,8 +11,8 @@ from neuron_merging.config import ShrinkConfig
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.surgery import cut
-from neuron_merging.restore.batches import batches
 from neuron_merging.restore import Options, restore
+from neuron_merging.restore.batches import batches
 from neuron_merging.shrink import shrink
 from tests.test_exported import IDS, Attention, called
 
