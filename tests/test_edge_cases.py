@@ -147,7 +147,9 @@ class Heads(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_networks_are_read_as_they_are_evaluated(training):
     model = Heads().train(training)
-    with pytest.raises(NeuronMergingError, match="a: it is written 1 times and read 2 times.* aux: the forward pass never calls it"):
+    with pytest.raises(
+        NeuronMergingError, match="a: it is written 1 times and read 2 times.* aux: the forward pass never calls it"
+    ):
         shrink(model, 0.5, example_input=(8,), probe_samples=64)
     small, report = shrink(model, 0.5, example_input=(8,), coupled=True, probe_samples=64)
     assert [unit.layer for unit in report.units] == ["a"]

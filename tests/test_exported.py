@@ -103,7 +103,9 @@ def test_what_can_be_merged_is_merged_and_the_rest_is_named():
     model, inputs = Two().eval(), (torch.randn(5, 4), torch.randn(5, 6))
     for layer in (model.b, model.d):  # the same in both: one of the two channels is as good as both
         layer.weight[3], layer.bias[3] = 0.5 * layer.weight[2], 0.5 * layer.bias[2]
-    small, report = shrink(model, {"b": 1 / 8}, example_input=inputs, compensation="merge", threshold=0.99, coupled=True)
+    small, report = shrink(
+        model, {"b": 1 / 8}, example_input=inputs, compensation="merge", threshold=0.99, coupled=True
+    )
     assert report.note is None and small.c.in_features == 7 and report.cosine[1] > 0.9
     if not torch.equal(small.b.weight, model.b.weight[[0, 1, 2, 4, 5, 6, 7]]):
         pytest.fail("the weaker twin stays")

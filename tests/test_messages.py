@@ -222,12 +222,13 @@ def test_an_example_that_is_nearly_one(kind, compensation):
     assert len(str(error.value)) < 250 and "\n" not in str(error.value) and "tensor(" not in str(error.value)
 
 
-def test_two_inputs_are_for_prune_and_merge_without_an_example():
+def test_two_inputs_need_an_example():
     model = Two().eval()
     for kind in ("prune", "merge"):
-        small, report = shrink(model, 0.0, compensation=kind)
+        with pytest.raises(NeuronMergingError, match="Two: give example_input, which shows what it takes"):
+            shrink(model, 0.0, compensation=kind)
+        small, _ = shrink(model, 0.0, compensation=kind, example_input=(IMAGE, IMAGE))
         torch.testing.assert_close(small(IMAGE, IMAGE), model(IMAGE, IMAGE))
-        assert "MACs        not counted: give example_input" in str(report)
 
 
 def test_images_that_are_no_tensor():
@@ -270,13 +271,13 @@ def test_a_wrapper_is_named_wherever_it_is(message):
             call()
 
 
-def test_layers_that_are_not_looked_into_are_named():
+def test_layers_inside_of_a_wrapper_are_found_and_unused_ones_named():
     inside = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(nn.DataParallel(inside), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     model = Heads(model)
-    left_out = shrink(model, 0.5, compensation="prune", example_input=(3, 8, 8))[1].left_out
-    for name in ("net.0.module.0", "net.0.module.2"):
-        assert name in left_out
+    report = shrink(model, 0.5, compensation="prune", example_input=(3, 8, 8))[1]
+    left_out = report.left_out
+    assert {"net.0.module.0", "net.0.module.2"} <= {unit.layer for unit in report.units}  # inside of DataParallel
     assert left_out["auxiliary"] == "the forward pass never calls it in evaluation"
     with pytest.raises(NeuronMergingError, match=r"auxiliary cannot be pruned: the forward pass never calls it"):
         shrink(model, {"auxiliary": 0.5}, compensation="prune")
@@ -366,20 +367,6 @@ def test_places_and_features_are_told_apart_by_an_example():
     assert small(torch.zeros(3, 8)).shape == (3, 2)
 
 
-def test_what_is_left_is_run_once_without_an_example(monkeypatch):
-    """As if a method had cut wrongly."""
-    from neuron_merging import methods
-
-    def torn(survey, keep, config, inputs):
-        small = copy.deepcopy(survey.network.model)
-        small[0] = nn.Conv2d(3, 5, 3, padding=1)
-        return small
-
-    monkeypatch.setitem(methods.METHODS, "prune", methods.Method(torn, local=True))
-    with pytest.raises(NeuronMergingError, match="what is left of Sequential does not run: give example_input"):
-        shrink(small_net(), 0.5, compensation="prune")
-
-
 @pytest.mark.parametrize("kind", ["prune", "merge", "restore"])
 def test_a_network_made_in_inference_mode_works(kind):
     with torch.inference_mode():
@@ -447,7 +434,7 @@ def test_a_summary_has_the_sizes_that_the_method_leaves(make, kind):
     for unit, kept, full in zip(report.units, report.widths, report.full):
         assert f"{name_of(unit)}: {kept} of {full}\n" in text
     if shape is None:
-        assert "parameters  not counted: give example_input" in text
+        assert "MACs        not counted: give example_input" in text
         return
     said = sizes(text)
     assert said["parameters"].startswith(f"{report.params[0]:,} -> {report.params[1]:,} (")
@@ -461,14 +448,14 @@ def test_a_summary_of_widths_that_are_chosen():
     text = summarize(model, probe_samples=32, **told)
     assert f"{report.macs[1]:,} (" in text and f"layer1.0.conv1 -> layer1.0.conv2: {report.widths[0]} of 16" in text
     with pytest.raises(NeuronMergingError, match="give example_input"):
-        summarize(model, **told | {"example_input": None})
+        shrink(model, **told | {"example_input": None})
 
 
 def test_summaries_on_the_command_line(cli, nets):
     text = cli(*NET, "--summary", "--pruning-ratio", "0.5").out
     assert "0 -> 3: 8 of 16" in text and "parameters" in text and "MACs" in text
     text = cli(*NET[:2], "--summary", "--pruning-ratio", "0.5", "--model-type", "restore").out
-    assert "0 -> 3: 8 of 16" in text and "parameters  not counted: give example_input (--input-size)" in text
+    assert "0 -> 3: 8 of 16" in text and "MACs        not counted: give example_input (--input-size)" in text
     text = cli(*NET, "--summary", "--model-type", "merge", "--widths", "quick", "--budget", "macs=0.5").out
     assert "parameters" in text and "of 16" in text
     assert "--budget says how" in cli(*NET, "--summary", "--budget", "macs=0.5").err

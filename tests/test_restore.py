@@ -315,7 +315,10 @@ def test_a_step_of_adaptation_is_the_one_of_its_formula():
     eta = (R * Jd).sum() / (Jd * Jd).sum()
     move = direction(functional(layer), consumer, torch.tanh, x, target, 1, s, regress)
     torch.testing.assert_close(move, {name: eta * value for name, value in d.items()})
-    assert eta > 0 and direction(functional(layer), consumer, torch.tanh, x, consumer(layer(x).tanh()), 1, s, regress) is None
+    assert (
+        eta > 0
+        and direction(functional(layer), consumer, torch.tanh, x, consumer(layer(x).tanh()), 1, s, regress) is None
+    )
 
 
 def functional(layer):
@@ -347,7 +350,9 @@ def test_what_is_added_at_every_place_is_repaired_on_the_average(images):
     found, x = units(model, shape), torch.randn(64, *shape)
     assert {unit.layer for unit in found} == {"first", "down"}
     keep, full = ([torch.arange(n), torch.arange(m)] for n, m in ((4, 6), (8, 8)))  # whole layers would repair nothing
-    off = [(restore(model, found, keep, x, replace(OLD, repair=repair))(x) - model(x)).norm() for repair in (True, False)]
+    off = [
+        (restore(model, found, keep, x, replace(OLD, repair=repair))(x) - model(x)).norm() for repair in (True, False)
+    ]
     assert off[0] < 0.999 * off[1] and torch.allclose(restore(model, found, full, x)(x), model(x), atol=1e-4)
 
 
@@ -412,7 +417,11 @@ LAYERS = [
 def test_rows_are_what_a_layer_sees_and_gives(layer):
     """Times its weights as a matrix, what a layer sees is what it gives; groups are layers of their own."""
     sides = 2 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
-    x = torch.randn(2, 4, *[9, 8, 7][:sides]) if sides != 2 or not isinstance(layer, nn.Linear) else torch.randn(2, 5, 7)
+    x = (
+        torch.randn(2, 4, *[9, 8, 7][:sides])
+        if sides != 2 or not isinstance(layer, nn.Linear)
+        else torch.randn(2, 5, 7)
+    )
     survey = find_spaces(nn.Sequential(layer), x)
     (reader,) = filter(None, (find_reader(survey, node) for node in survey.network.graph.graph.nodes))
     groups, y = getattr(layer, "groups", 1), layer(x)
@@ -468,7 +477,9 @@ def test_held_out_rows_choose_how_bold_a_fit_is():
         chosen.append(found.ridge)
     assert chosen[0] == GRID[0] < chosen[1]
     U, T, W = rows(60, 20, noise=3.0)
-    found = fit(U.clone(), T, (W, torch.zeros(1, 3)), 20, GRID, lambda prediction, target: squares(prediction, U[:, 40:] @ W.mT))
+    found = fit(
+        U.clone(), T, (W, torch.zeros(1, 3)), 20, GRID, lambda prediction, target: squares(prediction, U[:, 40:] @ W.mT)
+    )
     assert torch.equal(found.W, W) and torch.equal(found.b, torch.zeros(1, 3)) and found.after == found.before
 
 
@@ -537,8 +548,12 @@ def test_whole_layers_stay_as_they_are():
     model = with_statistics(build("ResNet", (14,)), torch.randn(64, 3, 32, 32))
     small, _ = shrink(model, {"layer2.0.conv1": 0.5}, example_input=(3, 32, 32), probe_samples=32)
     before, after = model.state_dict(), small.state_dict()
-    changed = {name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])}
-    assert {name.rsplit(".", 1)[0] for name in changed} <= {f"layer2.0.{name}" for name in ("conv1", "bn1", "conv2", "bn2")}
+    changed = {
+        name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])
+    }
+    assert {name.rsplit(".", 1)[0] for name in changed} <= {
+        f"layer2.0.{name}" for name in ("conv1", "bn1", "conv2", "bn2")
+    }
     assert "layer2.0.conv2.weight" in changed and before.keys() == after.keys()
 
 
@@ -707,11 +722,15 @@ def test_images_for_a_network_without_batchnorm_are_of_any_contrast():
     assert contrast.min() < 1.5 * low and contrast.max() > 0.7 * high and made.mean((1, 2, 3)).std() > 0.1
     assert torch.equal(made, probe.make(plain, (3, 8, 8), 256, step=0))
     normed = nn.Sequential(plain[0], nn.BatchNorm2d(4), *plain[1:])
-    assert torch.equal(probe.make(normed, (3, 8, 8), 64, step=0), probe.leaves(64, (3, 8, 8), torch.Generator().manual_seed(1)))
+    assert torch.equal(
+        probe.make(normed, (3, 8, 8), 64, step=0), probe.leaves(64, (3, 8, 8), torch.Generator().manual_seed(1))
+    )
 
 
 def test_sounds_have_a_pitch_and_no_class_step():
-    model = nn.Sequential(nn.Conv1d(2, 4, 9), nn.BatchNorm1d(4), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 5))
+    model = nn.Sequential(
+        nn.Conv1d(2, 4, 9), nn.BatchNorm1d(4), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
     made = probe.make(model, (2, 512), 64)
     assert torch.equal(made, probe.make(model, (2, 512), 64, kind="tones", step=0))
     torch.testing.assert_close(made.mean(2), torch.zeros(64, 2), atol=1e-4, rtol=0)
@@ -728,7 +747,9 @@ def test_sounds_have_a_pitch_and_no_class_step():
 def test_raw_sounds_can_be_made_up():
     """[batch, samples], which the network gives a channel itself: no image, although there is a BatchNorm."""
     layers = nn.Conv1d(1, 8, 9, stride=4), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 6, 3), nn.ReLU()
-    model = nn.Sequential(nn.Unflatten(1, (1, 256)), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 3)).eval()
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 256)), *layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 3)
+    ).eval()
     small, report = shrink(model, 0.5, example_input=(256,), probe_samples=32)
     assert report.widths == [4, 3] and small(torch.randn(2, 256)).shape == (2, 3)
 

@@ -65,7 +65,9 @@ def test_restored_is_nearer_than_pruned_on_fresh_inputs(name, ratio):
     model, example = make().eval(), inputs(2, 0)
     before = copy.deepcopy(model.state_dict())
     pruned, _ = shrink(model, ratio, example_input=example, compensation="prune", coupled=True)
-    restored, report = shrink(model, ratio, example_input=example, compensation="restore", coupled=True, images=inputs(96, 1))
+    restored, report = shrink(
+        model, ratio, example_input=example, compensation="restore", coupled=True, images=inputs(96, 1)
+    )
     assert type(restored) is make and report.note is None
     fresh = inputs(64, 2)
     assert error(model, restored, fresh) < 0.8 * error(model, pruned, fresh)
@@ -97,7 +99,9 @@ def test_duplicates_are_restored():
 def test_nothing_dropped_changes_nothing(name):
     make, inputs = CASES[name]
     model = make().eval()
-    same, report = shrink(model, 0.0, example_input=inputs(2, 0), compensation="restore", coupled=True, images=inputs(24, 1))
+    same, report = shrink(
+        model, 0.0, example_input=inputs(2, 0), compensation="restore", coupled=True, images=inputs(24, 1)
+    )
     assert report.params[0] == report.params[1]
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), model.parameters(), strict=True))
 

@@ -50,7 +50,9 @@ class Fitting:
         self.held = round(len(pair.teacher.batches) * options.held)
         sums = {n: summand(reader) for n, reader in pair.readers.items() if options.repair}
         self.summands = {n: found and found[0] for n, found in sums.items()}
-        self.repeated = {n: found[1] for n, found in sums.items() if found}  # dimensions along which it is added at every place
+        self.repeated = {
+            n: found[1] for n, found in sums.items() if found
+        }  # dimensions along which it is added at every place
         self.fits: dict[str, Fit] = {}
         self.solvers: dict[fx.Node, Solver] = {}
 
