@@ -49,10 +49,8 @@ def batches(network: Network, config: ShrinkConfig, images: Inputs | None = None
     order = torch.arange(count, device="cpu")
     if images is not None:
         order = torch.randperm(count, generator=random, device="cpu")
-    if network.dynamic:
-        parts = order.tensor_split(min(PARTS, count // size))
-    else:
-        parts = order[: count - count % size].split(size)
+    whole = order[: count - count % size].split(size)
+    parts = order.tensor_split(min(PARTS, len(whole))) if network.dynamic else whole
     return [[value[part.to(value.device)] if yes else value for value, yes in zip(leaves, many)] for part in parts]
 
 
