@@ -198,6 +198,27 @@ def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
     return False
 
 
+@torch.no_grad()
+def takes(model: nn.Module, x: Tensor) -> bool:
+    """Whether a network runs on the inputs x without a change of their dtype; an embedding needs whole numbers."""
+    with contextlib.suppress(Exception):
+        copy.deepcopy(model).eval()(x.to(next(model.parameters()).device, copy=True))
+        return True
+    return False
+
+
+def as_taken(model: nn.Module, x: Tensor) -> Tensor:
+    """Inputs in the network's precision; whole numbers stay whole where it takes them, as an embedding does."""
+    return x if not x.is_floating_point() and takes(model, x[:1]) else x.to(dtype(model))
+
+
+def zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Two inputs of this shape, whole numbers where the network takes no others."""
+    whole = torch.zeros(2, *shape, dtype=torch.int64, device="cpu")
+    real = whole.to(dtype(model))
+    return whole if takes(model, whole[:1]) and not takes(model, real[:1]) else real
+
+
 def _needed_inputs(model: nn.Module) -> list[str]:
     """The names of the arguments of `forward` that have no default."""
     parameters = inspect.signature(model.forward).parameters.values()

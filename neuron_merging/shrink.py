@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from neuron_merging import memory, plan, synthetic
 from neuron_merging.checks import (
+    as_taken,
     check_copies,
     check_module,
     check_weights,
@@ -25,6 +26,7 @@ from neuron_merging.checks import (
     out_of_inference,
     take_modes,
     without_masks,
+    zeros,
 )
 from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
 from neuron_merging.counting import count_parameters
@@ -140,12 +142,12 @@ def _prepared(
     if guessed is None:
         raise NeuronMergingError(f"{type(model).__name__}: give example_input, which shows what it takes")
     if isinstance(example_input, Tensor):
-        example = example_input
+        example = as_taken(model, example_input)
     elif images is not None:
-        example = images[:2]
+        example = as_taken(model, images[:2])
     else:
-        example = torch.zeros(2, *guessed, dtype=torch.float32, device="cpu")
-    return original, model, shape, example.to(device, dtype(model) if example.is_floating_point() else example.dtype)
+        example = zeros(model, guessed)
+    return original, model, shape, example.to(device)
 
 
 def _several(example_input: Any) -> bool:

@@ -172,7 +172,7 @@ def test_any_elementwise_activation(activation):
     assert distance(model, small, x) < 0.9 * distance(model, pruned, x)
     assert getattr(small.activation, "inplace", False) == getattr(activation, "inplace", False)
     if not isinstance(activation, nn.ReLU | nn.LeakyReLU):
-        with pytest.raises(NeuronMergingError, match="prune or restore: a: .* is not positively homogeneous"):
+        with pytest.raises(NeuronMergingError, match=r"prune or restore: a: .* is not positively homogeneous"):
             decompose(model, found, [8, 12], "l2-norm", "merge")
 
 
@@ -411,7 +411,8 @@ def test_ridge_is_scikit_learns(n, mean):
 
 LAYERS = [
     nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, (3, 5), stride=2, padding=(0, 2)), nn.Conv2d(4, 6, 3, dilation=2),
-    nn.Conv2d(4, 6, 3, padding="same"), nn.Conv2d(4, 6, 4, padding="same"), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2d(4, 6, 3, padding="same"), nn.Conv2d(4, 6, 4, padding="same"),
+    nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
     nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 8, 3, padding=1, groups=4), nn.Conv1d(4, 6, 5, padding=2, stride=3),
     nn.Conv3d(4, 6, 3, padding=1), nn.Linear(7, 6), nn.Linear(7, 6, bias=False),
 ]  # fmt: skip
@@ -458,7 +459,7 @@ def test_every_part_can_be_left_out(switch):
 
 
 def rows(n, features=6, neurons=3, noise=0.0, groups=1, seed=0):
-    """What a layer sees, U [G, n, F], what it is to give, T [G, n, M], and the weights [G, M, F] that give it, but for noise."""
+    """What a layer sees, U [G, n, F], what it is to give, T [G, n, M], and the weights [G, M, F], but for noise."""
     random = torch.Generator().manual_seed(seed)
     U, W = (torch.randn(groups, *shape, generator=random) for shape in ((n, features), (neurons, features)))
     return U, U @ W.transpose(1, 2) + noise * torch.randn(groups, n, neurons, generator=random), W

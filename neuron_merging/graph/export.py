@@ -87,6 +87,10 @@ def capture(model: nn.Module, example_inputs: Inputs, training: bool = False) ->
         for _ in range(2):
             try:
                 traced = copy.deepcopy(model)  # forward() may keep what it computes
+                for module, own in zip(
+                    traced.modules(), model.modules()
+                ):  # copies of a GraphModule are in training mode
+                    module.training = own.training
                 graph = _exported(traced, some_args, some_kwargs, dynamic)
             except Exception as error:  # tracing runs the user's forward(), which can raise anything
                 failure = error

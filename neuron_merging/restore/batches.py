@@ -137,6 +137,6 @@ def _like(images: Any, example: Any, many: bool) -> Any:
     if not isinstance(images, Tensor) or images.shape[many:] != example.shape[many:] or images.ndim != example.ndim:
         given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise NeuronMergingError(f"images: {given} is not like the example, {list(example.shape)}")
-    if example.is_floating_point() != images.is_floating_point():
+    if images.is_floating_point() and not example.is_floating_point():
         raise NeuronMergingError(f"images: of type {images.dtype}, but the example is {example.dtype}")
     return images.to(example)
