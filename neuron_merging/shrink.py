@@ -36,7 +36,6 @@ from neuron_merging.graph.spaces import Survey, find_spaces
 from neuron_merging.methods import METHODS, NEED_IMAGES
 from neuron_merging.report import Report, name_of, sizes
 from neuron_merging.restore.batches import Source
-from neuron_merging.running import dtype
 from neuron_merging.widths.cost import Cost
 from neuron_merging.widths.search import WidthSearch
 
