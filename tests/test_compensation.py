@@ -10,15 +10,14 @@ from torch import nn
 from torch.nn.utils import prune as masks
 
 from models import build
-from neuron_merging import exported
 from neuron_merging.compensation import Contents, constants
-from neuron_merging.config import ShrinkConfig
 from neuron_merging.decompose import COMPENSATIONS, CRITERIA
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.neurons import bias_of
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.surgery import cut, largest_error
 from neuron_merging.graph.units import kind
+from neuron_merging.shrink import shrink
 from tests.helpers import Written, conv, example, plant_multiples, with_statistics
 from tests.spaces_networks import NETWORKS, Attention, Residual
 
@@ -195,13 +194,12 @@ def test_a_space_is_refused_not_a_network():
     model, x = Mixed().eval(), torch.randn(8, 6)
     for layer in (model.a, model.b, model.c):
         multiple(layer, 1, 0, 2.0)
-    result = exported.shrink(
-        model, x, ShrinkConfig(ratio={"b": 1 / 16, "c": 1 / 16}, compensation="merge", threshold=0.99)
-    )
-    assert [space.name for space in result.spaces] == ["a", "b", "c"] and result.note is None
-    result = exported.shrink(model, x, ShrinkConfig(ratio=0.25, compensation="merge"))
-    assert result.note == "only pruned, as a merge does not pass: a: gelu is not positively homogeneous"
-    assert not any(value != value for value in result.cosine)
+    merged = {"example_input": x, "compensation": "merge"}
+    _, report = shrink(model, {"b": 1 / 16, "c": 1 / 16}, threshold=0.99, **merged)
+    assert [space.name for space in report.units] == ["a", "b", "c"] and report.note is None
+    _, report = shrink(model, 0.25, **merged)
+    assert report.note == "only pruned, as a merge does not pass: a: gelu is not positively homogeneous"
+    assert not any(value != value for value in report.cosine)
     small = smaller(model, x, {"b": [0, *range(2, 16)], "c": [0, *range(2, 16)]}, t=0.99)
     assert max(errors(model, small, x)) < RIGHT
     pruned = smaller(model, x, {"a": [0, *range(2, 16)]}, t=0.99)
@@ -213,7 +211,7 @@ def test_where_nothing_can_be_merged_an_error_says_so(kind):
     with pytest.raises(
         NeuronMergingError, match=rf"{kind} can merge nothing here.*a: gelu is not positively homogeneous"
     ):
-        exported.shrink(Mixed().eval(), torch.randn(2, 6), ShrinkConfig(ratio={"a": 0.5}, compensation=kind))
+        shrink(Mixed().eval(), {"a": 0.5}, example_input=torch.randn(2, 6), compensation=kind)
 
 
 @pytest.mark.parametrize(
@@ -226,10 +224,11 @@ def test_obstacles_of_a_transformer(name, why):
 
 def test_a_network_in_which_nothing_but_units_is_asked_for():
     model = Residual().eval()
-    small = exported.shrink(model, image(16), ShrinkConfig(ratio=0.5, compensation="merge", coupled=False))
-    assert [space.name for space in small.spaces] == ["squeeze"] and "stem" in small.left_out
-    both = exported.shrink(model, image(16), ShrinkConfig(ratio=0.5, compensation="merge", coupled=True))
-    assert len(both.spaces) > 1 and "expand: " in both.note
+    merged = {"example_input": image(16), "compensation": "merge"}
+    _, report = shrink(model, 0.5, **merged)
+    assert [space.name for space in report.units] == ["squeeze"] and "stem" in report.left_out
+    _, report = shrink(model, 0.5, coupled=True, **merged)
+    assert len(report.units) > 1 and "expand: " in report.note
 
 
 # ---------------------------------------------------------------- selection
