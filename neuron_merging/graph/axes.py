@@ -139,8 +139,7 @@ def is_fixed(axis: Axis) -> bool:
 def _bind(leaf: Leaf, axis: Axis) -> Axis:
     leaf.bound = axis
     for part in leaves(axis):
-        if part.frozen in (None, FIXED):  # else it is known better
-            part.frozen = leaf.frozen or part.frozen
+        part.frozen = part.frozen or leaf.frozen
         part.notes = leaf.notes | part.notes
     return axis
 

@@ -149,6 +149,7 @@ class Call:
             if is_fixed(one) and not is_fixed(other):
                 why = next((leaf.frozen for leaf in leaves(one) if leaf.frozen), FIXED)
                 freeze(other, why if why != FIXED else f"{self.where} ties it to something whose size is fixed")
+                return one  # each keeps its own reason
         return unify(a, b, f"{self.where} ties axes of unlike structure to each other")
 
     def split(self, axis: Axis, blocks: int) -> tuple[Axis, Axis]:
