@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune as masks
-from torch.utils._pytree import tree_leaves
 
 from neuron_merging.counting import count_macs
 from neuron_merging.errors import NeuronMergingError, reported_as
@@ -181,7 +180,7 @@ def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | Non
         if len(needed) > 1:
             raise NeuronMergingError(
                 f"{type(model).__name__} takes {len(needed)} inputs ({', '.join(needed)}), and only one can be made up:"
-                " give all of them, example_input=(…, …), or leave example_input out and prune or merge"
+                " give all of them, example_input=(…, …)"
             ) from error
         if len(shape) > 1 and runs(model, shape[1:]):
             raise NeuronMergingError(f"{what}: give it without the batch: {shape[1:]}") from error
@@ -252,12 +251,6 @@ def input_shape(example_input: Tensor | Sequence[int] | None, images: Tensor | N
         return tuple(example_input.shape[1:])
     if example_input is None:
         return None if images is None else tuple(images.shape[1:])
-    tensors = [leaf for leaf in tree_leaves(example_input) if isinstance(leaf, Tensor)]
-    if tensors:
-        raise NeuronMergingError(
-            f"example_input has {len(tensors)} tensor{'s' * (len(tensors) > 1)} in a {type(example_input).__name__}, each an"
-            " input: only a single tensor can be made up; prune and merge do without, leave example_input out"
-        )
     if not isinstance(example_input, Sequence) or not all(isinstance(side, Integral) for side in example_input):
         plain = isinstance(example_input, int | float | str | tuple | list)
         what = repr(example_input)[:60] if plain else f"of type {type(example_input).__name__}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from neuron_merging import memory, plan, synthetic
 from neuron_merging.checks import (
@@ -150,11 +151,9 @@ def _prepared(
 
 
 def _several(example_input: Any) -> bool:
-    """Whether an example is of several inputs: a mapping, or a sequence of tensors."""
-    values = example_input.values() if isinstance(example_input, Mapping) else example_input
-    return isinstance(values, Collection) and not isinstance(values, Tensor | str) and any(
-        isinstance(value, Tensor) for value in values
-    )  # fmt: skip
+    """Whether an example is of several inputs: a mapping, or a sequence, with tensors in it or in what it holds."""
+    collected = isinstance(example_input, Collection) and not isinstance(example_input, Tensor | str)
+    return collected and any(isinstance(leaf, Tensor) for leaf in tree_leaves(example_input))
 
 
 def _configured(config: ShrinkConfig | None, ratio: Ratio | None, options: dict[str, Any]) -> ShrinkConfig:
