@@ -55,6 +55,10 @@ class Experiment(ShrinkConfig):
     depth_wide: tuple[int, ...] | None = option(
         None, "--depth-wide", type=depth_wide, metavar="D[,W]", help="56, or 40,4 for a WideResNet [the published one]"
     )
+    coupled: bool = option(
+        False, "--coupled", action="store_true",
+        help="also drop channels that several layers share, such as residual streams (ours)",
+    )  # fmt: skip
     dataset: str | None = option(
         None, "--dataset", help="FashionMNIST, cifar10 or cifar100 [FashionMNIST for LeNet, cifar10 elsewhere]"
     )

@@ -81,7 +81,8 @@ class ShrinkConfig:
     ratio would leave, or within `budget`.
     budget: the shares to keep, such as {"params": 0.5, "macs": 0.4}.
     multiple: every width is a multiple of it, or the full width. drop_blocks: the choice may leave residual blocks out.
-    coupled: also drop channels that several layers share. ignore: layer names or globs that stay whole.
+    coupled: also drop what several layers share; False: the paper's units only; None: if the method has a form for it.
+    ignore: layer names or globs that stay whole.
     threshold, lamda: t and λ of merging.
     probe, probe_samples, seed: kind, number and seed of the made-up inputs of restoration and of the choice (synthetic.make).
     ridge: λ of their regressions.
@@ -116,9 +117,10 @@ class ShrinkConfig:
         False, "--drop-blocks", action="store_true",
         help="with --widths auto or quick: whole residual blocks may be left out (ours)",
     )  # fmt: skip
-    coupled: bool = option(
-        False, "--coupled", action="store_true",
-        help="also drop channels that several layers share, such as residual streams (ours)",
+    coupled: bool | None = option(
+        None, "--coupled", action=argparse.BooleanOptionalAction,
+        help="also drop what several layers share, such as residual streams and attention heads (ours) [yes, except by lbyl"
+        " and fold, which have no form for it]",
     )  # fmt: skip
     ignore: Sequence[str] = option(
         (), "--ignore", type=layer_names, metavar="NAME,…", help="layer names or globs that stay whole"

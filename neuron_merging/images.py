@@ -135,7 +135,7 @@ def drawn(text: str, available: int, number: int | None, seed: int) -> Tensor:
     """Random indices of `number` (None: all) of the `available` images. Raises NeuronMergingError if there are too few."""
     if number is not None and number > available:
         raise NeuronMergingError(f"--calibrate {text}: there are only {available} images")
-    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:number]
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed), device="cpu")[:number]
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -46,11 +46,16 @@ def prunable(survey: Survey, coupled: bool) -> tuple[list[Space], dict[str, str]
     return [space for space in survey.spaces if space.unit is not None], reasons | survey.left_out
 
 
+def couples(config: ShrinkConfig) -> bool:
+    """Whether a config drops what several layers share."""
+    return METHODS[config.compensation].coupled if config.coupled is None else config.coupled
+
+
 def spaces_of(survey: Survey, model: nn.Module, config: ShrinkConfig) -> tuple[list[Space], dict[str, str]]:
     """The spaces that a config lets lose indices, and why other layers stay whole. Raises NeuronMergingError for none."""
-    spaces, left_out = without(*prunable(survey, config.coupled), config.ignore)
+    spaces, left_out = without(*prunable(survey, couples(config)), config.ignore)
     if not spaces:
-        more = not config.coupled and without(*prunable(survey, True), config.ignore)[0]
+        more = not couples(config) and without(*prunable(survey, True), config.ignore)[0]
         reasons = "; ".join(f"{layer}: {why}" for layer, why in list(left_out.items())[:3]) or "it has none"
         raise NeuronMergingError(
             f"{type(model).__name__} has no layer that can be pruned: {reasons}"

@@ -14,7 +14,7 @@ from neuron_merging.widths.search import WidthSearch
 class Report:
     """What `shrink` did to a network.
 
-    units: what can be dropped, with its kept and original `widths` and `full`: the paper's units, and with `coupled` all spaces.
+    units: what can be dropped, the paper's units and with `coupled` all spaces. widths, full: their kept and original sizes.
     cosine: for each, the cosine of a dropped index with the kept one most like it, mean over the dropped ones. NaN if none is
     dropped, or if the method keeps centroids instead.
     left_out: by layer that stays whole, why. params, macs: before and after; macs is None if no input is known.

@@ -1,12 +1,10 @@
 """Made-up inputs, called the probe (ours): restoration and the choice of widths run the network on them instead of on data.
 
 Images have edges and colours like photographs (dead leaves), and sounds have a pitch (tones). Other inputs are noise. Then each
-input is moved one step along the gradient of a random class (the class step), so that the inputs differ in what the network tells
-apart.
+input is moved one step along the gradient of a random class (the class step), so that the inputs differ in what the network
+tells apart.
 """
 
-import contextlib
-import copy
 import functools
 import math
 
@@ -14,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neuron_merging.config import ShrinkConfig
 from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.running import (
     CONVS,
@@ -22,7 +19,6 @@ from neuron_merging.running import (
     by_sample,
     computing_in,
     count_positions,
-    dtype,
     floats,
     measure_statistics,
     precision,
@@ -52,9 +48,10 @@ def make(
 ) -> Tensor:
     """A probe [samples, *shape] for `model`, in float32 on its device. On a CPU the same seed gives the same probe.
 
-    kind: "leaves", "pink", "tones", "white" or "auto", which is `usual`. samples: None for `default_samples`. step: length of the
-    class step in standard deviations of the samples, 0 for none; None: 0.4, but none for tones, and for images of a network
-    without BatchNorm. Such a network says nothing of its inputs' scale: then every image has a contrast and brightness of its own.
+    kind: "leaves", "pink", "tones", "white" or "auto", which is `usual`. samples: None for `default_samples`.
+    step: length of the class step in standard deviations of the samples, 0 for none; None: 0.4, but none for tones, and for
+    images of a network without BatchNorm. Such a network says nothing of its inputs' scale: then every image has a contrast and
+    a brightness of its own.
     Raises NeuronMergingError for an unknown kind, or a shape that the network does not take.
     """
     check(kind)
@@ -77,38 +74,13 @@ def make(
 
 
 def usual(model: nn.Module, shape: tuple[int, ...]) -> str:
-    """The kind of inputs that "auto" is: leaves or tones where the first layer is a convolution over images or time, else white."""
+    """The kind that "auto" is: leaves or tones where the first layer is a convolution over images or time, else white."""
     sides = shape[1:]
     if not _convolves(model, shape):
         return "white"
     if len(sides) >= 2:
         return "leaves"
     return "tones" if shape[-1] >= SHORTEST else "white"
-
-
-def inputs(
-    model: nn.Module, shape: tuple[int, ...], config: ShrinkConfig, images: Tensor | None = None, share: float = 1.0
-) -> Tensor:
-    """The inputs that a method runs the network on: `images`, or `share` times as many made-up ones as the config says."""
-    if images is not None:
-        images = images.to(next(model.parameters()).device)
-        takes_integers = not images.is_floating_point() and _takes(model, images[:1])
-        return images if takes_integers else images.to(dtype(model))
-    if _takes(model, torch.zeros(1, *shape, dtype=torch.int64)) and not _takes(model, torch.zeros(1, *shape)):
-        raise NeuronMergingError(
-            f"the inputs of {type(model).__name__} are whole numbers, which cannot be made up: give images"
-        )
-    samples = round(share * (config.probe_samples or default_samples(model, shape)))
-    return make(model, shape, samples, kind=config.probe, seed=config.seed)
-
-
-@torch.no_grad()
-def _takes(model: nn.Module, x: Tensor) -> bool:
-    """Whether a network runs on the inputs x without a change of their dtype; an embedding needs whole numbers, for example."""
-    with contextlib.suppress(Exception):
-        copy.deepcopy(model).eval()(x.to(next(model.parameters()).device, copy=True))
-        return True
-    return False
 
 
 def check(kind: str) -> None:
@@ -202,8 +174,8 @@ def white(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tens
 def tones(samples: int, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     """Sounds [samples, …, T] of mean 0 and standard deviation 1: a tone with harmonics, and white noise of any strength.
 
-    The pitch is anywhere from 2 periods in an input to 8 places in a period, on a logarithmic scale. Harmonics fall by 3 to 12 dB
-    an octave. Channels have correlations of 0.9.
+    The pitch is anywhere from 2 periods in an input to 8 places in a period, on a logarithmic scale. Harmonics fall by 3 to
+    12 dB an octave. Channels have correlations of 0.9.
     """
     *channels, length = shape
     width = math.prod(channels)

@@ -13,15 +13,29 @@ from models import build
 from neuron_merging import baselines as rivals
 from neuron_merging import synthetic as probe
 from neuron_merging.accuracy import fused
+from neuron_merging.alike import scaling_matrices
 from neuron_merging.checkpoint import load_checkpoint, save_checkpoint, stored
 from neuron_merging.counting import count_macs
-from neuron_merging.coupled import scaling_matrices
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.interpreter import Walk
-from neuron_merging.graph.streams import Stream
-from neuron_merging.linalg import cholesky, rows
-from neuron_merging.shrink import prunable, shrink, width
-from tests.helpers import Written, choose, conv, decompose, read, rebuild, same, smaller, units, with_statistics
+from neuron_merging.graph.export import capture
+from neuron_merging.graph.walk import Walk
+from neuron_merging.linalg import cholesky
+from neuron_merging.restore import Options
+from neuron_merging.restore.fitting import Fitting
+from neuron_merging.shrink import shrink
+from tests.helpers import (
+    Written,
+    choose,
+    conv,
+    decompose,
+    read,
+    rebuild,
+    same,
+    smaller,
+    surveyed,
+    units,
+    with_statistics,
+)
 
 KINDS = ("prune", "merge", "restore")
 
@@ -54,9 +68,8 @@ class Outputs(nn.Module):
 def test_a_dropped_block_of_tokens_runs_on_any_batch(kind):
     torch.manual_seed(0)
     model, x = Tokens().eval(), torch.randn(4, 5, 6)
-    (unit,) = [unit for unit in units(model) if unit.layer == "fc1"]
-    keep = [torch.arange(0 if unit.layer == "fc1" else width(model, unit)) for unit in units(model)]
-    small = smaller(kind, model, units(model), keep, (5, 6), probe_samples=64)
+    (unit,) = [unit for unit in units(model, (5, 6)) if unit.layer == "fc1"]
+    small = smaller(kind, model, [unit], [torch.arange(0)], (5, 6), probe_samples=64)
     assert small(x).shape == (4, 3) and torch.isfinite(small(x)).all()
     if kind == "prune":
         assert torch.allclose(small(x), model.head((x + model.fc2.bias).mean(1)), atol=1e-6)
@@ -106,11 +119,15 @@ def test_parametrized_layers_stay_whole():
     assert small(torch.randn(1, 3, 9, 9)).shape == (1, 4, 3, 3)
 
 
-def test_coupled_channels_and_dropped_blocks_do_not_go_together():
+def test_a_block_can_be_dropped_but_no_stream():
     model = build("ResNet", (8,)).eval()
-    full = [width(model, unit) for unit in prunable(model, coupled=True)[0]]
-    with pytest.raises(NeuronMergingError, match="where channels are not coupled"):
+    spaces = surveyed(model, (3, 32, 32)).spaces
+    full = [space.size for space in spaces]
+    with pytest.raises(NeuronMergingError, match="0 of 16 neurons cannot be kept in conv1: give 1 to 16"):
         shrink(model, [0, *full[1:]], compensation="prune", coupled=True)
+    widths = [0 if space.layer == "layer2.0.conv1" else space.size for space in spaces]
+    small, _ = shrink(model, widths, compensation="prune", coupled=True, example_input=(3, 32, 32))
+    assert small(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
 class Heads(nn.Module):
@@ -130,7 +147,9 @@ class Heads(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_networks_are_read_as_they_are_evaluated(training):
     model = Heads().train(training)
-    with pytest.raises(NeuronMergingError, match="training reads its output in another way"):
+    with pytest.raises(
+        NeuronMergingError, match=r"a: it is written 1 times and read 2 times.* aux: the forward pass never calls it"
+    ):
         shrink(model, 0.5, example_input=(8,), probe_samples=64)
     small, report = shrink(model, 0.5, example_input=(8,), coupled=True, probe_samples=64)
     assert [unit.layer for unit in report.units] == ["a"]
@@ -166,7 +185,7 @@ def test_what_a_network_asserts_is_said():
         ({"threshold": 3.0}, "is no cosine"),
         ({"images": torch.randn(4, 8), "compensation": "merge"}, "merge needs no data"),
         ({"images": torch.randn(4, 9)}, r"images of shape \[4, 9\] are not \[B, 8\] as example_input has it"),
-        ({"images": torch.randn(0, 8)}, "cannot be restored"),
+        ({"images": torch.randn(0, 8)}, "images: there are none"),
         ({"widths": "auto", "budget": {"parms": 0.5}}, "say the shares to keep"),
         ({"widths": "auto", "budget": 0.5}, "say the shares to keep"),
         ({"widths": "auto", "knwon": []}, "unexpected keyword argument 'knwon'"),
@@ -311,11 +330,12 @@ def test_layers_with_two_names_are_replaced_under_both():
 
 
 def walked(model, x):
-    """What a walk through a copy of the network gives."""
-    walk, values = Walk(copy.deepcopy(model)), {}
-    for node in walk.graph.nodes:
-        values[node] = walk.run(node, values, x)
-    return values[node]
+    """What a walk through a network gives."""
+    walk = Walk(capture(model, x).graph, [[x]], measures=False)
+    for _ in walk.run(walk.nodes):
+        pass
+    (result,) = walk.results
+    return walk.values[result][0]
 
 
 class Overwritten(nn.Module):
@@ -525,11 +545,20 @@ def test_a_view_takes_its_batch_size_from_anywhere_before(run):
         assert small(x).shape == (8, 4)
 
 
-def test_another_batch_size_is_no_flatten():
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flatten_of_several_samples_reads_each_channel_several_times(kind):
     def frames(m, x):  # [B, T, 3, H, W], all frames of a film as one row
         return m.fc(F.relu(m.conv1(x.view(-1, 3, 8, 8))).view(x.size(0), -1))
 
-    assert units(Written(frames, conv1=conv(3, 4), fc=nn.Linear(2 * 4 * 64, 3))) == []
+    torch.manual_seed(0)
+    model, x = Written(frames, conv1=conv(3, 4), fc=nn.Linear(2 * 4 * 64, 3)).eval(), torch.randn(5, 2, 3, 8, 8)
+    model.conv1.weight[2:], model.conv1.bias[2:] = 0.1 * model.conv1.weight[:2], 0.1 * model.conv1.bias[:2]
+    small, report = shrink(model, 0.5, example_input=(2, 3, 8, 8), compensation=kind, probe_samples=32, threshold=0.9)
+    assert report.widths == [2] and type(small) is Written
+    if kind == "prune":
+        model.conv1.weight[2:], model.conv1.bias[2:] = 0, 0
+    torch.testing.assert_close(small(x), model(x), atol=1e-4, rtol=1e-4)
 
 
 def test_modules_may_share_a_list():
@@ -570,6 +599,9 @@ def test_dropout_without_a_word_about_training_draws_nothing():
     model = Written(lambda m, x: m.b(F.dropout(F.relu(m.a(x)), 0.5)), a=nn.Linear(8, 64), b=nn.Linear(64, 4)).eval()
     x = torch.randn(3, 8)
     torch.testing.assert_close(walked(model, x), model.b(F.relu(model.a(x))))
+    for kind in KINDS:
+        small, report = shrink(model, 0.5, example_input=(8,), compensation=kind, probe_samples=64)
+        assert type(small) is Written and report.note is None
 
 
 @torch.no_grad()
@@ -585,13 +617,20 @@ def test_a_batchnorm_behind_an_activation_is_no_part_of_the_weights():
     model.norm.weight.copy_(torch.tensor([1.0, -1.0, 1.0, 1.0]))
     for weight, sign in ((model.conv1.weight, -1), (model.conv2.weight, 1), (model.conv2.bias, 1)):
         weight[1] = sign * weight[0]
-    (stream,) = [unit for unit in prunable(model.eval(), coupled=True)[0] if isinstance(unit, Stream)]
-    for Z in scaling_matrices(model, stream, torch.tensor([0, 2, 3]), t=0.999):
+    survey = surveyed(model.eval(), (3, 8, 8))
+    (stream,) = [space for space in survey.spaces if len(space.writers) == 2]
+    for Z in scaling_matrices(survey.network, stream, torch.tensor([0, 2, 3]), t=0.999):
         assert Z[:, 1].count_nonzero() == 0
 
 
 def test_of_many_tokens_some_are_looked_at():
-    layer, x = nn.Linear(6, 5), torch.randn(4, 500, 6)
-    U, T = rows(layer, x, layer(x), positions=10)
-    assert U.shape == (60, 6)
-    torch.testing.assert_close(layer(U), T)
+    """Alike in all batches, and at least one of every sample."""
+    target = [torch.zeros(2, 500, 5), torch.zeros(2, 500, 5)]
+    fitting = Written(None)
+    fitting.options = Options(positions=10)
+    reader = Written(None)
+    reader.channel = lambda y: y.ndim - 1
+    chosen = Fitting.places(fitting, reader, target, torch.zeros(1, 5, 6))
+    assert sum(map(len, chosen)) == 60 and all(len(part) > 20 and part.max() < 1000 for part in chosen)
+    assert all(torch.equal(a, b) for a, b in zip(chosen, Fitting.places(fitting, reader, target, torch.zeros(1, 5, 6))))
+    assert sum(map(len, Fitting.places(fitting, reader, [torch.zeros(200, 1, 5)], torch.zeros(1, 5, 6)))) == 200

@@ -1,4 +1,4 @@
-"""Networks that torch.fx cannot trace, and several inputs, pruned as torch.export sees them."""
+"""Networks whose forward pass asks for shapes as people write it, with several inputs: pruned and merged."""
 
 import copy
 
@@ -53,7 +53,7 @@ def called(model, inputs):
 def test_heads_and_feed_forward_widths_are_dropped(name):
     model, inputs = Attention().eval(), INPUTS[name]
     before = copy.deepcopy(model.state_dict())
-    small, report = shrink(model, 0.5, example_input=inputs, compensation="prune")
+    small, report = shrink(model, 0.5, example_input=inputs, compensation="prune", coupled=True)
     widths = dict(zip((unit.layer for unit in report.units), report.widths))
     assert (
         widths["up"] == 32
@@ -64,7 +64,7 @@ def test_heads_and_feed_forward_widths_are_dropped(name):
     assert report.params[1] < 0.6 * report.params[0] and report.macs[1] < report.macs[0]
     assert "out stays whole: it is an output of the network" in str(report)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    whole, _ = shrink(model, 0.0, example_input=inputs, compensation="prune")
+    whole, _ = shrink(model, 0.0, example_input=inputs, compensation="prune", coupled=True)
     torch.testing.assert_close(called(whole, inputs), called(model, inputs))
 
 
@@ -77,17 +77,17 @@ def test_the_strongest_stay_and_ratios_go_by_name():
     assert torch.equal(small.up.weight, model.up.weight[10:]) and report.params[0] - report.params[1] == 10 * (
         32 + 1 + 32
     )
-    left = shrink(model, 0.5, example_input=IDS, compensation="prune", ignore=["up"])[1]
+    left = shrink(model, 0.5, example_input=IDS, compensation="prune", coupled=True, ignore=["up"])[1]
     assert "up" not in [unit.layer for unit in left.units] and "it is ignored" in left.left_out["up"]
 
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [("fold", "can only be pruned, merged or restored so far"), ("merge", "merge can merge nothing here")],
+    [("fold", "fold has no form for coupled channels"), ("merge", "merge can merge nothing here")],
 )
 def test_other_methods_say_that_they_cannot(kind, why):
     with pytest.raises(NeuronMergingError, match=why):
-        shrink(Attention(), 0.5, example_input=INPUTS["a mapping"], compensation=kind)
+        shrink(Attention(), 0.5, example_input=INPUTS["a mapping"], compensation=kind, coupled=True)
 
 
 @torch.no_grad()
@@ -103,16 +103,18 @@ def test_what_can_be_merged_is_merged_and_the_rest_is_named():
     model, inputs = Two().eval(), (torch.randn(5, 4), torch.randn(5, 6))
     for layer in (model.b, model.d):  # the same in both: one of the two channels is as good as both
         layer.weight[3], layer.bias[3] = 0.5 * layer.weight[2], 0.5 * layer.bias[2]
-    small, report = shrink(model, {"b": 1 / 8}, example_input=inputs, compensation="merge", threshold=0.99)
+    small, report = shrink(
+        model, {"b": 1 / 8}, example_input=inputs, compensation="merge", threshold=0.99, coupled=True
+    )
     assert report.note is None and small.c.in_features == 7 and report.cosine[1] > 0.9
     if not torch.equal(small.b.weight, model.b.weight[[0, 1, 2, 4, 5, 6, 7]]):
         pytest.fail("the weaker twin stays")
     torch.testing.assert_close(small(*inputs), model(*inputs))
-    report = shrink(model, 0.5, example_input=inputs, compensation="merge", threshold=0.1)[1]
+    report = shrink(model, 0.5, example_input=inputs, compensation="merge", threshold=0.1, coupled=True)[1]
     assert "only pruned, as a merge does not pass: a: gelu is not positively homogeneous" in str(report)
 
 
-def test_what_cannot_be_traced_is_pruned_all_the_same():
+def test_what_asks_for_its_batch_is_pruned_all_the_same():
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
@@ -127,11 +129,11 @@ def test_what_cannot_be_traced_is_pruned_all_the_same():
         def forward(self, x):
             return self.b(self.a(x).relu()[: len(list(x))])
 
-    small, report = shrink(Untraceable().eval(), 0.5, example_input=(6,), compensation="prune")
+    small, report = shrink(Untraceable().eval(), 0.5, example_input=(6,), compensation="prune", coupled=True)
     assert report.widths == [4] and small(torch.randn(2, 6)).shape == (2, 3)
-    small, report = shrink(Untraceable().eval(), 0.5, example_input=(6,), compensation="merge")
+    small, report = shrink(Untraceable().eval(), 0.5, example_input=(6,), compensation="merge", coupled=True)
     assert report.widths == [4] and report.note is None and 0 < report.cosine[0] <= 1
-    with pytest.raises(NeuronMergingError, match=r"cannot be traced by torch.fx .*it can only be pruned"):
+    with pytest.raises(NeuronMergingError, match=r"a: it goes through slice; .*coupled channels .* can be"):
         shrink(Untraceable(), 0.5, example_input=(6,), compensation="fold")
 
 

@@ -1,4 +1,4 @@
-"""Restoration of networks that are pruned as torch.export sees them."""
+"""Restoration of transformers, of networks with several inputs and of what several layers share."""
 
 import copy
 
@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from neuron_merging.config import ShrinkConfig
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.surgery import cut
+from neuron_merging.restore import Options, restore
 from neuron_merging.restore.batches import batches
-from neuron_merging.restore.exported import restore
 from neuron_merging.shrink import shrink
 from tests.test_exported import IDS, Attention, called
 
@@ -63,8 +64,10 @@ def test_restored_is_nearer_than_pruned_on_fresh_inputs(name, ratio):
     make, inputs = CASES[name]
     model, example = make().eval(), inputs(2, 0)
     before = copy.deepcopy(model.state_dict())
-    pruned, _ = shrink(model, ratio, example_input=example, compensation="prune")
-    restored, report = shrink(model, ratio, example_input=example, compensation="restore", images=inputs(96, 1))
+    pruned, _ = shrink(model, ratio, example_input=example, compensation="prune", coupled=True)
+    restored, report = shrink(
+        model, ratio, example_input=example, compensation="restore", coupled=True, images=inputs(96, 1)
+    )
     assert type(restored) is make and report.note is None
     fresh = inputs(64, 2)
     assert error(model, restored, fresh) < 0.8 * error(model, pruned, fresh)
@@ -72,7 +75,7 @@ def test_restored_is_nearer_than_pruned_on_fresh_inputs(name, ratio):
     shapes = {name: value.shape for name, value in pruned.named_parameters()}
     added = {name for name, _ in restored.named_parameters()} - shapes.keys()
     assert added <= {"b.bias", "d.bias"} and all(restored.get_parameter(n).shape == s for n, s in shapes.items())
-    again, _ = shrink(model, ratio, example_input=example, compensation="restore", images=inputs(96, 1))
+    again, _ = shrink(model, ratio, example_input=example, compensation="restore", coupled=True, images=inputs(96, 1))
     assert all(torch.equal(a, b) for a, b in zip(restored.parameters(), again.parameters()))
 
 
@@ -83,8 +86,9 @@ def test_duplicates_are_restored():
     survey = find_spaces(model, words(2, 0))
     keep = {space: torch.arange(32) for space in survey.spaces if space.layer == "up"}
     pruned = cut(survey, keep).model
-    restored, errors = restore(survey, keep, cut(survey, keep), words(96, 1))
-    assert restored.own_class and {*errors} <= {"down.weight", "out.weight"} and errors["down.weight"][1] < 1e-3
+    done = restore(survey, keep, batches(survey.network, ShrinkConfig(), words(96, 1)))
+    restored = done.small
+    assert restored.own_class and done.fits.keys() <= {"down.weight", "out.weight"}
     fresh = words(16, 2)
     assert error(model, restored.model, fresh) < 1e-3 < error(model, pruned, fresh)
     for result in (restored.graph, restored.model):
@@ -95,28 +99,32 @@ def test_duplicates_are_restored():
 def test_nothing_dropped_changes_nothing(name):
     make, inputs = CASES[name]
     model = make().eval()
-    same, report = shrink(model, 0.0, example_input=inputs(2, 0), compensation="restore", images=inputs(24, 1))
+    same, report = shrink(
+        model, 0.0, example_input=inputs(2, 0), compensation="restore", coupled=True, images=inputs(24, 1)
+    )
     assert report.params[0] == report.params[1]
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), model.parameters(), strict=True))
 
 
 def test_floating_point_inputs_can_be_made_up():
     model, example = TwoInputs().eval(), pair(2, 0)
-    pruned, _ = shrink(model, 0.4, example_input=example, compensation="prune")
-    restored, _ = shrink(model, 0.4, example_input=example, compensation="restore")
-    other, _ = shrink(model, 0.4, example_input=example, compensation="restore", seed=2)
+    pruned, _ = shrink(model, 0.4, example_input=example, compensation="prune", coupled=True)
+    restored, _ = shrink(model, 0.4, example_input=example, compensation="restore", coupled=True)
+    other, _ = shrink(model, 0.4, example_input=example, compensation="restore", coupled=True, seed=2)
     assert error(model, restored, pair(64, 2)) < error(model, pruned, pair(64, 2))
     assert not torch.equal(restored.out.weight, other.out.weight)
 
 
-def test_other_layers_can_be_fitted_too():
-    model, images, fresh = Attention().eval(), words(96, 1), words(32, 2)
+def test_writers_are_fitted_where_their_inputs_are_other_ones():
+    """Layers that lost outputs only too, if `refit` asks for it; those that lost nothing never."""
+    model, fresh = Attention().eval(), words(32, 2)
     survey = find_spaces(model, words(2, 0))
-    keep = {space: torch.arange(space.size - 1) for space in survey.spaces if space.layer == "qkv"}
-    readers, fitted = restore(survey, keep, cut(survey, keep), images, refit=False)
-    everything, more = restore(survey, keep, cut(survey, keep), images)
-    assert fitted.keys() == {"proj.weight"} and more.keys() == {"proj.weight", "up.weight", "down.weight", "out.weight"}
-    assert error(model, everything.model, fresh) < 1.05 * error(model, readers.model, fresh)
+    images = batches(survey.network, ShrinkConfig(), words(96, 1))
+    keep = {space: torch.arange(space.size * 3 // 4) for space in survey.spaces if space.layer in ("qkv", "up")}
+    readers, both = (restore(survey, keep, images, Options(refit=refit)) for refit in (False, True))
+    assert readers.fits.keys() == {"proj.weight", "down.weight"}
+    assert both.fits.keys() == {"proj.weight", "down.weight", "up.weight"}
+    assert error(model, both.small.model, fresh) < 1.1 * error(model, readers.small.model, fresh)
 
 
 class OneSize(TwoInputs):
@@ -127,11 +135,10 @@ class OneSize(TwoInputs):
 def test_a_graph_for_one_size_gets_batches_of_that_size():
     model, example = OneSize().eval(), pair(2, 0)
     survey = find_spaces(model, example)
-    random = torch.Generator().manual_seed(0)
-    parts = batches(survey.network, pair(31, 1), random)
+    parts = batches(survey.network, ShrinkConfig(), pair(31, 1))
     assert not survey.network.dynamic and len(parts) == 15 and {len(value) for part in parts for value in part} == {2}
-    pruned, _ = shrink(model, 0.4, example_input=example, compensation="prune")
-    restored, _ = shrink(model, 0.4, example_input=example, compensation="restore", images=pair(96, 1))
+    pruned, _ = shrink(model, 0.4, example_input=example, compensation="prune", coupled=True)
+    restored, _ = shrink(model, 0.4, example_input=example, compensation="restore", coupled=True, images=pair(96, 1))
     errors = [[error(model, small, pair(2, seed)) for seed in range(2, 34)] for small in (pruned, restored)]
     assert sum(errors[1]) < 0.8 * sum(errors[0])
 
@@ -150,16 +157,16 @@ def test_tied_weights_stay_and_the_report_says_so():
 
     model, images = Tied().eval(), {"ids": words(96, 1)["ids"] % 30, "mask": torch.ones(96, 7)}
     example = tree_map(lambda x: x[:2], images)
-    restored, report = shrink(model, 0.25, example_input=example, compensation="restore", images=images)
+    restored, report = shrink(model, 0.25, example_input=example, compensation="restore", coupled=True, images=images)
     assert restored.head.weight is restored.table.weight and restored.head.in_features == 18
     assert "not restored" in report.note and "table.weight" in report.note
 
 
 def test_only_readers_change_and_widths_are_those_of_pruning():
     model, example = Attention().eval(), words(2, 0)
-    pruned, _ = shrink(model, 0.5, example_input=example, compensation="prune", ignore=["qkv"])
+    pruned, _ = shrink(model, 0.5, example_input=example, compensation="prune", coupled=True, ignore=["qkv"])
     restored, report = shrink(
-        model, 0.5, example_input=example, compensation="restore", images=words(96, 1), ignore=["qkv"]
+        model, 0.5, example_input=example, compensation="restore", coupled=True, images=words(96, 1), ignore=["qkv"]
     )
     changed = {
         name
@@ -175,7 +182,7 @@ def test_only_readers_change_and_widths_are_those_of_pruning():
     "options, message",
     [
         ({"compensation": "restore"}, "give images"),
-        ({"compensation": "merge"}, "merge can merge nothing here"),
+        ({"compensation": "merge", "coupled": True}, "merge can merge nothing here"),
         ({"compensation": "prune", "images": words(24, 1)}, "prune needs no data"),
         ({"compensation": "restore", "images": words(3, 1)}, "too few"),
         ({"compensation": "restore", "images": words(24, 1)["ids"]}, "as example_input is"),
@@ -187,10 +194,28 @@ def test_what_cannot_be_done_is_said_in_a_line(options, message):
         shrink(Attention(), 0.5, example_input=words(2, 0), **options)
 
 
-def test_a_tensor_for_what_torch_fx_cannot_trace():
+def test_a_tensor_where_there_could_be_more():
     model = Attention().eval()
     images = words(96, 1)["ids"]
-    pruned, _ = shrink(model, 0.25, example_input=IDS, compensation="prune")
-    restored, _ = shrink(model, 0.25, example_input=IDS, compensation="restore", images=images)
+    pruned, _ = shrink(model, 0.25, example_input=IDS, compensation="prune", coupled=True)
+    restored, _ = shrink(model, 0.25, example_input=IDS, compensation="restore", coupled=True, images=images)
     fresh = {"ids": words(32, 2)["ids"]}
     assert error(model, restored, fresh) < 0.8 * error(model, pruned, fresh)
+
+
+def test_what_has_no_derivatives_is_restored_all_the_same():
+    """Nothing is moved in front of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 32), Detached(), nn.Linear(32, 6)).eval()
+    x, fresh = torch.randn(512, 12), torch.randn(200, 12)
+    pruned, _ = shrink(model, 0.5, example_input=(12,), compensation="prune", coupled=True)
+    restored, _ = shrink(model, 0.5, images=x, compensation="restore", coupled=True)
+    assert given(restored, (fresh,)).isfinite().all()
+    assert error(model, restored, (fresh,)) < error(model, pruned, (fresh,))
+
+
+class Detached(nn.Module):
+    """No gradient passes."""
+
+    def forward(self, x):
+        return x.tanh().detach()

@@ -45,7 +45,7 @@ def neurons(
     node = bias_of(network, writer)
     bias = None if node is None else network.tensor(network.names[node.target][0]).detach()
     check_finite(module, rows, *([] if bias is None else [bias]))
-    if where.shape[1] > 1 or not torch.equal(where.flatten(), torch.arange(len(rows))):
+    if where.shape[1] > 1 or not torch.equal(where.flatten(), torch.arange(len(rows), device="cpu")):
         rows = rows[where.to(rows.device)]
         bias = None if bias is None else bias[where.to(bias.device)]
     W = rows.reshape(len(rows), -1).double()

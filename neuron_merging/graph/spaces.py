@@ -24,8 +24,8 @@ class Space:
     notes: what else happens to them: "statistics" (a normalisation or reduction is over them), "product" (activations are
     multiplied and summed along them), "mixed" (they come out of such a product), "recurrent". unit: the paper's layer → next,
     where it is one; not_unit: else why it is none. obstacle: why kept ones cannot take over from dropped ones by merging (None:
-    they can). ways: from writers to readers, where it is no unit and has no obstacle. modules: the layers that write it, and those
-    that follow with more than a number for each index, by name.
+    they can). ways: from writers to readers, where it is no unit and has no obstacle. modules: the layers that write it, and
+    those that follow with more than a number for each index.
     """
 
     name: str

@@ -102,12 +102,12 @@ def _of_own_class(
 
 
 def _mask(space: Space, indices: Tensor | Sequence[int]) -> Tensor:
-    indices = torch.as_tensor(indices, dtype=torch.int64).cpu()
+    indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
     if indices.numel() == 0 and space.unit is not None and space.unit.branch:
-        return torch.zeros(space.size, dtype=torch.bool)
+        return torch.zeros(space.size, dtype=torch.bool, device="cpu")
     if indices.numel() == 0 or int(indices.min()) < 0 or int(indices.max()) >= space.size:
         raise NeuronMergingError(f"{space.name}: keep at least one index, and those from 0 to {space.size - 1}")
-    left = torch.zeros(space.size, dtype=torch.bool)
+    left = torch.zeros(space.size, dtype=torch.bool, device="cpu")
     left[indices] = True
     return left
 
@@ -209,6 +209,8 @@ def _own(network: Network, smaller: Cut) -> nn.Module:
     made = {name: _like(tensor.clone(), network.tensor(name)) for name, tensor in smaller.tensors.items()}
     instead = {id(network.tensor(name)): tensor for name, tensor in made.items()}
     model = copy.deepcopy(network.model, instead)  # what is replaced is not copied
+    for module in model.modules():  # copies of a GraphModule are in training mode
+        module.training = False
     for name, tensor in made.items():
         for alias in network.names[name]:
             _put(model, alias, tensor)
@@ -236,7 +238,8 @@ def run(model: nn.Module, network: Network, active: list[str] | None = None) -> 
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: active.append(name))
             module.register_forward_hook(lambda *_: active.__delitem__(-1))
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # a network that draws numbers draws the same each time
         return [value for value in tree_leaves(model(*args, **kwargs)) if isinstance(value, Tensor)]
 
 

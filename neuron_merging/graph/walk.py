@@ -102,6 +102,8 @@ class Walk:
 
         if is_batch_norm(node):
             return self.normalise(node, value(node.args[0]))
+        if operation(node).removesuffix("_").endswith("dropout"):  # the function drops in evaluation too
+            return value(node.args[0])
         args, kwargs = tree_map(self._cast_kind, fx.map_arg((node.args, node.kwargs), value))
         if operation(node) == "view":  # values can lie in memory in another order here
             return args[0].reshape(*args[1:])

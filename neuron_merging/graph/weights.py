@@ -72,7 +72,7 @@ def of_rows(survey: Survey, weight: str, values: Tensor, masks: Mapping[Leaf, Te
 
 def left(axis: Axis, masks: Mapping[Leaf, Tensor]) -> Tensor:
     """Which indices of an axis are left: bool [size]."""
-    return mask(axis, lambda leaf: masks.get(leaf, torch.ones(leaf.size, dtype=torch.bool)))
+    return mask(axis, lambda leaf: masks.get(leaf, torch.ones(leaf.size, dtype=torch.bool, device="cpu")))
 
 
 def _absorbing(tensor: Tensor, parts: Sequence[Absorbed], stays: Tensor) -> Tensor:

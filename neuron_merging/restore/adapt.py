@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from neuron_merging.errors import out_of_memory
 from neuron_merging.graph.spaces import Space
 from neuron_merging.restore.fitting import Fitting
 from neuron_merging.restore.order import between, is_learned
@@ -52,7 +54,8 @@ def paths(pair: Pair, smaller: Sequence[Space]) -> dict[fx.Node, list[fx.Node]]:
 def adapt(fitting: Fitting, consumer: Reader, path: Sequence[fx.Node], target: list[Tensor]) -> None:
     """Move the pruned layer at the start of `path`, then fit the consumer again on its new inputs.
 
-    That fit starts from the consumer's present weights, and from the plain target.
+    That fit starts from the consumer's present weights, and from the plain target. Where something on the way has no
+    derivatives, nothing is moved.
     """
     pair, options = fitting.pair, fitting.options
     first, *inner = path
@@ -77,10 +80,16 @@ def adapt(fitting: Fitting, consumer: Reader, path: Sequence[fx.Node], target: l
     if regress is None:
         return
     for step in range(options.adaptations):
-        move = direction(
-            partial(pair.apply, layer), partial(pair.apply, consumer), partial(through, k=0), x, T,
-            consumer.channel(T), pair.slope(consumer), regress, 0.0 if step else LITTLE,
-        )  # fmt: skip
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no second derivative
+                move = direction(
+                    partial(pair.apply, layer), partial(pair.apply, consumer), partial(through, k=0), x, T,
+                    consumer.channel(T), pair.slope(consumer), regress, 0.0 if step else LITTLE,
+                )  # fmt: skip
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            return  # something on the way has no derivatives
         if move is None:
             return
         pair.put(layer, pair.weight(layer) + move["weight"], pair.bias(layer) + move["bias"])

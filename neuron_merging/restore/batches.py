@@ -52,7 +52,7 @@ class Source:
         if self.images is not None:
             leaves = _given(network, self.images, example, structure, many)
             count = _count(leaves, many)
-            order = torch.randperm(count, generator=random)
+            order = torch.randperm(count, generator=random, device="cpu")
             leaves = [value[order.to(value.device)] if yes else value for value, yes in zip(leaves, many)]
             if len(example) == 1 and example[0].is_floating_point() and network.dynamic and count < FEW:
                 leaves = [torch.cat([_made_up(network, example[0], config), *leaves])]
@@ -65,7 +65,7 @@ class Source:
         size = 2 if network.dynamic else size  # torch.export takes a batch of one for something else
         if count < LEAST * size:
             raise NeuronMergingError(f"{count} images are too few for restoration: give {LEAST * size} or more")
-        every = torch.arange(count)
+        every = torch.arange(count, device="cpu")
         places = parts(every) if network.dynamic else every[: count - count % size].split(size)
         return [[value[part.to(value.device)] if yes else value for value, yes in zip(leaves, many)] for part in places]
 
@@ -126,7 +126,7 @@ def _noise(example: Tensor, count: int, random: torch.Generator) -> Tensor:
     spread, mean = example.std(correction=0), example.mean()
     if spread == 0 and mean == 0:
         spread = torch.ones_like(spread)
-    noise = torch.randn(count, *example.shape[1:], generator=random).to(example)
+    noise = torch.randn(count, *example.shape[1:], generator=random, dtype=torch.float32, device="cpu").to(example)
     return mean + spread * noise
 
 
@@ -137,6 +137,6 @@ def _like(images: Any, example: Any, many: bool) -> Any:
     if not isinstance(images, Tensor) or images.shape[many:] != example.shape[many:] or images.ndim != example.ndim:
         given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise NeuronMergingError(f"images: {given} is not like the example, {list(example.shape)}")
-    if example.is_floating_point() != images.is_floating_point():
+    if images.is_floating_point() and not example.is_floating_point():
         raise NeuronMergingError(f"images: of type {images.dtype}, but the example is {example.dtype}")
     return images.to(example)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from neuron_merging.config import RIDGE
+from neuron_merging.graph.export import shape
 from neuron_merging.graph.rules import operation
 from neuron_merging.linalg import ENTRIES, POSITIONS
 from neuron_merging.restore.pair import Pair
@@ -47,7 +48,11 @@ class Fitting:
     def __init__(self, pair: Pair, options: Options) -> None:
         self.pair, self.options = pair, options
         self.held = round(len(pair.teacher.batches) * options.held)
-        self.summands = {n: summand(reader) for n, reader in pair.readers.items() if options.repair}
+        sums = {n: summand(reader) for n, reader in pair.readers.items() if options.repair}
+        self.summands = {n: found and found[0] for n, found in sums.items()}
+        self.repeated = {
+            n: found[1] for n, found in sums.items() if found
+        }  # dimensions along which it is added at every place
         self.fits: dict[str, Fit] = {}
         self.solvers: dict[fx.Node, Solver] = {}
 
@@ -84,8 +89,9 @@ class Fitting:
         if not (U.sum().isfinite() and T.sum().isfinite()):
             return False
         held = sum(len(places) for places in chosen[len(chosen) - self.held :]) if self.held else 0
+        factors = options.grid if held else (1.0,)
         result = fit(
-            U, T, (W0, pair.bias(reader).view(W0.shape[:2])), held, [factor * options.ridge for factor in options.grid],
+            U, T, (W0, pair.bias(reader).view(W0.shape[:2])), held, [factor * options.ridge for factor in factors],
             partial(self._loss, reader), partial(self._aware, reader) if aware and reader.clip else None,
             options.aware_steps,
         )  # fmt: skip
@@ -148,6 +154,8 @@ class Fitting:
         if part is None:
             return None
         errors = [pair.cut(a, other) - b for a, b in zip(pair.teacher.values[other], part)]
+        dims = self.repeated[reader.node]
+        errors = [error.mean(dims, keepdim=True) if dims else error for error in errors]
         if reader.norm is None:
             return errors
         slope = pair.slope(reader) if reader.norm in pair.copies else pair.teacher.slope(reader.norm)
@@ -155,8 +163,11 @@ class Fitting:
         return [error * inverse.view(-1, *[1] * (error.ndim - 2)) for error in errors]
 
 
-def summand(reader: Reader) -> fx.Node | None:
-    """What the output of a layer, with its BatchNorm, is added to; None if nothing."""
+def summand(reader: Reader) -> tuple[fx.Node, list[int]] | None:
+    """What the output of a layer, with its BatchNorm, is added to, and the dimensions along which every place gets the same.
+
+    None if it is added to nothing.
+    """
     node = reader.node if reader.norm is None else reader.norm
     user = next(iter(node.users), None)
     while len(node.users) == 1 and operation(user) in VIEWS and user.args[0] is node:
@@ -166,7 +177,11 @@ def summand(reader: Reader) -> fx.Node | None:
     other = user.args[1] if user.args[0] is node else user.args[0]
     if not isinstance(other, fx.Node) or other is node or other.op == "get_attr":
         return None
-    return other if list(node.meta["val"].shape) == list(other.meta["val"].shape) else None
+    own, others = shape(node.meta["val"]), shape(other.meta["val"])
+    repeated = [d for d, (n, m) in enumerate(zip(own, others)) if n != m]
+    if len(own) != len(others) or any(own[d] != 1 for d in repeated):
+        return None
+    return other, repeated
 
 
 def nearest(z: Tensor, z_t: Tensor, low: float, high: float) -> Tensor:

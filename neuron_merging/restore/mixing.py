@@ -1,14 +1,14 @@
 """Another basis for spaces that are linear all the way (ours): the stream of a MobileNetV2, a bottleneck without an activation.
 
 Let s [N] be the values along a space that nothing but sums, pools and paddings stand between its writers and its readers for.
-Then any invertible M gives the same network: writers that give z = M s, readers that read M⁻¹ z. It is chosen such that the first
-k of z say most of what the readers need. With R the readers' weights, scaled by the BatchNorms behind them, G = Rᵀ R and
+Then any invertible M gives the same network: writers that give z = M s, readers that read M⁻¹ z. It is chosen such that the
+first k of z say most of what the readers need. With R the readers' weights, scaled by the BatchNorms behind them, G = Rᵀ R and
 Σ = Cov(s), the error of the readers when only k numbers are left is least for
 
     z = Vᵀ K s,   G = Kᵀ K,   K Σ Kᵀ = V Λ Vᵀ,   of which the k with the largest Λ stay.
 
-A BatchNorm between a writer and the sum goes into the writer's weights, and a new one takes its place, with the mean M μ and the
-variance that z has there. SliceGPT (Ashkboos et al., ICLR 2024) does this for transformers with RMSNorm, from data.
+A BatchNorm between a writer and the sum goes into the writer's weights, and a new one takes its place, with the mean M μ and
+the variance that z has there. SliceGPT (Ashkboos et al., ICLR 2024) does this for transformers with RMSNorm, from data.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def mixed(
             weight = tensor(reader.weight_node).movedim(1, 0).clone()
             weight[where] = torch.einsum("jn,n...->j...", inverse.T, weight[where])
             put(reader.weight_node, weight.movedim(0, 1))
-        keep = {**keep, part.space: torch.arange(len(keep[part.space]))}
+        keep = {**keep, part.space: torch.arange(len(keep[part.space]), device=M.device)}
     for name, value in tensors.items():
         for alias in survey.network.names[name]:
             path, _, attribute = alias.rpartition(".")
@@ -119,7 +119,7 @@ def mixed(
 
 
 def _covariances(survey: Survey, walk: Walk, linear: Sequence[Linear]) -> dict[fx.Node, Tensor]:
-    """By layer the covariance [N, N] of what a writer, with its BatchNorm, gives, and of what a reader reads along its space."""
+    """By layer the covariance [N, N] of what a writer, with its BatchNorm, gives, or of what a reader reads of its space."""
     wanted: dict[fx.Node, list[tuple[fx.Node, Leaf]]] = {}
     for part in linear:
         for writer in part.writers:
@@ -155,7 +155,7 @@ def _basis(
             G, total = G + importance / size, total + seen / seen.diagonal().sum()
     if not isinstance(G, Tensor):
         return None, None
-    G = G + LITTLE * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype)
+    G = G + LITTLE * G.diagonal().mean() * torch.eye(len(G), dtype=G.dtype, device=G.device)
     K = torch.linalg.cholesky(G).T
     values, V = torch.linalg.eigh(K @ total @ K.T)
     values, V = values.flip(0).clamp(min=0), V.flip(1)

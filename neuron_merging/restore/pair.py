@@ -42,7 +42,7 @@ class Pair:
         self.masks: dict[Leaf, Tensor] = {}
         for space, kept in keep.items():
             if len(kept):
-                self.masks[space.leaf] = torch.zeros(space.size, dtype=torch.bool)
+                self.masks[space.leaf] = torch.zeros(space.size, dtype=torch.bool, device="cpu")
                 self.masks[space.leaf][kept.cpu()] = True
         self.silent = {space.readers[0].name: space.unit.next for space, kept in keep.items() if not len(kept)}
         self.readers = {r.node: r for n in survey.network.graph.graph.nodes if (r := find_reader(survey, n))}
@@ -62,9 +62,8 @@ class Pair:
             self.student.values[new] = self.teacher.values[node]
             return
         for size in self.scaled:
-            if size in new.all_input_nodes or any(size in other.all_input_nodes for other in self.scaled):
-                if all(source in self.student.values for source in size.all_input_nodes):
-                    self.student.values[size] = self.student.compute(size)
+            if size not in self.student.values and all(s in self.student.values for s in size.all_input_nodes):
+                self.student.values[size] = self.student.compute(size)
         self._give_statistics(node)
         y = self.student.compute(new)
         if node in self.biases:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, fx, nn
 from neuron_merging.graph.rules import operation, origin
 from neuron_merging.graph.spaces import Survey
 from neuron_merging.graph.walk import is_batch_norm
-from neuron_merging.linalg import patches
+from neuron_merging.linalg import Geometry, patches
 
 CONVS = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 OPERANDS = {  # the arguments that are what a layer sees, its weights and its bias
@@ -31,7 +30,7 @@ class Reader:
     """A layer whose parameters nothing else reads.
 
     node: the call. source: what it sees. weight, bias: the first names of its parameters; *_node: where the graph gets them.
-    flipped: the weight is [F, M], not [M, F]. conv: what `linalg.patches` wants to know of a convolution. groups: of the
+    flipped: the weight is [F, M], not [M, F]. conv: of a convolution. groups: of the
     convolution; each of the G groups is a layer of its own. norm: the BatchNorm that is all that reads it. clip: the bounds
     within which an activation directly behind lets values pass.
     """
@@ -43,7 +42,7 @@ class Reader:
     bias: str | None
     bias_node: fx.Node | None
     flipped: bool
-    conv: SimpleNamespace | None
+    conv: Geometry | None
     groups: int
     norm: fx.Node | None
     clip: tuple[float, float] | None
@@ -52,11 +51,6 @@ class Reader:
     def inputs(self) -> int:
         """The axis of the weight along which it reads."""
         return 0 if self.flipped else 1
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether every group reads one channel, so that a group is lost with its channel."""
-        return self.groups > 1
 
     def channel(self, y: Tensor) -> int:
         """Which dimension of y, what the layer gives, is that of its neurons."""
@@ -161,8 +155,8 @@ def _parameter(survey: Survey, node: Any, user: fx.Node) -> fx.Node | None:
     return node if same == [node] and list(node.users) == [user] else None
 
 
-def _geometry(given: dict[str, Any], weight: Tensor) -> SimpleNamespace:
-    """Of a convolution with these arguments and this weight, what `linalg.patches` reads off a module."""
+def _geometry(given: dict[str, Any], weight: Tensor) -> Geometry:
+    """Of a convolution with these arguments and this weight."""
     sides = weight.ndim - 2
 
     def each(value: Any) -> list[int]:
@@ -176,10 +170,7 @@ def _geometry(given: dict[str, Any], weight: Tensor) -> SimpleNamespace:
     else:
         pairs = [(size, size) for size in (each(0) if padding == "valid" else each(padding))]
     around = [size for pair in reversed(pairs) for size in pair]
-    return SimpleNamespace(
-        kernel_size=kernel, stride=each(given["stride"]), dilation=dilation, padding_mode="zeros",
-        _reversed_padding_repeated_twice=around,
-    )  # fmt: skip
+    return Geometry(kernel, each(given["stride"]), dilation, around)
 
 
 def plain_module(model: nn.Module, reader: Reader) -> nn.Module | None:

@@ -1,6 +1,7 @@
 """Ridge regression of a layer, or of each group of one, that chooses its λ on rows which are held out (ours).
 
-Rows are what a layer sees, U [G, n, F], and what it is to give, T [G, n, M], for each of its G groups. The held-out ones come last.
+Rows are what a layer sees, U [G, n, F], and what it is to give, T [G, n, M], for each of its G groups. Those that are held out
+come last.
 """
 
 from __future__ import annotations

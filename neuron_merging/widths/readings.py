@@ -83,7 +83,7 @@ def _layer(survey: Survey, space: Space, place: Place) -> Layer | None:
         return None
     where = place.positions(space.leaf)
     if reader.conv is not None:  # tap by tap
-        channels, taps = survey.network.tensor(place.name).shape[1], prod(reader.conv.kernel_size)
+        channels, taps = survey.network.tensor(place.name).shape[1], prod(reader.conv.kernel)
         where = (torch.arange(taps, device="cpu")[None, :, None] * channels + where[:, None]).flatten(1)
     if len(where.unique()) < where.numel():
         return None
