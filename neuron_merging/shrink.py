@@ -36,7 +36,7 @@ from neuron_merging.graph.walk import Batch
 from neuron_merging.methods import METHODS, NEED_IMAGES
 from neuron_merging.report import Report, name_of, sizes
 from neuron_merging.restore.batches import batches
-from neuron_merging.running import dtype
+from neuron_merging.running import dtype, takes_whole_numbers
 from neuron_merging.widths.cost import Cost
 from neuron_merging.widths.search import WidthSearch
 
@@ -149,7 +149,7 @@ def _prepared(
     elif images is not None:
         example = images[:2]
     else:
-        example = torch.zeros(2, *guessed)
+        example = torch.zeros(2, *guessed, dtype=torch.int64 if takes_whole_numbers(model, guessed) else None)
     return original, model, shape, example.to(device, dtype(model) if example.is_floating_point() else example.dtype)
 
 
