@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import find_spaces
@@ -187,3 +188,15 @@ def test_both_graphs_can_be_run_side_by_side():
             kept = place.positions(space.leaf)[:10].flatten()
             assert narrow.shape[axis] == len(kept)
             assert narrow.shape == wide.index_select(axis, kept).shape
+
+
+def test_a_network_whose_copies_are_in_another_mode_than_they_say():
+    """A feature extractor of torchvision has a graph for each mode; its copies begin with the one for training."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1)).eval()
+    model = create_feature_extractor(net, {"2": "low", "4": "out"}).eval()
+    survey = find_spaces(model, image)
+    small = cut(survey, {space: range(space.size) for space in survey.spaces})
+    assert small.own_class and not small.model._forward_hooks
+    assert largest_error(outputs(small.model, image), outputs(model, image)) < RIGHT
+    assert int(small.model.get_submodule("1").num_batches_tracked) == 0

@@ -80,7 +80,7 @@ def capture(model: nn.Module, example_inputs: Inputs, training: bool = False) ->
     args, kwargs = arguments(example_inputs)
     modes = {name: module.training for name, module in model.named_modules()}
     try:
-        model = copy.deepcopy(model).train(training)
+        model = copied(model, training)
     except Exception as error:  # __deepcopy__ can be anybody's
         raise NeuronMergingError(f"{type(model).__name__} cannot be copied: {reason(error)}") from error
     attempts = [(_twice(args, kwargs), True), ((args, kwargs), True), ((args, kwargs), False)]
@@ -89,11 +89,7 @@ def capture(model: nn.Module, example_inputs: Inputs, training: bool = False) ->
     for (some_args, some_kwargs), dynamic in attempts:
         for _ in range(2):
             try:
-                traced = copy.deepcopy(model)  # forward() may keep what it computes
-                for module, own in zip(
-                    traced.modules(), model.modules()
-                ):  # copies of a GraphModule are in training mode
-                    module.training = own.training
+                traced = copied(model, training)  # forward() may keep what it computes
                 graph = _exported(traced, some_args, some_kwargs, dynamic)
             except Exception as error:  # tracing runs the user's forward(), which can raise anything
                 failure = error
@@ -103,6 +99,11 @@ def capture(model: nn.Module, example_inputs: Inputs, training: bool = False) ->
             else:
                 return Network(model, graph, some_args, some_kwargs, _names(model), modes, cached)
     raise NeuronMergingError(f"{type(model).__name__} cannot be exported: {reason(failure)}") from failure
+
+
+def copied(model: nn.Module, training: bool = False, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of a network in this mode; it is switched to and fro, as copies can be in another mode than they say."""
+    return copy.deepcopy(model, memo).train(not training).train(training)
 
 
 def arguments(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

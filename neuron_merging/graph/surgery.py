@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from neuron_merging.errors import NeuronMergingError, reason
 from neuron_merging.graph.attributes import BOLDEST, follow, follows_itself
 from neuron_merging.graph.axes import Leaf, count
-from neuron_merging.graph.export import Network, module_path
+from neuron_merging.graph.export import Network, copied, module_path
 from neuron_merging.graph.rules import Scaled
 from neuron_merging.graph.silence import silence, silence_graph, silent_value
 from neuron_merging.graph.spaces import Space, Survey
@@ -208,9 +208,7 @@ def _own(network: Network, smaller: Cut) -> nn.Module:
     """A copy of the user's model with smaller tensors; those that share one share it again."""
     made = {name: _like(tensor.clone(), network.tensor(name)) for name, tensor in smaller.tensors.items()}
     instead = {id(network.tensor(name)): tensor for name, tensor in made.items()}
-    model = copy.deepcopy(network.model, instead)  # what is replaced is not copied
-    for module in model.modules():  # copies of a GraphModule are in training mode
-        module.training = False
+    model = copied(network.model, memo=instead)  # what is replaced is not copied
     for name, tensor in made.items():
         for alias in network.names[name]:
             _put(model, alias, tensor)
@@ -232,8 +230,11 @@ def _in_modes(model: nn.Module, network: Network) -> nn.Module:
 def run(model: nn.Module, network: Network, active: list[str] | None = None) -> list[Tensor]:
     """The tensors that a model gives for the example inputs. active: is given the names of the modules that are running."""
     args, kwargs = copy.deepcopy((network.args, network.kwargs))  # which a forward pass may overwrite
-    if not isinstance(model, fx.GraphModule) or any(map(_overwrites, model.graph.nodes)):
-        model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    own = {id(parameter): parameter for parameter in model.parameters()}
+    if active is not None or not isinstance(model, fx.GraphModule):  # one of the user's class
+        model = copied(model, memo=own)
+    elif any(map(_overwrites, model.graph.nodes)):
+        model = copy.deepcopy(model, own)
     if active is not None:
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: active.append(name))
