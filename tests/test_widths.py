@@ -22,8 +22,8 @@ from neuron_merging.graph.silence import Silence
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.walk import Walk, precision
 from neuron_merging.methods import METHODS
+from neuron_merging.restore.batches import Source
 from neuron_merging.shrink import shrink as of_network
-from neuron_merging.synthetic import inputs
 from neuron_merging.widths import curves as W
 from neuron_merging.widths import search as S
 from neuron_merging.widths.batches import split
@@ -57,7 +57,7 @@ def surveyed(model, x):
     """The survey of a network, and the space of each of its units."""
     survey = find_spaces(model, x[:2])
     by_layer = {space.unit.layer: space for space in survey.spaces if space.unit is not None}
-    return survey, [by_layer[unit.layer] for unit in units(model)]
+    return survey, [by_layer[unit.layer] for unit in units(model, tuple(x.shape[1:]))]
 
 
 def cost_of(model, shape, biases=False):
@@ -278,7 +278,8 @@ def test_chosen_widths_are_no_worse_together_than_the_given_ones():
 
     def together(model, widths):
         small = smaller("prune", model, units(model), choose(model, units(model), widths, "l2-norm"))
-        return loss_of_output(model, small, inputs(model, (6,), config, share=1.5))
+        network = find_spaces(model, torch.zeros(2, 6)).network
+        return loss_of_output(model, small, torch.cat([x for (x,) in Source(network, config)(1.5)]))
 
     for seed in range(6):
         torch.manual_seed(seed)
@@ -552,7 +553,7 @@ def test_what_cannot_work_is_said_before_anything_is_measured(monkeypatch):
     bent = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).eval()
     for kind in ("merge", "merge-bn"):
         with pytest.raises(
-            NeuronMergingError, match="merge can merge nothing here.*: 0: gelu is not positively homogeneous"
+            NeuronMergingError, match=r"merge can merge nothing here.*: 0: gelu is not positively homogeneous"
         ):
             of_network(bent, compensation=kind, widths="auto", example_input=(6,), images=torch.randn(9, 6))
     with pytest.raises(NeuronMergingError, match="prune-bn measures BatchNorm on real images: give images"):
