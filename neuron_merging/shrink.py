@@ -5,6 +5,7 @@ It needs no data and no training. The paper's methods are in decompose.py, ours 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -78,7 +79,7 @@ def shrink(
     device = next(model.parameters()).device
     memory.reset(device)
     start = time.perf_counter()
-    survey = find_spaces(model, example)
+    survey = _surveyed(model, example)
     chosen = search is None and config.chooses
     inputs = Source(survey.network, config, images)
     made = plan.make(survey, model, config, inputs, search)
@@ -182,6 +183,8 @@ def summarize(
     config = _configured(config, ratio, options | {"compensation": compensation if named else "prune"})
     check_names(config)
     survey, model, shape = examined(model, example_input, images)
+    if config.widths in CHOSEN_WIDTHS and shape is None and example_input is None:
+        raise NeuronMergingError("the choice of widths needs to know the network's input: give example_input")
     spaces, left_out = plan.without(*plan.prunable(survey, plan.couples(config)), config.ignore)
     if named:
         METHODS[compensation].check(spaces, [1] * len(spaces), compensation)
@@ -208,7 +211,18 @@ def examined(
     Without example_input the shape is guessed. Raises as `shrink`.
     """
     _, model, shape, example = _prepared(model, example_input, images, ShrinkConfig(compensation="prune"))
-    return find_spaces(model, example), model, shape
+    return _surveyed(model, example), model, shape
+
+
+def _surveyed(model: nn.Module, example: Any) -> Survey:
+    """The spaces of a network; for one sample, if two are an example of one that takes a single sample only."""
+    try:
+        return find_spaces(model, example)
+    except NeuronMergingError:
+        if isinstance(example, Tensor) and len(example) == 2:
+            with contextlib.suppress(NeuronMergingError):
+                return find_spaces(model, example[:1])
+        raise
 
 
 def check_names(config: ShrinkConfig) -> None:

@@ -57,7 +57,7 @@ def surveyed(model, x):
     """The survey of a network, and the space of each of its units."""
     survey = find_spaces(model, x[:2])
     by_layer = {space.unit.layer: space for space in survey.spaces if space.unit is not None}
-    return survey, [by_layer[unit.layer] for unit in units(model)]
+    return survey, [by_layer[unit.layer] for unit in units(model, tuple(x.shape[1:]))]
 
 
 def cost_of(model, shape, biases=False):
@@ -238,12 +238,13 @@ def test_joint_damage_of_a_network_that_lost_a_block(kind):
 
 def assert_joint_damage(model, x, kind, choices):
     """As of the networks themselves; nothing where nothing is dropped, which comes first."""
-    told, found = {"threshold": 0.0}, units(model)
-    curves = [curve(range(n, -1, -1)) for n in widths_of(model)]  # which keep the first neurons
+    shape = tuple(x.shape[1:])
+    told, found = {"threshold": 0.0}, units(model, shape)
+    curves = [curve(range(n, -1, -1)) for n in widths_of(model, found)]  # which keep the first neurons
     made = joint_damage(model, curves, choices, x, of_a_layer(kind, **told))
     assert made[0] < 1e-9 < min(made[1:])
     for widths, damage in zip(choices, made):
-        small = smaller(kind, model, found, [torch.arange(k) for k in widths], **told)
+        small = smaller(kind, model, found, [torch.arange(k) for k in widths], shape, **told)
         assert damage == pytest.approx(loss_of_output(model, small, x), rel=0.01, abs=1e-9)
 
 
@@ -277,8 +278,8 @@ def test_chosen_widths_are_no_worse_together_than_the_given_ones():
 
     def together(model, widths):
         small = smaller("prune", model, units(model), choose(model, units(model), widths, "l2-norm"))
-        made_up = Source(find_spaces(model, torch.zeros(2, 6)).network, config)(1.5)
-        return loss_of_output(model, small, torch.cat([batch[0] for batch in made_up]))
+        network = find_spaces(model, torch.zeros(2, 6)).network
+        return loss_of_output(model, small, torch.cat([x for (x,) in Source(network, config)(1.5)]))
 
     for seed in range(6):
         torch.manual_seed(seed)
@@ -438,7 +439,10 @@ def test_a_block_left_out_is_a_constant(arch, tmp_path):
             assert torch.allclose(small(x), silent(x), atol=1e-5)
         cost = cost_of(model, (3, 32, 32), biases=kind == "restore")
         assert cost(widths)[1] == count_macs(small, (3, 32, 32))
-        assert cost(widths)[0] == count_parameters(small)  # a constant instead of the consumer and its BatchNorm
+        counted = count_parameters(small)  # a constant instead of the consumer and its BatchNorm
+        assert (
+            cost(widths)[0] >= counted if kind == "restore" else cost(widths)[0] == counted
+        )  # not every layer gets a bias
         save_checkpoint(tmp_path / "small.pth.tar", small, widths=widths)
         checkpoint = load_checkpoint(tmp_path / "small.pth.tar")
         again = load_weights(build(name, depth), checkpoint).eval()
@@ -473,10 +477,12 @@ def test_a_block_with_a_stride_a_pool_and_a_sum_in_place():
             return out
 
     model, x = Block().eval(), torch.randn(2, 4, 21, 24)
-    (unit,) = units(model)
-    small = rebuild(model, [unit], decompose(model, [unit], [0], "l1-norm", "merge"))
+    shape = (4, 21, 24)
+    (unit,) = units(model, shape)
+    parts = decompose(model, [unit], [0], "l1-norm", "merge", shape=shape)
+    small = rebuild(model, [unit], parts, shape)
     assert torch.allclose(small(x), model.down(x) + model.b.bias.view(1, -1, 1, 1), atol=1e-6)
-    assert units(small) == []
+    assert units(small, shape) == []
     fitted = restore(model, [unit], [torch.arange(0)], x)
     assert torch.allclose((fitted(x) - model(x)).mean((0, 2, 3)), torch.zeros(8), atol=1e-5)
 
@@ -546,17 +552,17 @@ def test_what_cannot_work_is_said_before_anything_is_measured(monkeypatch):
     monkeypatch.setattr("neuron_merging.widths.search.curves", None)
     bent = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).eval()
     for kind in ("merge", "merge-bn"):
-        with pytest.raises(NeuronMergingError, match="0 goes through GELU: merge needs an activation"):
+        with pytest.raises(
+            NeuronMergingError, match=r"merge can merge nothing here.*: 0: gelu is not positively homogeneous"
+        ):
             of_network(bent, compensation=kind, widths="auto", example_input=(6,), images=torch.randn(9, 6))
     with pytest.raises(NeuronMergingError, match="prune-bn measures BatchNorm on real images: give images"):
         of_network(bent, compensation="prune-bn", widths="auto", example_input=(6,))
 
 
-def test_too_few_images_for_a_choice_are_refused():
+def test_a_choice_with_few_images_looks_at_made_up_ones_too():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
-    with pytest.raises(NeuronMergingError, match="has to look at 3 inputs at least, not at 2"):
-        of_network(model, widths="auto", images=torch.randn(2, 6))
-    assert of_network(model, widths="auto", images=torch.randn(3, 6))[1].params[1] < 60
+    assert of_network(model, widths="auto", images=torch.randn(2, 6))[1].params[1] < 60
 
 
 def test_two_branches_added_to_each_other_are_measured_by_their_sum():

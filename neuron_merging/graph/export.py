@@ -6,9 +6,11 @@ import contextlib
 import copy
 import io
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,7 +100,15 @@ def capture(model: nn.Module, example_inputs: Inputs, training: bool = False) ->
                 cached = True
             else:
                 return Network(model, graph, some_args, some_kwargs, _names(model), modes, cached)
-    raise NeuronMergingError(f"{type(model).__name__} cannot be exported: {reason(failure)}") from failure
+    what = f"{type(model).__name__} cannot be exported{_line(failure)}"
+    raise NeuronMergingError(f"{what}: {reason(failure)}") from failure
+
+
+def _line(error: Exception) -> str:
+    """Where in the user's code an attempt failed: the last line that is neither PyTorch's nor ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line and not f.filename.startswith(ours)]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
 def copied(model: nn.Module, training: bool = False, memo: dict[int, Any] | None = None) -> nn.Module:
