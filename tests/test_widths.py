@@ -238,7 +238,7 @@ def test_joint_damage_of_a_network_that_lost_a_block(kind):
 
 def assert_joint_damage(model, x, kind, choices):
     """As of the networks themselves; nothing where nothing is dropped, which comes first."""
-    told, found = {"threshold": 0.0}, units(model)
+    told, found = {"threshold": 0.0}, units(model, tuple(x.shape[1:]))
     curves = [curve(range(n, -1, -1)) for n in widths_of(model)]  # which keep the first neurons
     made = joint_damage(model, curves, choices, x, of_a_layer(kind, **told))
     assert made[0] < 1e-9 < min(made[1:])
