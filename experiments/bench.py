@@ -29,7 +29,7 @@ from data import DATASETS, Images
 from experiments import command, literal, settings
 from experiments.bench_train import usual
 from experiments.evaluate import accuracy
-from experiments.experiment import no_inputs, planned
+from experiments.experiment import planned
 from experiments.grid import GRIDS, Grid
 from experiments.rows import RESULTS
 from experiments.tables import FIGURES, markdown
@@ -46,9 +46,11 @@ from neuron_merging.files import write_text
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.surgery import cut
 from neuron_merging.graph.weights import Absorbed
-from neuron_merging.methods import METHODS
 from neuron_merging.plan import Plan
+from neuron_merging.restore import restore
 from neuron_merging.restore.batches import Source
+from neuron_merging.widths.batches import count
+from neuron_merging.widths.cost import Cost
 
 CPU = torch.device("cpu")
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -180,21 +182,22 @@ def halved(model: nn.Module, grid: Grid) -> Plan:
 def restoration(grid: Grid) -> Measured:
     """Seconds of making the probe and of restoration; restoration's matrix products and convolutions, and its peak memory."""
     model = random_network(grid)
-    made, config = halved(model, grid), ShrinkConfig(compensation="restore")
+    made = halved(model, grid)
+    macs = Cost(made.survey, []).whole[1]
     synthetic.make(model, settings.NETWORKS[grid.arch].shape, 8)  # warms up
     forgets = memory.reset(CPU)
     start = time.perf_counter()
-    probe = Source(made.survey.network, config)()
+    probe = Source(made.survey.network, ShrinkConfig(compensation="restore"))()
     probe_done = time.perf_counter()
 
-    def restore() -> None:
-        METHODS["restore"].run(made.survey, made.keep, config, lambda share: probe)
+    def work() -> None:
+        restore(made.survey, made.keep, probe, macs=macs * count(made.survey.network, probe))
 
-    restore()
+    work()
     taken = time.perf_counter() - probe_done
     held = memory.peak(CPU) if forgets else None
     with FlopCounterMode(display=False) as counter:
-        restore()
+        work()
     return {"probe": probe_done - start, "restore": taken, "operations": counter.get_total_flops(), "peak_mb": held}
 
 
@@ -205,8 +208,9 @@ def bought(grid: Grid) -> dict[str, Measured]:
     """benchmark.compare of a network and its smaller form. The method makes no difference here, so it is pruned."""
     model = random_network(grid)
     made = halved(model, grid)
-    small, _ = METHODS["prune"].run(made.survey, made.keep, ShrinkConfig(compensation="prune"), no_inputs)
-    return compare({"original": model, "smaller": small.model}, settings.NETWORKS[grid.arch].shape)
+    return compare(
+        {"original": model, "smaller": cut(made.survey, made.keep).model}, settings.NETWORKS[grid.arch].shape
+    )
 
 
 def evaluation(grid: Grid, count: int, batch_size: int = 128) -> Measured:

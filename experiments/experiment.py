@@ -25,6 +25,7 @@ from neuron_merging.decompose import CRITERIA
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import Space
 from neuron_merging.methods import METHODS, NEED_IMAGES
+from neuron_merging.restore.batches import Source
 from neuron_merging.shrink import examined
 from neuron_merging.shrink import shrink as shrink_network
 from neuron_merging.widths.search import WidthSearch
@@ -250,12 +251,8 @@ def planned(model: nn.Module, experiment: Experiment) -> plan.Plan:
     """The neurons that each unit keeps, where neither they nor the widths are chosen with the help of inputs."""
     survey, model, _ = examined(model, settings.NETWORKS[experiment.arch].shape)
     widths = kept_widths(plan.prunable(survey, experiment.coupled)[0], experiment)
-    return plan.make(survey, model, replace(experiment.plain(), ratio=widths), no_inputs)
-
-
-def no_inputs(share: float) -> list[list[Any]]:
-    """What methods get that run the network on no inputs."""
-    return []
+    config = replace(experiment.plain(), ratio=widths)
+    return plan.make(survey, model, config, Source(survey.network, config))
 
 
 def kept_widths(units: Sequence[Space], experiment: Experiment) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data import Images, load
 from experiments import command, rows
 from experiments.experiment import load as load_network
-from experiments.experiment import no_inputs, planned
+from experiments.experiment import planned
 from experiments.grid import FORMS, GRIDS, Grid
 from experiments.rows import RESULTS
 from experiments.settings import data_folder
@@ -20,6 +20,7 @@ from neuron_merging.commandline import Parser
 from neuron_merging.files import write_text
 from neuron_merging.graph.spaces import Space
 from neuron_merging.methods import METHODS
+from neuron_merging.restore.batches import Source
 
 FEATURES = RESULTS / "features.jsonl"
 CRITERION, RATIO, BATCH = "l2-norm", 0.5, 256
@@ -65,7 +66,7 @@ def measure(grid: Grid, images: Images) -> dict[str, Any]:
     x = images.normalised(images.pixels[:BATCH])
     errors = {}
     for kind in FORMS:
-        small, _ = METHODS[kind].run(made.survey, made.keep, config, no_inputs)
+        small, _ = METHODS[kind].run(made.survey, made.keep, config, Source(made.survey.network, config))
         errors[kind] = [round(e, 6) for e in relative_errors(model, small.model, made.keep, x)]
     return {
         "arch": grid.arch,

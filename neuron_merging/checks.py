@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune as masks
-from torch.utils._pytree import tree_leaves
 
 from neuron_merging.counting import count_macs
 from neuron_merging.errors import NeuronMergingError, reported_as
@@ -181,7 +180,7 @@ def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | Non
         if len(needed) > 1:
             raise NeuronMergingError(
                 f"{type(model).__name__} takes {len(needed)} inputs ({', '.join(needed)}), and only one can be made up:"
-                " give all of them, example_input=(…, …), or leave example_input out and prune or merge"
+                " give all of them, example_input=(…, …)"
             ) from error
         if len(shape) > 1 and runs(model, shape[1:]):
             raise NeuronMergingError(f"{what}: give it without the batch: {shape[1:]}") from error
@@ -196,6 +195,27 @@ def runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
         quick_macs(model, shape)
         return True
     return False
+
+
+@torch.no_grad()
+def takes(model: nn.Module, x: Tensor) -> bool:
+    """Whether a network runs on the inputs x without a change of their dtype; an embedding needs whole numbers."""
+    with contextlib.suppress(Exception):
+        copy.deepcopy(model).eval()(x.to(next(model.parameters()).device, copy=True))
+        return True
+    return False
+
+
+def as_taken(model: nn.Module, x: Tensor) -> Tensor:
+    """Inputs in the network's precision; whole numbers stay whole where it takes them, as an embedding does."""
+    return x if not x.is_floating_point() and takes(model, x[:1]) else x.to(dtype(model))
+
+
+def zeros(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Two inputs of this shape, whole numbers where the network takes no others."""
+    whole = torch.zeros(2, *shape, dtype=torch.int64, device="cpu")
+    real = whole.to(dtype(model))
+    return whole if takes(model, whole[:1]) and not takes(model, real[:1]) else real
 
 
 def _needed_inputs(model: nn.Module) -> list[str]:
@@ -231,12 +251,6 @@ def input_shape(example_input: Tensor | Sequence[int] | None, images: Tensor | N
         return tuple(example_input.shape[1:])
     if example_input is None:
         return None if images is None else tuple(images.shape[1:])
-    tensors = [leaf for leaf in tree_leaves(example_input) if isinstance(leaf, Tensor)]
-    if tensors:
-        raise NeuronMergingError(
-            f"example_input has {len(tensors)} tensor{'s' * (len(tensors) > 1)} in a {type(example_input).__name__}, each an"
-            " input: only a single tensor can be made up; prune and merge do without, leave example_input out"
-        )
     if not isinstance(example_input, Sequence) or not all(isinstance(side, Integral) for side in example_input):
         plain = isinstance(example_input, int | float | str | tuple | list)
         what = repr(example_input)[:60] if plain else f"of type {type(example_input).__name__}"

@@ -7,7 +7,7 @@ A space that is the paper's unit is merged as in the paper (decompose.py), chann
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import nan
 
@@ -47,11 +47,11 @@ def constants(survey: Survey) -> Constants:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a network has for the indices of one space. known: of `constants`, for the whole network."""
+    """What a network has for the indices of one space. known: `constants` of the whole network, where any space is no unit."""
 
     survey: Survey
     space: Space
-    known: Constants
+    known: Constants = field(default_factory=dict)
 
     @cached_property
     def neurons(self) -> Neurons | None:

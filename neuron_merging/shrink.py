@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from neuron_merging import memory, plan, synthetic
 from neuron_merging.checks import (
+    as_taken,
     check_copies,
     check_module,
     check_weights,
@@ -25,6 +27,7 @@ from neuron_merging.checks import (
     out_of_inference,
     take_modes,
     without_masks,
+    zeros,
 )
 from neuron_merging.config import CHOSEN_WIDTHS, Ratio, ShrinkConfig
 from neuron_merging.counting import count_parameters
@@ -34,7 +37,6 @@ from neuron_merging.graph.spaces import Survey, find_spaces
 from neuron_merging.methods import METHODS, NEED_IMAGES
 from neuron_merging.report import Report, name_of, sizes
 from neuron_merging.restore.batches import Source
-from neuron_merging.running import dtype
 from neuron_merging.widths.cost import Cost
 from neuron_merging.widths.search import WidthSearch
 
@@ -140,20 +142,18 @@ def _prepared(
     if guessed is None:
         raise NeuronMergingError(f"{type(model).__name__}: give example_input, which shows what it takes")
     if isinstance(example_input, Tensor):
-        example = example_input
+        example = as_taken(model, example_input)
     elif images is not None:
-        example = images[:2]
+        example = as_taken(model, images[:2])
     else:
-        example = torch.zeros(2, *guessed, dtype=torch.float32, device="cpu")
-    return original, model, shape, example.to(device, dtype(model) if example.is_floating_point() else example.dtype)
+        example = zeros(model, guessed)
+    return original, model, shape, example.to(device)
 
 
 def _several(example_input: Any) -> bool:
-    """Whether an example is of several inputs: a mapping, or a sequence of tensors."""
-    values = example_input.values() if isinstance(example_input, Mapping) else example_input
-    return isinstance(values, Collection) and not isinstance(values, Tensor | str) and any(
-        isinstance(value, Tensor) for value in values
-    )  # fmt: skip
+    """Whether an example is of several inputs: a mapping, or a sequence, with tensors in it or in what it holds."""
+    collected = isinstance(example_input, Collection) and not isinstance(example_input, Tensor | str)
+    return collected and any(isinstance(leaf, Tensor) for leaf in tree_leaves(example_input))
 
 
 def _configured(config: ShrinkConfig | None, ratio: Ratio | None, options: dict[str, Any]) -> ShrinkConfig:

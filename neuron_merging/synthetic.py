@@ -5,8 +5,6 @@ input is moved one step along the gradient of a random class (the class step), s
 tells apart.
 """
 
-import contextlib
-import copy
 import functools
 import math
 
@@ -14,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neuron_merging.config import ShrinkConfig
 from neuron_merging.errors import NeuronMergingError, reported_as
 from neuron_merging.running import (
     CONVS,
@@ -22,7 +19,6 @@ from neuron_merging.running import (
     by_sample,
     computing_in,
     count_positions,
-    dtype,
     floats,
     measure_statistics,
     precision,
@@ -85,31 +81,6 @@ def usual(model: nn.Module, shape: tuple[int, ...]) -> str:
     if len(sides) >= 2:
         return "leaves"
     return "tones" if shape[-1] >= SHORTEST else "white"
-
-
-def inputs(
-    model: nn.Module, shape: tuple[int, ...], config: ShrinkConfig, images: Tensor | None = None, share: float = 1.0
-) -> Tensor:
-    """The inputs that a method runs the network on: `images`, or `share` times as many made-up ones as the config says."""
-    if images is not None:
-        images = images.to(next(model.parameters()).device)
-        takes_integers = not images.is_floating_point() and _takes(model, images[:1])
-        return images if takes_integers else images.to(dtype(model))
-    if _takes(model, torch.zeros(1, *shape, dtype=torch.int64)) and not _takes(model, torch.zeros(1, *shape)):
-        raise NeuronMergingError(
-            f"the inputs of {type(model).__name__} are whole numbers, which cannot be made up: give images"
-        )
-    samples = round(share * (config.probe_samples or default_samples(model, shape)))
-    return make(model, shape, samples, kind=config.probe, seed=config.seed)
-
-
-@torch.no_grad()
-def _takes(model: nn.Module, x: Tensor) -> bool:
-    """Whether a network runs on the inputs x without a change of their dtype; an embedding needs whole numbers, for example."""
-    with contextlib.suppress(Exception):
-        copy.deepcopy(model).eval()(x.to(next(model.parameters()).device, copy=True))
-        return True
-    return False
 
 
 def check(kind: str) -> None:

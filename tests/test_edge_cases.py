@@ -148,7 +148,7 @@ class Heads(nn.Module):
 def test_networks_are_read_as_they_are_evaluated(training):
     model = Heads().train(training)
     with pytest.raises(
-        NeuronMergingError, match="a: it is written 1 times and read 2 times.* aux: the forward pass never calls it"
+        NeuronMergingError, match=r"a: it is written 1 times and read 2 times.* aux: the forward pass never calls it"
     ):
         shrink(model, 0.5, example_input=(8,), probe_samples=64)
     small, report = shrink(model, 0.5, example_input=(8,), coupled=True, probe_samples=64)

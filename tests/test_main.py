@@ -524,7 +524,7 @@ def test_no_memory_in_the_middle_of_restoration_is_one_line(cli, pretrained, mon
     def run(self, *_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes")
 
-    monkeypatch.setattr("neuron_merging.graph.interpreter.Walk.run", run)
+    monkeypatch.setattr("neuron_merging.graph.walk.Walk.compute", run)
     done = cli("--pretrained", pretrained, "--model-type", "restore", "--evaluate")
     assert done.refused and "out of memory: a smaller --batch-size" in done.err
 

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from neuron_merging import plan
 from neuron_merging import synthetic as probe
 from neuron_merging.accuracy import fused
 from neuron_merging.counting import count_macs
 from neuron_merging.errors import NeuronMergingError
-from neuron_merging.graph.tracing import survey
 from neuron_merging.methods import METHODS
 from neuron_merging.running import by_sample, dtype
 from neuron_merging.shrink import shrink, summarize
-from tests.helpers import Written, conv, same, with_statistics
+from tests.helpers import Written, conv, same, surveyed, with_statistics
 
 
 class Plain(nn.Conv2d):
@@ -65,6 +65,12 @@ def network(first=nn.Conv2d, norm=nn.BatchNorm2d, last=nn.Linear):
 
 def inputs(count=64):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def survey(model, shape=(3, 8, 8)):
+    """The paper's units of a network, and why other layers stay whole."""
+    spaces, left_out = plan.prunable(surveyed(model, shape), coupled=False)
+    return [space.unit for space in spaces], left_out
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def test_the_link_is_a_file_wherever_the_wheel_is_built_from(sources, wheel, sdi
 
 def test_a_clone_has_one_module_of_the_method():
     assert decompose is neuron_merging.decompose
-    first = "import decompose, neuron_merging.decompose as package, neuron_merging.network as user; "
+    first = "import decompose, neuron_merging.decompose as package, neuron_merging.graph.weights as user; "
     assert (
         run(sys.executable, "-c", first + "print(decompose is package, user.absorb is decompose.absorb)", cwd=ROOT)
         == "True True\n"

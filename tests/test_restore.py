@@ -15,6 +15,7 @@ from models import build
 from neuron_merging import baselines
 from neuron_merging import synthetic as probe
 from neuron_merging.baselines import lbyl, reestimate
+from neuron_merging.config import ShrinkConfig
 from neuron_merging.decompose import BatchNorm, Neurons
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import find_spaces
@@ -22,7 +23,9 @@ from neuron_merging.graph.surgery import cut
 from neuron_merging.restore import Options
 from neuron_merging.restore import restore as restore_spaces
 from neuron_merging.restore.adapt import direction
+from neuron_merging.restore.batches import Source
 from neuron_merging.restore.fitting import Fitting, nearest
+from neuron_merging.restore.lockstep import DEFAULT
 from neuron_merging.restore.mixing import mixed
 from neuron_merging.restore.readers import CLIPS, find_reader
 from neuron_merging.restore.regression import Normal, fit
@@ -48,7 +51,7 @@ OLD = Options(grid=(1.0,), held=0.0, mixing=False)  # one λ, whether it helps o
 RIVALS = ("lbyl", "fold", "prune-bn", "merge-bn")
 
 
-def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=Options()):
+def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=DEFAULT):
     found = units(model)
     widths = widths or [n // 2 for n in widths_of(model, found)]
     X = probe.make(model, shape, samples, seed=seed)
@@ -172,7 +175,7 @@ def test_any_elementwise_activation(activation):
     assert distance(model, small, x) < 0.9 * distance(model, pruned, x)
     assert getattr(small.activation, "inplace", False) == getattr(activation, "inplace", False)
     if not isinstance(activation, nn.ReLU | nn.LeakyReLU):
-        with pytest.raises(NeuronMergingError, match="prune or restore: a: .* is not positively homogeneous"):
+        with pytest.raises(NeuronMergingError, match=r"prune or restore: a: .* is not positively homogeneous"):
             decompose(model, found, [8, 12], "l2-norm", "merge")
 
 
@@ -356,10 +359,15 @@ def test_what_is_added_at_every_place_is_repaired_on_the_average(images):
     assert off[0] < 0.999 * off[1] and torch.allclose(restore(model, found, full, x)(x), model(x), atol=1e-4)
 
 
-def test_too_few_images_are_named():
-    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
-    with pytest.raises(NeuronMergingError, match="1 images are too few for restoration: give 6 or more"):
-        shrink(model.eval(), 0.5, images=torch.randn(1, 6))
+def test_few_images_stand_beside_inputs_that_are_made_up():
+    network = find_spaces(Chain(nn.ReLU()), torch.zeros(2, 3, 16, 16)).network
+    few, many = (torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)) for n in (5, 64))
+    config = ShrinkConfig(probe_samples=30)
+    sources = [Source(network, config, images) for images in (None, few, many)]
+    assert [sum(len(batch[0]) for batch in source()) for source in sources] == [30, 35, 64]
+    assert [source.real for source in sources] == [False, False, True]
+    last = torch.cat([batch[0] for batch in sources[1]()])[-5:]
+    assert all(any(torch.equal(a, b) for b in few) for a in last)  # the last are those that are held out
 
 
 def test_inputs_that_do_not_fit_are_named():
@@ -406,7 +414,8 @@ def test_ridge_is_scikit_learns(n, mean):
 
 LAYERS = [
     nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, (3, 5), stride=2, padding=(0, 2)), nn.Conv2d(4, 6, 3, dilation=2),
-    nn.Conv2d(4, 6, 3, padding="same"), nn.Conv2d(4, 6, 4, padding="same"), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2d(4, 6, 3, padding="same"), nn.Conv2d(4, 6, 4, padding="same"),
+    nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
     nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 8, 3, padding=1, groups=4), nn.Conv1d(4, 6, 5, padding=2, stride=3),
     nn.Conv3d(4, 6, 3, padding=1), nn.Linear(7, 6), nn.Linear(7, 6, bias=False),
 ]  # fmt: skip
@@ -453,7 +462,7 @@ def test_every_part_can_be_left_out(switch):
 
 
 def rows(n, features=6, neurons=3, noise=0.0, groups=1, seed=0):
-    """What a layer sees, U [G, n, F], what it is to give, T [G, n, M], and the weights [G, M, F] that give it, but for noise."""
+    """What a layer sees, U [G, n, F], what it is to give, T [G, n, M], and the weights [G, M, F], but for noise."""
     random = torch.Generator().manual_seed(seed)
     U, W = (torch.randn(groups, *shape, generator=random) for shape in ((n, features), (neurons, features)))
     return U, U @ W.transpose(1, 2) + noise * torch.randn(groups, n, neurons, generator=random), W

@@ -22,8 +22,8 @@ from neuron_merging.graph.silence import Silence
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.walk import Walk, precision
 from neuron_merging.methods import METHODS
+from neuron_merging.restore.batches import Source
 from neuron_merging.shrink import shrink as of_network
-from neuron_merging.synthetic import inputs
 from neuron_merging.widths import curves as W
 from neuron_merging.widths import search as S
 from neuron_merging.widths.batches import split
@@ -277,7 +277,8 @@ def test_chosen_widths_are_no_worse_together_than_the_given_ones():
 
     def together(model, widths):
         small = smaller("prune", model, units(model), choose(model, units(model), widths, "l2-norm"))
-        return loss_of_output(model, small, inputs(model, (6,), config, share=1.5))
+        made_up = Source(find_spaces(model, torch.zeros(2, 6)).network, config)(1.5)
+        return loss_of_output(model, small, torch.cat([batch[0] for batch in made_up]))
 
     for seed in range(6):
         torch.manual_seed(seed)

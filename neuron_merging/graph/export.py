@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,6 +90,10 @@ def capture(model: nn.Module, example_inputs: Inputs, training: bool = False) ->
         for _ in range(2):
             try:
                 traced = copy.deepcopy(model)  # forward() may keep what it computes
+                for module, own in zip(
+                    traced.modules(), model.modules()
+                ):  # copies of a GraphModule are in training mode
+                    module.training = own.training
                 graph = _exported(traced, some_args, some_kwargs, dynamic)
             except Exception as error:  # tracing runs the user's forward(), which can raise anything
                 failure = error
@@ -115,13 +122,25 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
     if dynamic:  # torch.export wants one structure for both kinds of arguments
         shapes = (*shapes[0], *shapes[1].values()) if not kwargs or not args else None
         shapes = dict(zip(kwargs, shapes)) if kwargs and shapes else shapes
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         graph = export(model, args, kwargs, dynamic_shapes=shapes, strict=False).module(check_guards=False)
     for node in list(graph.graph.nodes):
         _inline(graph, node)
     _write_elsewhere(graph.graph)
     graph.recompile()
     return graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to itself what PyTorch logs and prints of an attempt that fails: its exception says it, and others follow."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 VIEWS = {

@@ -26,6 +26,9 @@ def linear(call: Call) -> Value:
 
 def contract(call: Call, x: Axis, w: Axis, dim: int) -> None:
     """An axis that a weight reads along its dimension dim."""
+    weight = call.axes("weight")
+    if any(axis.size == 0 for axis in weight):
+        call.freeze([x, *weight], "has no weights")
     call.unify(x, w)
     call.role("weight", w, "reader", dim)
 

@@ -149,6 +149,7 @@ class Call:
             if is_fixed(one) and not is_fixed(other):
                 why = next((leaf.frozen for leaf in leaves(one) if leaf.frozen), FIXED)
                 freeze(other, why if why != FIXED else f"{self.where} ties it to something whose size is fixed")
+                return one  # each keeps its own reason
         return unify(a, b, f"{self.where} ties axes of unlike structure to each other")
 
     def split(self, axis: Axis, blocks: int) -> tuple[Axis, Axis]:
@@ -222,18 +223,21 @@ def find_rule(node: fx.Node) -> Callable[[Call], Value]:
     return known or unknown
 
 
+UNKNOWN = "is no operation that the analysis knows"
+
+
 def unknown(call: Call) -> Value:
     """Of an operation that nothing is known of: freezes all that it touches."""
     for axes in call.tensors():
-        call.freeze(axes, "is no operation that the analysis knows")
-    return fresh(call.node.meta.get("val"))
+        call.freeze(axes, UNKNOWN)
+    return fresh(call.node.meta.get("val"), f"{call.where} {UNKNOWN}")
 
 
-def fresh(value: Any) -> Value:
+def fresh(value: Any, why: str = FIXED) -> Value:
     """Fixed axes for a value of the graph."""
     if isinstance(value, Tensor):
-        return [fixed(size) for size in shape(value)]
-    return tuple(map(fresh, value)) if isinstance(value, list | tuple) else None
+        return [fixed(size, why) for size in shape(value)]
+    return tuple(fresh(part, why) for part in value) if isinstance(value, list | tuple) else None
 
 
 @rule("add", "copy", "where", "masked_fill", "lerp", "addcmul", "addcdiv", "__and__", "__or__", "clamp", "pow", "rsub",

@@ -209,6 +209,8 @@ def _own(network: Network, smaller: Cut) -> nn.Module:
     made = {name: _like(tensor.clone(), network.tensor(name)) for name, tensor in smaller.tensors.items()}
     instead = {id(network.tensor(name)): tensor for name, tensor in made.items()}
     model = copy.deepcopy(network.model, instead)  # what is replaced is not copied
+    for module in model.modules():  # copies of a GraphModule are in training mode
+        module.training = False
     for name, tensor in made.items():
         for alias in network.names[name]:
             _put(model, alias, tensor)

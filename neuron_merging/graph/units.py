@@ -90,6 +90,8 @@ def find_unit(
             activation = activation or (name if name in ACTIVATIONS else None)
         elif name not in POOLS and name not in VIEWS and name not in DROPOUT:
             return None, f"it goes through {name}"
+        elif name.startswith("avg_pool") and len(node.args) > 6 and node.args[6] is not None:  # constants change
+            return None, f"it goes through {name} with a divisor of its own"
         if [*tensors(analysis.values.get(node))] and not along_one_axis(analysis, node, leaf):
             return None, "its neurons are along several axes"
     norm = norm_behind(end)

@@ -102,9 +102,7 @@ class Walk:
 
         if is_batch_norm(node):
             return self.normalise(node, value(node.args[0]))
-        if (
-            operation(node).removesuffix("_").endswith("dropout")
-        ):  # F.dropout drops in evaluation too, if nobody tells it not to
+        if operation(node).removesuffix("_").endswith("dropout"):  # the function drops in evaluation too
             return value(node.args[0])
         args, kwargs = tree_map(self._cast_kind, fx.map_arg((node.args, node.kwargs), value))
         if operation(node) == "view":  # values can lie in memory in another order here

@@ -89,8 +89,9 @@ class Fitting:
         if not (U.sum().isfinite() and T.sum().isfinite()):
             return False
         held = sum(len(places) for places in chosen[len(chosen) - self.held :]) if self.held else 0
+        factors = options.grid if held else (1.0,)
         result = fit(
-            U, T, (W0, pair.bias(reader).view(W0.shape[:2])), held, [factor * options.ridge for factor in (options.grid if held else (1.0,))],
+            U, T, (W0, pair.bias(reader).view(W0.shape[:2])), held, [factor * options.ridge for factor in factors],
             partial(self._loss, reader), partial(self._aware, reader) if aware and reader.clip else None,
             options.aware_steps,
         )  # fmt: skip

@@ -9,8 +9,8 @@ regression on what the *student* sees there:
 with U [n, F] the student's centred input patches, T [n, M] the teacher's centred outputs and W₀ the weights after pruning. The
 intercept goes into the next BatchNorm or the bias. λ is what errs least on inputs that are held out; where W₀ does, it stays.
 Where the output is added to a stream that has an error by then, T contains that error too, and so repairs it (fitting.py).
-After a consumer is fitted, the pruned layer in front of it is moved so that the consumer's error shrinks (adapt.py). Spaces that
-are linear all the way get another basis first (mixing.py).
+After a consumer is fitted, the pruned layer in front of it is moved so that the consumer's error shrinks (adapt.py). Spaces
+that are linear all the way get another basis first (mixing.py).
 """
 
 from __future__ import annotations
