@@ -10,7 +10,7 @@ from functools import reduce
 import numpy as np
 from torch import fx
 
-from neuron_merging.graph.axes import Axis, Leaf, Sum, resolve
+from neuron_merging.graph.axes import Axis, Leaf, Sum, leaves, resolve
 from neuron_merging.graph.behind import norm_behind, sum_behind
 from neuron_merging.graph.export import size
 from neuron_merging.graph.macs import Dim, Sizes, count_macs, terms, uncounted
@@ -24,7 +24,7 @@ class Cost:
     """Parameters and MACs as polynomials of the widths: every tensor and operation costs a product of sizes of axes.
 
     Where the space of a residual branch is left out (width 0), a constant replaces its reader and the BatchNorm behind that.
-    biases: whether the compensation may add a bias to layers without BatchNorm; then every such layer that can get smaller is
+    biases: whether the compensation may add a bias to layers without BatchNorm; then every such layer that is smaller is
     counted with one. MACs are for one sample where the network takes any number of them.
     full: the original widths. whole: parameters and MACs of the network as it is, without such biases. branches: by space,
     whether it is that of a residual branch. uncounted: operations with weights whose MACs are not known.
@@ -40,6 +40,7 @@ class Cost:
         self.branches = [end is not None for end in ends]
         costs = self._parameters(survey, bare), self._macs(survey)
         self.whole = np.array([sum(p.numel() for p in survey.network.model.parameters()), count_macs(survey.network)])
+        self.unbiased = [(self._spaces(survey, reader), self._outputs(survey, reader)) for reader in bare]
         self._set_coefficients(costs, [self._left_out(survey, end, bare) if end else Counter() for end in ends])
 
     # ------------------------------------------------------------ the polynomials
@@ -68,6 +69,11 @@ class Cost:
 
     def _outputs(self, survey: Survey, reader: Reader) -> Polynomial:
         return self._count(survey.analysis.parameters[reader.weight][1 - reader.inputs])
+
+    def _spaces(self, survey: Survey, reader: Reader) -> list[int]:
+        """The numbers of the spaces that a layer's weights are along."""
+        axes = survey.analysis.parameters[reader.weight]
+        return [self.places[leaf] for axis in axes for leaf in leaves(axis) if leaf in self.places]
 
     def _macs(self, survey: Survey) -> Polynomial:
         sizes, cost = Sizes(survey.network), Counter()
@@ -110,6 +116,8 @@ class Cost:
         """(parameters, MACs)."""
         w = np.append(widths, 1)
         more = sum(c * w[m].prod() for i, m, c in self.left_out if w[i] == 0)
+        whole = (outputs for spaces, outputs in self.unbiased if (w[spaces] == self.full[spaces]).all())
+        more -= sum(c * w[list(m)].prod() for outputs in whole for m, c in outputs.items())
         return self.coefficients @ w[self.factors].prod(1) + (more, 0)
 
     def along(self, widths: Sequence[int]) -> np.ndarray:
