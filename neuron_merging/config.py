@@ -135,8 +135,8 @@ class ShrinkConfig:
     )  # fmt: skip
     probe: str = option(
         "auto", "--probe",
-        help="made-up inputs for restore and the choice of widths or neurons: leaves (images), pink or white (noise), or auto: "
-        "leaves for convolutions with BatchNorm, else white [%(default)s]",
+        help="made-up inputs for restore and the choice of widths or neurons: leaves (images), tones (sounds), pink or white"
+        " (noise), or auto: by what the first layer is [%(default)s]",
     )  # fmt: skip
     probe_samples: int | None = option(
         None, "--probe-samples", type=int, metavar="N",
