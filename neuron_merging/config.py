@@ -93,8 +93,9 @@ class ShrinkConfig:
     )
     compensation: str = option(
         "restore", "--model-type", row="type", metavar="TYPE",
-        help="original (nothing is dropped); prune, merge (the published form), merge-derived; restore (ours);"
-        " lbyl, fold (of other papers); prune-bn, merge-bn (BatchNorm measured again on real images) [original]",
+        help="original (nothing is dropped); prune, merge (the published form), merge-derived; restore (ours); lbyl, fold (of"
+        " other papers); auto (ours: the one of all these whose outputs are nearest to the original's); prune-bn, merge-bn"
+        " (BatchNorm measured again on real images) [original]",
     )  # fmt: skip
     criterion: str = option(
         "l2-norm", "--criterion",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from neuron_merging.baselines import fold, folded, lbyl, reestimate
 from neuron_merging.compensation import Contents, constants, refused, with_constants
@@ -17,9 +19,11 @@ from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.rules import operation
 from neuron_merging.graph.spaces import Space, Survey
 from neuron_merging.graph.surgery import Smaller, cut
+from neuron_merging.graph.walk import Batch, Walk
 from neuron_merging.restore import Options, restore
 from neuron_merging.restore.batches import Source
 from neuron_merging.restore.readers import OPERANDS
+from neuron_merging.running import floats
 from neuron_merging.widths.batches import count
 from neuron_merging.widths.cost import Cost
 from neuron_merging.widths.search import HELD_OUT, WidthSearch
@@ -144,6 +148,48 @@ def _reestimated(
     return small, notes
 
 
+def _nearest(survey: Survey, keep: Keep, config: ShrinkConfig, inputs: Source) -> tuple[Smaller, list[str]]:
+    """Try every method that needs no more than there is, and keep the network whose outputs are nearest to the original's.
+
+    The outputs are compared on inputs that no method has seen: a third of the real ones, or others that are made up.
+    """
+    if inputs.real:
+        inputs, unseen = inputs.parted()
+    else:
+        unseen = replace(inputs, config=replace(config, seed=config.seed + 1))
+    batches = unseen()
+    expected = outputs(survey.network.graph, batches)
+    tried: dict[str, tuple[float, Smaller, list[str]]] = {}
+    alone = all(space.unit is not None for space in keep)
+    for name, method in METHODS.items():
+        if name == "auto" or method.needs_images or not (method.coupled or alone):
+            continue
+        with contextlib.suppress(NeuronMergingError):  # a merge that passes nothing, a package that is missing
+            small, notes = method.run(survey, keep, replace(config, compensation=name), inputs)
+            tried[name] = distance(expected, outputs(small.graph, batches)), small, notes
+    best = min(tried, key=lambda name: tried[name][0])
+    errors = ", ".join(f"{name} {tried[name][0]:.2g}" for name in sorted(tried, key=lambda name: tried[name][0]))
+    _, small, notes = tried[best]
+    return small, [*notes, f"{best}, whose outputs are nearest to the original's; relative errors: {errors}"]
+
+
+def outputs(graph: fx.GraphModule, batches: Sequence[Batch]) -> Tensor:
+    """All numbers that a graph gives for each batch, one batch after the other: [numbers], float64."""
+    walk = Walk(graph, batches, measures=False)
+    with torch.no_grad():
+        for _ in walk.run(walk.nodes):
+            pass
+    return torch.cat(
+        [part.double().flatten() for node in walk.results for value in walk.values[node] for part in floats(value)]
+    )
+
+
+def distance(expected: Tensor, other: Tensor) -> float:
+    """The relative error of outputs; infinite where they are no numbers."""
+    error = float((other - expected).norm() / expected.norm().clamp(min=1e-300))
+    return error if error == error else inf
+
+
 METHODS: dict[str, Method] = {
     name: Method(
         partial(_compensated, name), partial(_layer_compensated, name), local=True, adds_bias=name == "merge-derived"
@@ -161,4 +207,5 @@ METHODS |= {
     f"{name}-bn": Method(partial(_reestimated, name), partial(_layer_compensated, name), needs_images=True, looks=True)
     for name in ("prune", "merge")
 }
+METHODS["auto"] = Method(_nearest, regresses=True, looks=True, seeded=True, adds_bias=True)
 NEED_IMAGES = tuple(name for name, method in METHODS.items() if method.needs_images)

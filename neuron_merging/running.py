@@ -25,6 +25,16 @@ def dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def takes_whole_numbers(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a network runs on whole numbers of this shape only, as one with an embedding does."""
+    copied = copy.deepcopy(model).cpu().eval()
+    for kind in (dtype(copied), torch.int64):
+        with contextlib.suppress(Exception), torch.no_grad():
+            copied(torch.zeros(1, *shape, dtype=kind, device="cpu"))
+            return kind == torch.int64
+    return False
+
+
 def quick_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """About `counting.count_macs`, without a graph: enough to choose a precision, and to see whether a network runs.
 

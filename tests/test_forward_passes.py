@@ -7,11 +7,10 @@ from torch import nn
 
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.export import _off, export
-from neuron_merging.graph.streams import streams
-from neuron_merging.graph.tracing import survey
-from neuron_merging.shrink import prunable, shrink, width
-from neuron_merging.shrink import summarize as summarize
-from tests.helpers import Written, conv
+from neuron_merging.graph.spaces import find_spaces
+from neuron_merging.plan import prunable
+from neuron_merging.shrink import examined, shrink, summarize
+from tests.helpers import Written, conv, surveyed
 from tests.test_networks_of_others import distance, inputs, network
 
 
@@ -47,8 +46,8 @@ def test_arguments_have_their_defaults(kind):
 def test_what_a_default_leads_to_is_seen():
     """A skip connection that is made where none is given."""
     model = Optional("skip").eval()
-    found, left_out = survey(model)
-    assert found == [] and left_out["a"] == "its output is read 2 times"
+    found, left_out = prunable(surveyed(model, (3, 8, 8)), False)
+    assert found == [] and "2 times" in left_out["a"]
     small, report = shrink(model, 0.5, example_input=(3, 8, 8), coupled=True, probe_samples=32)
     assert report.widths == [4] and small(inputs()).shape == (64, 4, 8, 8)
 
@@ -84,23 +83,26 @@ def by_half(m, x):
     return m.b(F.relu(m.a(x))) * (m.a.out_features // 2)
 
 
-@pytest.mark.parametrize("run, layer", [(by_width, "a"), (by_half, "a"), (by_inputs, "b"), (by_neither, None)])
-@pytest.mark.parametrize("coupled", [False, True])
-def test_a_width_that_is_computed_with_stays(run, layer, coupled):
-    """A smaller layer would give another number; those of the network's input and output do not change."""
+@pytest.mark.parametrize("run, follows", [(by_width, False), (by_half, False), (by_inputs, False), (by_neither, True)])
+@pytest.mark.parametrize("kind", ["prune", "merge", "restore"])
+@torch.no_grad()
+def test_a_width_that_is_computed_with_stays_a_number(run, follows, kind):
+    """A smaller layer would give another number: then the network is its graph, in which the number stands."""
     torch.manual_seed(0)
-    model = Written(run, a=nn.Linear(8, 16), b=nn.Linear(16, 4)).eval()
+    model, x = Written(run, a=nn.Linear(8, 16), b=nn.Linear(16, 4)).eval(), torch.randn(64, 8)
     model.a.num_features, model.b.out_channels = None, (3,)  # of somebody's own, and no widths
-    found, left_out = prunable(model, coupled)
-    if layer is None:
-        assert [unit.layer for unit in found] == ["a"]
-    else:
-        assert found == [] and f"the forward pass computes with the width of {layer}" in left_out["a"]
+    model.a.weight[::2], model.a.bias[::2] = 0, 0
+    small, report = shrink(model, 0.5, example_input=x, compensation=kind, probe_samples=64)
+    assert report.widths == [8]
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+    assert isinstance(small, Written) == follows
+    assert ("the forward pass of Written does not follow" in str(report.note)) != follows
     assert (model.a.out_features, model.a.in_features, model.b.in_features, model.b.out_features) == (16, 8, 16, 4)
 
 
-def test_only_the_space_whose_width_is_computed_with_stays():
-    """Of blocks x + c2(ReLU(c1(x))) · (1 / c1's width), the branches, not the stream; and what a scaled layer reads."""
+@torch.no_grad()
+def test_blocks_that_compute_with_their_widths_lose_neurons_all_the_same():
+    """Blocks x + c2(ReLU(c1(x))) · (1 / c1's width)."""
 
     def run(m, x):
         x = F.relu(m.first(x))
@@ -108,19 +110,17 @@ def test_only_the_space_whose_width_is_computed_with_stays():
             x = x + c2(F.relu(c1(x))) * (1 / c1.out_channels)
         return m.last(x)
 
-    blocks = nn.ModuleList(nn.ModuleList([conv(8, 6), conv(6, 8)]) for _ in range(8))
-    model = Written(run, first=conv(3, 8), blocks=blocks, last=conv(8, 4)).eval()
-    (shared,), _ = streams(model)
-    assert {*shared.writers} == {"first", *(f"blocks.{i}.1" for i in range(8))}
-    found, left_out = survey(model)
-    assert found == [] and all("computes with the width" in left_out[f"blocks.{i}.0"] for i in range(8))
-    scaled = Written(
-        lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))) * float(m.b.out_channels),
-        a=conv(3, 8),
-        b=conv(8, 8),
-        c=conv(8, 4),
-    ).eval()
-    assert [stream.layer for stream in streams(scaled)[0]] == ["a"] == [unit.layer for unit in survey(scaled)[0]]
+    blocks = nn.ModuleList(nn.ModuleList([conv(8, 6), conv(6, 8)]) for _ in range(3))
+    model, x = Written(run, first=conv(3, 8), blocks=blocks, last=conv(8, 4)).eval(), torch.randn(4, 3, 8, 8)
+    survey = find_spaces(model, x)
+    (shared,) = [space for space in survey.spaces if space.unit is None]
+    assert {*shared.modules} == {"first", *(f"blocks.{i}.1" for i in range(3))}
+    assert [space.layer for space in survey.spaces if space.unit] == [f"blocks.{i}.0" for i in range(3)]
+    for c1, _ in blocks:
+        c1.weight[:3], c1.bias[:3] = 0, 0
+    small, report = shrink(model, 0.5, example_input=x, compensation="prune")
+    assert report.widths == [3] * 3
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -151,8 +151,8 @@ def test_sizes_that_nobody_uses_are_no_readers():
         return m.b(h.view(batch, -1))
 
     model = Written(run, a=conv(3, 8), b=nn.Linear(8 * 64, 4)).eval()
-    assert [unit.layer for unit in survey(model)[0]] == ["a"]
-    assert shrink(model, 0.5, compensation="merge")[0](inputs()).shape == (64, 4)
+    small, report = shrink(model, 0.5, example_input=(3, 8, 8), compensation="merge")
+    assert [unit.layer for unit in report.units] == ["a"] and small(inputs()).shape == (64, 4)
 
 
 WRAPPED = {
@@ -163,7 +163,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("inside", WRAPPED)
-@pytest.mark.parametrize("call", [lambda m: shrink(m, 0.5, example_input=(3, 8, 8)), summarize, survey])
+@pytest.mark.parametrize("call", [lambda m: shrink(m, 0.5, example_input=(3, 8, 8)), summarize, examined])
 def test_a_wrapped_network_is_to_be_unwrapped(inside, call):
     with pytest.raises(NeuronMergingError, match=f"give the network inside, {inside}"):
         call(WRAPPED[inside]())
@@ -183,8 +183,9 @@ def test_whole_numbers_are_not_made_up():
 
 def test_a_layer_of_one_neuron_stays_whole_unless_it_is_named():
     model = nn.Sequential(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
-    assert shrink(model, 0.5, compensation="prune")[1].widths == [1, 3]
-    with pytest.raises(NeuronMergingError, match="leaves no neuron of 1"):
+    report = shrink(model, 0.5, compensation="prune")[1]
+    assert report.widths == [3] and report.left_out["0"] == "it has one neuron only"
+    with pytest.raises(NeuronMergingError, match="0 cannot be pruned: it has one neuron only"):
         shrink(model, {"0": 0.5}, compensation="prune")
 
 
@@ -217,9 +218,10 @@ def test_what_is_left_of_a_block_can_be_shrunk_again(linear):
         "last": layer(12, 4),
     }
     model, x = Written(run, **layers).eval(), torch.randn(4, 3) if linear else inputs(4)
-    widths = [0 if unit.layer == "branch" else width(model, unit) for unit in survey(model)[0]]
-    small, _ = shrink(model, widths, compensation="prune")
-    assert "more -> last: 12" in summarize(small)
+    found, _ = prunable(find_spaces(model, x), False)
+    widths = [0 if space.layer == "branch" else space.size for space in found]
+    small, _ = shrink(model, widths, example_input=x, compensation="prune")
+    assert "more -> last: 12" in summarize(small, example_input=x)
     smaller, report = shrink(small, 0.5, example_input=x, probe_samples=32)
     assert report.widths == [6] and smaller(x).shape == small(x).shape
 

@@ -15,6 +15,7 @@ from models import build
 from neuron_merging import baselines
 from neuron_merging import synthetic as probe
 from neuron_merging.baselines import lbyl, reestimate
+from neuron_merging.config import ShrinkConfig
 from neuron_merging.decompose import BatchNorm, Neurons
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import find_spaces
@@ -22,7 +23,9 @@ from neuron_merging.graph.surgery import cut
 from neuron_merging.restore import Options
 from neuron_merging.restore import restore as restore_spaces
 from neuron_merging.restore.adapt import direction
+from neuron_merging.restore.batches import Source
 from neuron_merging.restore.fitting import Fitting, nearest
+from neuron_merging.restore.lockstep import DEFAULT
 from neuron_merging.restore.mixing import mixed
 from neuron_merging.restore.readers import CLIPS, find_reader
 from neuron_merging.restore.regression import Normal, fit
@@ -48,7 +51,7 @@ OLD = Options(grid=(1.0,), held=0.0, mixing=False)  # one λ, whether it helps o
 RIVALS = ("lbyl", "fold", "prune-bn", "merge-bn")
 
 
-def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=NEW):
+def restored(model, shape, widths=None, criterion="l2-norm", samples=64, seed=1, options=DEFAULT):
     found = units(model)
     widths = widths or [n // 2 for n in widths_of(model, found)]
     X = probe.make(model, shape, samples, seed=seed)

@@ -12,7 +12,7 @@ from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import find_spaces
 from neuron_merging.graph.surgery import cut
 from neuron_merging.restore import Options, restore
-from neuron_merging.restore.batches import batches
+from neuron_merging.restore.batches import Source
 from neuron_merging.shrink import shrink
 from tests.test_exported import IDS, Attention, called
 
@@ -86,7 +86,7 @@ def test_duplicates_are_restored():
     survey = find_spaces(model, words(2, 0))
     keep = {space: torch.arange(32) for space in survey.spaces if space.layer == "up"}
     pruned = cut(survey, keep).model
-    done = restore(survey, keep, batches(survey.network, ShrinkConfig(), words(96, 1)))
+    done = restore(survey, keep, Source(survey.network, ShrinkConfig(), words(96, 1))())
     restored = done.small
     assert restored.own_class and done.fits.keys() <= {"down.weight", "out.weight"}
     fresh = words(16, 2)
@@ -119,7 +119,7 @@ def test_writers_are_fitted_where_their_inputs_are_other_ones():
     """Layers that lost outputs only too, if `refit` asks for it; those that lost nothing never."""
     model, fresh = Attention().eval(), words(32, 2)
     survey = find_spaces(model, words(2, 0))
-    images = batches(survey.network, ShrinkConfig(), words(96, 1))
+    images = Source(survey.network, ShrinkConfig(), words(96, 1))()
     keep = {space: torch.arange(space.size * 3 // 4) for space in survey.spaces if space.layer in ("qkv", "up")}
     readers, both = (restore(survey, keep, images, Options(refit=refit)) for refit in (False, True))
     assert readers.fits.keys() == {"proj.weight", "down.weight"}
@@ -135,7 +135,7 @@ class OneSize(TwoInputs):
 def test_a_graph_for_one_size_gets_batches_of_that_size():
     model, example = OneSize().eval(), pair(2, 0)
     survey = find_spaces(model, example)
-    parts = batches(survey.network, ShrinkConfig(), pair(31, 1))
+    parts = Source(survey.network, ShrinkConfig(), pair(31, 1))()
     assert not survey.network.dynamic and len(parts) == 15 and {len(value) for part in parts for value in part} == {2}
     pruned, _ = shrink(model, 0.4, example_input=example, compensation="prune", coupled=True)
     restored, _ = shrink(model, 0.4, example_input=example, compensation="restore", coupled=True, images=pair(96, 1))

@@ -174,7 +174,9 @@ def _left_out(analysis: Analysis, spaces: list[Space]) -> dict[str, str]:
     used = {place.name for space in spaces for place in space.writers}
     left_out: dict[str, str] = {}
     for role in analysis.roles:
-        if role.role == "writer" and role.axis.size > 1 and is_fixed(role.axis):
-            for name in role.names - used:
+        for name in role.names - used if role.role == "writer" and is_fixed(role.axis) else ():
+            if role.axis.size > 1:
                 left_out.setdefault(name.rpartition(".")[0] or name, why(role.axis))
+            elif role.dim is not None and analysis.network.tensor(name).shape[role.dim] == 1:
+                left_out.setdefault(name.rpartition(".")[0] or name, "it has one neuron only")
     return left_out | dict.fromkeys(unused_layers(analysis), NEVER)

@@ -48,7 +48,8 @@ def unused_layers(analysis: Analysis) -> list[str]:
     return [
         name
         for name, module in analysis.network.model.named_modules()
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and f"{name}.weight".lstrip(".") not in used
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        and not any(alias.startswith(f"{name}.".lstrip(".")) for alias in used)  # parametrizations too
     ]
 
 

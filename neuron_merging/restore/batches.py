@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from neuron_merging import synthetic
 from neuron_merging.config import ShrinkConfig
@@ -34,6 +34,15 @@ class Source:
         """Whether all inputs are real: a network's running statistics are then right for them."""
         sizes = [len(value) for value in tree_leaves(self.images) if isinstance(value, Tensor)]
         return bool(sizes) and max(sizes) >= FEW
+
+    def parted(self) -> tuple[Source, Source]:
+        """The first two thirds of the real inputs, and the others."""
+        first = max(len(value) for value in tree_leaves(self.images) if isinstance(value, Tensor)) * 2 // 3
+        first, others = (
+            tree_map(lambda value, part=part: value[part] if isinstance(value, Tensor) else value, self.images)
+            for part in (slice(None, first), slice(first, None))
+        )
+        return replace(self, images=first), replace(self, images=others)
 
     def __call__(self, share: float = 1.0) -> list[Batch]:
         """The real inputs in random order, behind made-up ones where they are few; or made-up ones only.
