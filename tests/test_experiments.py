@@ -477,5 +477,8 @@ def test_tuning_measures_what_is_missing_and_rebuilds_the_tables(tmp_path, monke
 
 
 def test_the_tuning_tables_match_their_rows():
-    for path, text in tuning.documents(rows.load(tuning.FOLDER / "rows.jsonl")).items():
+    measured = rows.load(tuning.FOLDER / "rows.jsonl")
+    if not {tuning.key(row) for row in measured} & {tuning.key(row) for row in tuning.wanted()}:
+        pytest.skip("no row has today's options: make tuning measures them anew")
+    for path, text in tuning.documents(measured).items():
         assert path.read_text() == text
