@@ -56,8 +56,8 @@ def shape_of(model: nn.Module) -> tuple[int, ...]:
 
 
 def surveyed(model: nn.Module, shape=None):
-    """The survey of a network that takes inputs of this shape; None: a shape that is guessed."""
-    shape = shape if shape is not None else likely_shape(model)
+    """The survey of a network that takes inputs of this shape; None: a shape that is guessed, or images of 8 × 8."""
+    shape = shape if shape is not None else likely_shape(model) or (3, 8, 8)
     return find_spaces(model, torch.zeros(2, *shape, dtype=dtype(model)))
 
 

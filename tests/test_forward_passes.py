@@ -36,7 +36,7 @@ class Optional(nn.Module):
 @pytest.mark.parametrize("kind", ["prune", "merge", "restore"])
 def test_arguments_have_their_defaults(kind):
     model = Optional("nothing").eval()
-    small, report = shrink(model, 0.5, example_input=(3, 8, 8), compensation=kind, probe_samples=32)
+    small, report = shrink(model, 0.5, example_input=(3, 8, 8), compensation=kind, probe_samples=32, coupled=False)
     assert [unit.layer for unit in report.units] == ["a"] and small(inputs()).shape == (64, 4, 8, 8)
     whole, _ = shrink(model, 0.0, example_input=(3, 8, 8), compensation=kind, probe_samples=32)
     torch.testing.assert_close(whole(inputs()), model(inputs()), rtol=1e-3, atol=1e-4)
@@ -118,7 +118,7 @@ def test_blocks_that_compute_with_their_widths_lose_neurons_all_the_same():
     assert [space.layer for space in survey.spaces if space.unit] == [f"blocks.{i}.0" for i in range(3)]
     for c1, _ in blocks:
         c1.weight[:3], c1.bias[:3] = 0, 0
-    small, report = shrink(model, 0.5, example_input=x, compensation="prune")
+    small, report = shrink(model, 0.5, example_input=x, compensation="prune", coupled=False)
     assert report.widths == [3] * 3
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
 
@@ -220,9 +220,9 @@ def test_what_is_left_of_a_block_can_be_shrunk_again(linear):
     model, x = Written(run, **layers).eval(), torch.randn(4, 3) if linear else inputs(4)
     found, _ = prunable(find_spaces(model, x), False)
     widths = [0 if space.layer == "branch" else space.size for space in found]
-    small, _ = shrink(model, widths, example_input=x, compensation="prune")
+    small, _ = shrink(model, widths, example_input=x, compensation="prune", coupled=False)
     assert "more -> last: 12" in summarize(small, example_input=x)
-    smaller, report = shrink(small, 0.5, example_input=x, probe_samples=32)
+    smaller, report = shrink(small, 0.5, example_input=x, probe_samples=32, coupled=False)
     assert report.widths == [6] and smaller(x).shape == small(x).shape
 
 

@@ -12,6 +12,7 @@ from models import build
 from neuron_merging.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from neuron_merging.decompose import COMPENSATIONS, Decomposition, select
 from neuron_merging.errors import NeuronMergingError
+from neuron_merging.shrink import shrink as shrink_by_name
 from tests.conftest import NARROW
 from tests.helpers import decompose, example, plant_multiples, rebuild, same, units, widths_of, without_batchnorm
 
@@ -185,7 +186,7 @@ def test_what_cannot_be_decomposed_is_named():
     with pytest.raises(NeuronMergingError, match="unknown criterion 'l3'"):
         decompose(model, [unit], [3], "l3", "merge")
     with pytest.raises(NeuronMergingError, match="unknown compensation 'glue'"):
-        decompose(model, [unit], [3], "l1-norm", "glue")
+        shrink_by_name(model, 0.5, example_input=(3, 8, 8), compensation="glue")
     with pytest.raises(NeuronMergingError, match="0 of 6 neurons cannot be kept in conv"):
         decompose(model, [unit], [0], "l1-norm", "merge")
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,9 +106,11 @@ def capture(model: nn.Module, example_inputs: Inputs, training: bool = False) ->
 
 
 def _line(error: Exception) -> str:
-    """Where in the user's code an attempt failed: the last line that is neither PyTorch's nor ours."""
+    """Where in the user's code an attempt failed: the last line that is neither Python's, PyTorch's nor ours."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    python = sysconfig.get_path("stdlib")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line and not f.filename.startswith(ours)]
+    frames = [f for f in frames if not f.filename.startswith(python) or "site-packages" in f.filename]
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
