@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from neuron_merging.compensation import Contents
 from neuron_merging.graph.axes import Leaf, leaves, positions, resolve
 from neuron_merging.graph.rules import operation
 from neuron_merging.graph.spaces import Space, Survey
@@ -82,7 +83,7 @@ def mixed(
     keep: what was to be kept; of linear spaces only how many indices counts.
     """
     smaller = [space for space, kept in keep.items() if len(kept) < space.size]
-    linear = linear_spaces(survey, smaller)
+    linear = [part for part in linear_spaces(survey, smaller) if not _merges(survey, part.space, keep[part.space])]
     if not linear:
         return survey, dict(keep), {}
     walk = Walk(survey.network.graph, batches)
@@ -116,6 +117,12 @@ def mixed(
             old.data = value.to(old.dtype).contiguous()
     network = replace(survey.network, model=model)
     return replace(survey, network=network), dict(keep), tensors
+
+
+def _merges(survey: Survey, space: Space, kept: Tensor) -> bool:
+    """Whether all dropped indices are (nearly) multiples of kept ones, which merging gives back without loss."""
+    parts = Contents(survey, space).start(kept)
+    return bool(parts) and all(bool((part.Z != 0).any(0).all()) for part in parts)
 
 
 def _covariances(survey: Survey, walk: Walk, linear: Sequence[Linear]) -> dict[fx.Node, Tensor]:
