@@ -401,7 +401,7 @@ def test_words_are_whole_numbers():
         with pytest.raises(NeuronMergingError, match=r"the inputs of Words are whole numbers.*: give images"):
             shrink(model, 0.5, example_input=example, compensation="restore")
     for told in ({}, {"example_input": (10,)}):
-        small, report = shrink(model, 0.5, images=ids, compensation="restore", **told)
+        small, report = shrink(model, 0.5, images=ids, compensation="restore", **told, coupled=False)
         assert small(ids).shape == (64, 3) and report.macs[1] == 3040
     assert shrink(model, 0.5, images=ids, widths="auto")[1].params[1] < 1600  # nothing is made up
     pruned, _ = shrink(model, 0.5, compensation="prune")
