@@ -165,8 +165,14 @@ def without_masks(model: nn.Module) -> nn.Module:
     return copied
 
 
-def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | None = None) -> int:
-    """Multiply-accumulates for one input of `shape`. Raises NeuronMergingError if the network does not run on it.
+def network_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-accumulates for one input of `shape`. Raises NeuronMergingError if the network does not run on it."""
+    check_runs(model, shape)
+    return count_macs(model, shape)
+
+
+def check_runs(model: nn.Module, shape: tuple[int, ...], example: Tensor | None = None) -> None:
+    """Raises NeuronMergingError if the network does not run on an input of `shape`.
 
     example: the tensor of inputs that the shape was read from, if there was one.
     """
@@ -174,7 +180,6 @@ def network_macs(model: nn.Module, shape: tuple[int, ...], example: Tensor | Non
     try:
         with reported_as(what):
             quick_macs(model, shape)
-            return count_macs(model, shape)
     except NeuronMergingError as error:
         needed = _needed_inputs(model)
         if len(needed) > 1:

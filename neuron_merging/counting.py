@@ -1,7 +1,7 @@
 """Counts what a network costs: parameters and multiply-accumulates."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph import macs
@@ -29,8 +29,3 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
         except NeuronMergingError:
             raise error from None
     return macs.count_macs(network)
-
-
-def precise(x: Tensor, precision: torch.dtype) -> Tensor:
-    """Floating-point inputs in another precision; whole numbers, as an embedding takes them, stay as they are."""
-    return x.to(precision) if x.is_floating_point() else x

@@ -21,10 +21,10 @@ from neuron_merging.checks import (
     as_taken,
     check_copies,
     check_module,
+    check_runs,
     check_weights,
     input_shape,
     likely_shape,
-    network_macs,
     out_of_inference,
     take_modes,
     without_masks,
@@ -138,7 +138,7 @@ def _prepared(
     if several:
         return original, model, None, example_input
     if shape is not None:
-        network_macs(model, shape, example_input if isinstance(example_input, Tensor) else None)
+        check_runs(model, shape, example_input if isinstance(example_input, Tensor) else None)
     guessed = shape if shape is not None else likely_shape(model)
     if guessed is None:
         raise NeuronMergingError(f"{type(model).__name__}: give example_input, which shows what it takes")

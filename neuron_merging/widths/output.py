@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn.functional import cosine_similarity
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from neuron_merging.errors import NeuronMergingError
 from neuron_merging.graph.spaces import Survey
 from neuron_merging.graph.walk import Values, Walk, is_batch_norm, last_uses
 from neuron_merging.restore.readers import Reader
+from neuron_merging.running import by_sample
 from neuron_merging.widths.consumer import Thinned
 from neuron_merging.widths.masked import Zeroed
 
@@ -146,23 +145,3 @@ def sensitivities(output: Output, forms: Sequence[dict[int, list[Form]]]) -> lis
 def samples(batch: Sequence[Any]) -> int:
     """The number of samples in a batch: the length of its first tensor."""
     return next((len(value) for value in batch if isinstance(value, Tensor) and value.ndim), 1)
-
-
-def by_sample(output: Any, samples: int) -> Tensor:
-    """What a network gives for each of some samples: [samples, numbers]; without such a tensor all numbers as one row.
-
-    The samples are along the first axis, or, with places beside them, a part of it, or along another axis (time first, the
-    state of an RNN). Losses and constants, which have none, are left out. Raises NeuronMergingError where there are no numbers.
-    """
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not leaves:
-        raise NeuronMergingError("the network gives no floating-point numbers")
-    rows = [row for leaf in leaves if (row := _rows(leaf, samples)) is not None]
-    return torch.cat(rows, 1) if rows else torch.cat([leaf.reshape(1, -1) for leaf in leaves], 1)
-
-
-def _rows(tensor: Tensor, samples: int) -> Tensor | None:
-    """[samples, numbers], or None where no axis of the tensor is that of the samples."""
-    if samples in tensor.shape:
-        return tensor.movedim(tensor.shape.index(samples), 0).reshape(samples, -1)
-    return tensor.reshape(samples, -1) if tensor.ndim and tensor.shape[0] % samples == 0 and len(tensor) else None
